@@ -1,0 +1,52 @@
+"""Which parameters are decayed, and by how much the learning rate shrinks towards the input."""
+
+from collections.abc import Callable, Collection
+
+from torch import nn
+
+
+def exempt(name: str, param: nn.Parameter, skip: Collection[str] = ()) -> bool:
+    """Whether a parameter takes no weight decay: one dimension, a bias, or listed in skip."""
+    return param.ndim == 1 or name.endswith(".bias") or name in skip
+
+
+def decay_groups(model: nn.Module, weight_decay: float, skip: Collection[str] = ()) -> list[dict]:
+    """Two optimizer groups of the trainable parameters: without decay, then with it."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in named if exempt(n, p, skip)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if not exempt(n, p, skip)], "weight_decay": weight_decay},
+    ]
+
+
+def vit_layer_id(name: str, depth: int) -> int:
+    """Layer of a ViT parameter: 0 for tokens, positions and patch embedding, i + 1 for block i, depth + 1 for the rest."""
+    if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def layer_decay_groups(
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float,
+    num_layers: int,
+    skip: Collection[str] = (),
+    layer_id: Callable[[str, int], int] = vit_layer_id,
+) -> list[dict]:
+    """Optimizer groups with `lr_scale` = layer_decay ** (num_layers + 1 - layer), one per (layer, decayed or not).
+
+    Groups stand in the order in which named_parameters() first shows them: optimizer states count on it.
+    Args:
+        num_layers: blocks; `layer_id(name, num_layers)` gives 0 (input) to num_layers + 1 (head).
+    """
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        layer, plain = layer_id(name, num_layers), exempt(name, param, skip)
+        if (layer, plain) not in groups:
+            scale = layer_decay ** (num_layers + 1 - layer)
+            groups[layer, plain] = {"lr_scale": scale, "weight_decay": 0.0 if plain else weight_decay, "params": []}
+        groups[layer, plain]["params"].append(param)
+    return list(groups.values())

@@ -1,0 +1,305 @@
+"""SAIM pre-training network: autoregression over image patches in random order.
+
+Two streams run through the network. The content stream h holds a class token and the patches; patch t sees itself and
+its predecessors in the order. The query stream g holds positions only; g_t cross-attends to the strict predecessors of
+t in h and regresses the pixels of patch t. All patches are predicted in one pass.
+
+Sorted by the order, both visibility rules are the same lower triangle: row r sees columns 0..r of
+[cls, patch pi_1, ..., patch pi_{L-1}]. So the default `attn_impl="causal"` sorts patches, positions and targets once and
+needs no mask tensor; `attn_impl="mask"` keeps the authors' formulation with additive masks in image order.
+
+Legend: N batch, H W pixels, p patch side, L patches, T = L + 1 tokens, D width, P = 3 p² pixels per patch.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+
+from saim.blocks import Block, LayerNorm, PatchEmbed, sincos_pos_embed
+
+
+class GaussianConv2d(nn.Module):
+    """Depth-wise Gaussian blur with zero padding; the kernel is the buffer `weight` (channels, 1, k, k).
+
+    Raises:
+        ValueError: kernel_size is even (the output would grow by a pixel), or sigma is not positive.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, sigma: float):
+        super().__init__()
+        if kernel_size % 2 == 0 or kernel_size < 1:
+            raise ValueError(f"gaussian kernel size {kernel_size} is not odd and positive")
+        if sigma <= 0:
+            raise ValueError(f"gaussian sigma {sigma} is not positive")
+        offset = torch.arange(kernel_size, dtype=torch.float64) - (kernel_size - 1) // 2
+        line = torch.exp(-(offset**2) / (2 * sigma**2))
+        kernel = torch.outer(line, line)
+        kernel = (kernel / kernel.sum()).float()
+        self.register_buffer("weight", kernel.expand(channels, 1, -1, -1).contiguous())
+        self.weight: Tensor
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
+        return F.conv2d(imgs, self.weight, padding=self.weight.shape[-1] // 2, groups=self.weight.shape[0])
+
+
+def gather_rows(x: Tensor, order: Tensor | None) -> Tensor:
+    """Sort x (N, L, D) by order (N, L); None leaves the raster order."""
+    return x if order is None else x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class SaimViT(nn.Module):
+    """SAIM with a ViT encoder (content stream) and a cross-attending decoder (query stream).
+
+    Args:
+        query_depth: decoder blocks; block j runs after encoder block (j + 1) * (depth // query_depth) - 1. 0 builds the
+            single-stream iGPT baseline, where the encoder's own row t predicts patch t + 1.
+        share_weight: the decoder's blocks are the encoder's first ones.
+        prediction_head_type: "MLP" or "LINEAR".
+        gaussian_kernel_size, gaussian_sigma: blur of the target; both or no blur.
+        loss_type: "L2" or "L1".
+        norm_pix_loss: standardise each target patch (unbiased variance).
+        attn_impl: "causal" (sorted tokens, no mask) or "mask" (the authors' formulation; the only one that follows ties
+            of the noise exactly).
+        token_order: "random" (paper) or "raster".
+    Raises:
+        ValueError: an argument has none of the values above, or query_depth does not fit depth.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        drop_path_rate: float = 0.0,
+        mlp_ratio: float = 4.0,
+        norm_layer=LayerNorm,
+        query_depth: int = 12,
+        share_weight: bool = False,
+        prediction_head_type: str = "MLP",
+        gaussian_kernel_size: int | None = None,
+        gaussian_sigma: float | None = None,
+        loss_type: str = "L2",
+        norm_pix_loss: bool = True,
+        attn_impl: str = "causal",
+        token_order: str = "random",
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("prediction_head_type", prediction_head_type, ("MLP", "LINEAR")),
+            ("loss_type", loss_type, ("L1", "L2")),
+            ("attn_impl", attn_impl, ("causal", "mask")),
+            ("token_order", token_order, ("random", "raster")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        if query_depth == 0 and token_order == "random":
+            raise ValueError("query_depth 0 (one stream) cannot tell which patch comes next; it needs token_order 'raster'")
+        if query_depth < 0 or (query_depth and depth // max(depth // query_depth, 1) != query_depth):
+            fitting = [q for q in range(1, depth + 1) if depth // (depth // q) == q]
+            raise ValueError(f"query_depth {query_depth} does not fit depth {depth}; possible: {fitting}")
+        self.step = depth // query_depth if query_depth else 0
+        self.loss_type = loss_type
+        self.norm_pix_loss = norm_pix_loss
+        self.attn_impl = attn_impl
+        self.token_order = token_order
+
+        # Construction order is upstream's: seeds give the same weights, and state-dict keys the same order.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        num_patches, grid_size = self.patch_embed.num_patches, self.patch_embed.grid_size
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim), requires_grad=False)
+        drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+
+        def block(i: int) -> Block:
+            return Block(embed_dim, num_heads, mlp_ratio, True, drop_path=drop_path[i], norm_layer=norm_layer)
+
+        self.blocks = nn.ModuleList(block(i) for i in range(depth))
+        self.query_blocks = nn.ModuleList(self.blocks[i] if share_weight else block(i) for i in range(query_depth))
+        self.norm = norm_layer(embed_dim)
+        patch_pixels = 3 * patch_size**2
+        if prediction_head_type == "MLP":
+            self.prediction_head = Mlp(embed_dim, int(embed_dim * mlp_ratio), patch_pixels)
+        else:
+            self.prediction_head = nn.Linear(embed_dim, patch_pixels)
+        self.gaussian_blur = None
+        if gaussian_kernel_size is not None and gaussian_sigma is not None:
+            self.gaussian_blur = GaussianConv2d(3, gaussian_kernel_size, gaussian_sigma)
+
+        self.pos_embed.data.copy_(sincos_pos_embed(embed_dim, grid_size, cls_token=True))
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view: fills the convolution's weight
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def idle_blocks(self) -> int:
+        """Trailing encoder blocks after the last decoder step: no output depends on them (paper models have none)."""
+        return len(self.blocks) - self.step * len(self.query_blocks) if self.query_blocks else 0
+
+    # ---- targets and loss
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, L, P), inner order (row, column, channel)."""
+        patches = self.patch_embed.unfold(imgs).unflatten(-1, (imgs.shape[1], -1))  # (N, L, C, p*p)
+        return patches.transpose(-2, -1).flatten(-2)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(N, L, P) -> (N, 3, H, W), the inverse of `patchify`."""
+        g, p = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = patches.reshape(len(patches), g, g, p, p, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, g * p, g * p)
+
+    @torch.no_grad()
+    def make_target(self, imgs: Tensor) -> Tensor:
+        """Pixels to predict: blurred, cut into patches, standardised if asked for. (N, 3, H, W) -> (N, L, P) float32."""
+        with torch.autocast(imgs.device.type, enabled=False):  # the blur is a convolution: keep its targets in float32
+            imgs = imgs.float()
+            target = self.patchify(imgs if self.gaussian_blur is None else self.gaussian_blur(imgs))
+            if self.norm_pix_loss:
+                var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+                target = (target - mean) / (var + 1e-6).sqrt()
+        return target
+
+    def _loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(pred.float(), target) if self.loss_type == "L2" else F.l1_loss(pred.float(), target)
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor) -> Tensor:
+        """Mean error of pred (N, L, P), in image order; further rows in front (a class token's) are ignored. -> ()."""
+        return self._loss(pred[:, -self.patch_embed.num_patches :], self.make_target(imgs))
+
+    # ---- order
+
+    def _draw_noise(self, like: Tensor) -> Tensor:
+        """One float32 draw (N, L) per forward, as upstream; the patch with the smallest noise comes first."""
+        n, length = len(like), self.patch_embed.num_patches
+        if self.token_order == "raster":
+            return (torch.arange(length, device=like.device) / length).expand(n, -1)
+        return torch.rand(n, length, device=like.device)
+
+    def generate_order(self, x: Tensor, noise: Tensor | None = None) -> Tensor | None:
+        """Patch indices (N, L) in the order of prediction, for a batch like x; None stands for the raster order."""
+        if noise is None and self.token_order == "raster":
+            return None
+        noise = self._draw_noise(x) if noise is None else noise
+        return noise.argsort(dim=1, stable=True)
+
+    def generate_attention_mask(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Additive masks of the content and the query stream for a batch like x.
+
+        Patch a sees patch b if noise_b <= noise_a (content) or noise_b < noise_a (query). The class token sees only
+        itself and is seen by all.
+        Returns:
+            two (N, 1, T, T) tensors of 0 and -inf, index 0 = class token.
+        """
+        noise = self._draw_noise(x) if noise is None else noise
+        query, key = noise[:, :, None], noise[:, None, :]  # (N, L, 1), (N, 1, L)
+
+        def additive(hidden: Tensor) -> Tensor:
+            hidden = F.pad(hidden, (0, 0, 1, 0), value=True)  # class token as query: no patch
+            hidden = F.pad(hidden, (1, 0), value=False)  # class token as key: always
+            return torch.zeros(hidden.shape, device=x.device).masked_fill(hidden, -math.inf)[:, None]
+
+        return additive(query < key), additive(query <= key)
+
+    # ---- network
+
+    def _predict_sorted(self, imgs: Tensor, order: Tensor | None) -> Tensor:
+        """Predictions (N, L, P) in the order of prediction, by causal attention over sorted tokens."""
+        n, length = len(imgs), self.patch_embed.num_patches
+        pos = self.pos_embed[0, 1:]  # (L, D)
+        patches = gather_rows(self.patch_embed.unfold(imgs), order)
+        sorted_pos = pos.expand(n, -1, -1) if order is None else F.embedding(order, pos)
+        # The last patch informs no other: it is never embedded.
+        tokens = self.patch_embed.embed(patches[:, :-1]) + sorted_pos[:, :-1]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1)
+        h = torch.cat([cls, tokens], dim=1)  # (N, L, D): class token and all but the last patch
+        if not self.query_blocks:
+            for block in self.blocks:
+                h = block(h, is_causal=True)
+            return self.prediction_head(self.norm(h))
+        g = pos  # (L, D): the first decoder step projects one table for all samples and sorts it afterwards
+        table_order = torch.arange(length, device=imgs.device).expand(n, -1) if order is None else order
+        for i, block in enumerate(self.blocks[: self.step * len(self.query_blocks)]):
+            h = block(h, is_causal=True)
+            if (i + 1) % self.step == 0:
+                g = self.query_blocks[i // self.step](g, h, is_causal=True, order=table_order if g is pos else None)
+        return self.prediction_head(self.norm(g))
+
+    def _predict_masked(self, imgs: Tensor, noise: Tensor | None) -> Tensor:
+        """Predictions (N, L, P) in image order, by the authors' additive masks."""
+        tokens = self.patch_embed(imgs) + self.pos_embed[:, 1:]
+        content_mask, query_mask = self.generate_attention_mask(tokens, noise)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
+        h = torch.cat([cls, tokens], dim=1)  # (N, T, D)
+        g = self.pos_embed.expand(len(imgs), -1, -1)
+        for i, block in enumerate(self.blocks):
+            h = block(h, mask=content_mask)
+            if self.query_blocks and (i + 1) % self.step == 0:
+                g = self.query_blocks[i // self.step](g, h, query_mask)
+        rows = g[:, 1:] if self.query_blocks else h[:, :-1]  # one stream: row t predicts patch t + 1
+        return self.prediction_head(self.norm(rows))
+
+    def forward_saim(self, imgs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Predict every patch from its predecessors.
+
+        Args:
+            imgs: (N, 3, H, W) float, normalised by the data set's mean and std.
+            noise: (N, L) float, replaces the draw of the order.
+        Returns:
+            (N, L, P) in image order.
+        """
+        if self.attn_impl == "mask":
+            return self._predict_masked(imgs, noise)
+        order = self.generate_order(imgs, noise)
+        pred = self._predict_sorted(imgs, order)
+        return pred if order is None else gather_rows(pred, order.argsort(dim=1))
+
+    def forward(self, imgs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Mean error of all predictions; arguments as `forward_saim`.
+
+        Returns:
+            loss: (), float32.
+        Raises:
+            ValueError: the images are not of the size the model was built for.
+        """
+        if self.attn_impl == "mask":
+            return self.forward_loss(imgs, self.forward_saim(imgs, noise))
+        order = self.generate_order(imgs, noise)
+        return self._loss(self._predict_sorted(imgs, order), gather_rows(self.make_target(imgs), order))
+
+
+def saim_base(**kwargs) -> SaimViT:
+    """ViT-B/16 encoder."""
+    return SaimViT(**{"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
+
+
+def saim_small(**kwargs) -> SaimViT:  # ours: for 64-128 pixel images on one GPU
+    return SaimViT(**{"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
+
+
+def saim_tiny(**kwargs) -> SaimViT:  # ours: for digits and CIFAR, also on a CPU
+    return SaimViT(**{"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
+
+
+def vit_igpt_base(**kwargs) -> SaimViT:
+    """ViT-iGPT, ViT-B/16: one stream, raster order. Ours: the authors published no recipe for this row."""
+    return saim_base(**{**kwargs, "query_depth": 0, "share_weight": False, "token_order": "raster"})
+
+
+MODELS = {f.__name__: f for f in (saim_base, saim_small, saim_tiny, vit_igpt_base)}

@@ -1,0 +1,162 @@
+"""Vision Transformer for fine-tuning and probing SAIM's encoder.
+
+Legend: N batch, L patches, T = L + 1 tokens, D width, H heads, K classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saim.blocks import Block, LayerNorm, PatchEmbed
+
+
+class VisionTransformer(nn.Module):
+    """ViT with full attention; the blocks carry the same names and separate q, k, v as in pre-training.
+
+    Args:
+        global_pool: classify the mean of the patch tokens (after `fc_norm`) instead of the class token (after `norm`).
+        num_classes: K; 0 leaves features.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer=LayerNorm,
+        global_pool: bool = False,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.global_pool = global_pool
+        # Registration order is upstream's, blocks last: optimizer states refer to parameters by position.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        if not global_pool:
+            self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if global_pool:
+            self.fc_norm = norm_layer(embed_dim)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, rate, norm_layer=norm_layer)
+            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        )
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters exempt from weight decay besides the 1-D ones."""
+        return {"pos_embed", "cls_token"}
+
+    def embed(self, imgs: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, T, D), class token first, positions added."""
+        cls = self.cls_token.expand(len(imgs), -1, -1)
+        return self.pos_drop(torch.cat([cls, self.patch_embed(imgs)], dim=1) + self.pos_embed)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """(N, 3, H, W) -> features (N, D), the input of the head."""
+        x = self.embed(imgs)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        # Only the rows that are read leave the last block; keys and values come from all.
+        x = self.blocks[-1](x[:, 1:] if self.global_pool else x[:, :1], x)
+        return self.fc_norm(x.mean(dim=1)) if self.global_pool else self.norm(x)[:, 0]
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, K)."""
+        return self.head(self.forward_features(imgs))
+
+    def attention(self, imgs: Tensor, layer: int = -1) -> Tensor:
+        """Softmax matrix (N, H, T, T) of one block for images (N, 3, H, W), no token hidden.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        index = range(len(self.blocks))[layer]
+        x = self.embed(imgs)
+        for block in self.blocks[:index]:
+            x = block(x)
+        block = self.blocks[index]
+        x = block.norm1(x)
+        return block.attn(x, x, x, return_attention=True)
+
+
+def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
+    """Resize the patch part of a position table (1, 1+G², D) to grid_size² cells, bicubic; the class row is kept."""
+    old = round((pos_embed.shape[1] - 1) ** 0.5)
+    if old == grid_size:
+        return pos_embed
+    patches = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def load_pretrained(model: VisionTransformer, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Load an encoder from the state dict of a pre-training or fine-tuning checkpoint, name by name.
+
+    A head of another shape is dropped and the position table resized. In pool mode `norm` is left unused; in class-token
+    mode it comes from the decoder's norm, the only one that pre-training has (as upstream).
+    Returns:
+        the missing keys (head, and fc_norm in pool mode) and the unexpected ones (decoder, prediction head, ...).
+    Raises:
+        ValueError: encoder weights are missing or have other shapes.
+    """
+    state, own = dict(state), model.state_dict()
+    for key in ("head.weight", "head.bias"):
+        if key in state and (key not in own or state[key].shape != own[key].shape):
+            del state[key]
+    if "pos_embed" in state:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.patch_embed.grid_size)
+    missing = [key for key in own if key not in state]
+    lacking = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
+    if lacking:
+        raise ValueError(f"{len(lacking)} encoder weights are missing, first {lacking[0]}")
+    for key in own.keys() & state.keys():
+        if own[key].shape != state[key].shape:
+            raise ValueError(f"{key} is {tuple(state[key].shape)}, the model expects {tuple(own[key].shape)}")
+    deeper = [key for key in state if key.startswith("blocks.") and key not in own]
+    if deeper:
+        raise ValueError(f"the checkpoint has more blocks than the model's {len(model.blocks)}: {deeper[0]}")
+    result = model.load_state_dict(state, strict=False)
+    return result.missing_keys, result.unexpected_keys
+
+
+def vit_base_patch16(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
+
+
+def vit_large_patch16(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **kwargs})
+
+
+def vit_huge_patch14(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **kwargs})
+
+
+def vit_small_patch16(**kwargs) -> VisionTransformer:  # ours: the encoder of saim_small
+    return VisionTransformer(**{"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
+
+
+def vit_tiny_patch16(**kwargs) -> VisionTransformer:  # ours: the encoder of saim_tiny
+    return VisionTransformer(**{"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
+
+
+MODELS = {
+    f.__name__: f
+    for f in (vit_base_patch16, vit_large_patch16, vit_huge_patch14, vit_small_patch16, vit_tiny_patch16)
+}
