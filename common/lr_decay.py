@@ -20,7 +20,7 @@ def decay_groups(model: nn.Module, weight_decay: float, skip: Collection[str] = 
 
 
 def vit_layer_id(name: str, depth: int) -> int:
-    """Layer of a ViT parameter: 0 for tokens, positions and patch embedding, i + 1 for block i, depth + 1 for the rest."""
+    """Layer of a ViT parameter: 0 tokens, positions and patch embedding, i + 1 block i, depth + 1 the rest."""
     if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed"):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1

@@ -1,6 +1,6 @@
 """Schedules as pure functions: a step (or a fractional epoch) in, a value out. Nothing here knows an optimizer.
 
-Continuous schedules take the fractional epoch e = epoch + step / steps_per_epoch; tables hold one float64 value per step.
+Continuous schedules take the fractional epoch, epoch + step / steps_per_epoch; tables hold a float64 value per step.
 """
 
 import math

@@ -30,7 +30,9 @@ class Attention(nn.Module):
         attn_drop, proj_drop: dropout rates of the attention matrix and the output (0 in SAIM).
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0):
+    def __init__(
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads}")
@@ -60,7 +62,7 @@ class Attention(nn.Module):
             mask: additive, broadcastable to (N, H, Tq, Tk); -inf hides a key. The matrix is then built explicitly.
             return_attention: return the softmax matrix (N, H, Tq, Tk) instead of the output.
             is_causal: row r attends to keys 0..r; no mask tensor is made.
-            order: (N, Tq) long. q is then one table for all samples, projected once; row i of sample n is q[order[n, i]].
+            order: (N, Tq) long. q is then a table that all samples share; row i of sample n is q[order[n, i]].
         Returns:
             (N, Tq, D)
         """

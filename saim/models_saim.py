@@ -5,8 +5,8 @@ its predecessors in the order. The query stream g holds positions only; g_t cros
 t in h and regresses the pixels of patch t. All patches are predicted in one pass.
 
 Sorted by the order, both visibility rules are the same lower triangle: row r sees columns 0..r of
-[cls, patch pi_1, ..., patch pi_{L-1}]. So the default `attn_impl="causal"` sorts patches, positions and targets once and
-needs no mask tensor; `attn_impl="mask"` keeps the authors' formulation with additive masks in image order.
+[cls, patch pi_1, ..., patch pi_{L-1}]. So the default `attn_impl="causal"` sorts patches, positions and targets once
+and needs no mask tensor; `attn_impl="mask"` keeps the authors' formulation with additive masks in image order.
 
 Legend: N batch, H W pixels, p patch side, L patches, T = L + 1 tokens, D width, P = 3 p² pixels per patch.
 """
@@ -100,7 +100,9 @@ class SaimViT(nn.Module):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         if query_depth == 0 and token_order == "random":
-            raise ValueError("query_depth 0 (one stream) cannot tell which patch comes next; it needs token_order 'raster'")
+            raise ValueError(
+                "query_depth 0 (one stream) cannot tell which patch comes next; it needs token_order 'raster'"
+            )
         if query_depth < 0 or (query_depth and depth // max(depth // query_depth, 1) != query_depth):
             fitting = [q for q in range(1, depth + 1) if depth // (depth // q) == q]
             raise ValueError(f"query_depth {query_depth} does not fit depth {depth}; possible: {fitting}")
@@ -167,8 +169,8 @@ class SaimViT(nn.Module):
 
     @torch.no_grad()
     def make_target(self, imgs: Tensor) -> Tensor:
-        """Pixels to predict: blurred, cut into patches, standardised if asked for. (N, 3, H, W) -> (N, L, P) float32."""
-        with torch.autocast(imgs.device.type, enabled=False):  # the blur is a convolution: keep its targets in float32
+        """Pixels to predict, (N, 3, H, W) -> (N, L, P) float32: blurred, patchified, standardised if asked for."""
+        with torch.autocast(imgs.device.type, enabled=False):  # a blur in half precision would round the targets
             imgs = imgs.float()
             target = self.patchify(imgs if self.gaussian_blur is None else self.gaussian_blur(imgs))
             if self.norm_pix_loss:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import distributed
 from saim.blocks import Block, LayerNorm, PatchEmbed
 
 
@@ -109,8 +110,8 @@ def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
 def load_pretrained(model: VisionTransformer, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Load an encoder from the state dict of a pre-training or fine-tuning checkpoint, name by name.
 
-    A head of another shape is dropped and the position table resized. In pool mode `norm` is left unused; in class-token
-    mode it comes from the decoder's norm, the only one that pre-training has (as upstream).
+    A head of another shape is dropped and the position table resized. In pool mode `norm` is left unused; in
+    class-token mode it comes from the decoder's norm, the only one that pre-training has (as upstream).
     Returns:
         the missing keys (head, and fc_norm in pool mode) and the unexpected ones (decoder, prediction head, ...).
     Raises:
@@ -136,6 +137,28 @@ def load_pretrained(model: VisionTransformer, state: dict[str, Tensor]) -> tuple
     return result.missing_keys, result.unexpected_keys
 
 
+def load_encoder(model: VisionTransformer, path: str, head_std: float = 0.0) -> None:
+    """Load an encoder from a checkpoint file as `load_pretrained` does, and say what matched.
+
+    Args:
+        head_std: the head is drawn anew from a normal of this width, cut at 2 (0 leaves it).
+    Raises:
+        distributed.UserError: the file cannot be read or holds another architecture.
+    """
+    state = distributed.load(path)
+    if "model" not in state:
+        raise distributed.UserError(f"{path}: has no key 'model', expected a pre-training or fine-tuning checkpoint")
+    try:
+        missing, unexpected = load_pretrained(model, state["model"])
+    except ValueError as error:
+        hint = "; check --model, --patch_size and --input_size"
+        raise distributed.UserError(f"{path}: {error}{hint}") from error
+    matched = len(model.state_dict()) - len(missing)
+    distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")
+    if head_std and isinstance(model.head, nn.Linear):
+        nn.init.trunc_normal_(model.head.weight, std=head_std)
+
+
 def vit_base_patch16(**kwargs) -> VisionTransformer:
     return VisionTransformer(**{"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
 
@@ -157,6 +180,5 @@ def vit_tiny_patch16(**kwargs) -> VisionTransformer:  # ours: the encoder of sai
 
 
 MODELS = {
-    f.__name__: f
-    for f in (vit_base_patch16, vit_large_patch16, vit_huge_patch14, vit_small_patch16, vit_tiny_patch16)
+    f.__name__: f for f in (vit_base_patch16, vit_large_patch16, vit_huge_patch14, vit_small_patch16, vit_tiny_patch16)
 }

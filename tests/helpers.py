@@ -4,6 +4,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def golden_files(method: str, prefix: str, suffix: str = ".npz"):
     return lambda test: pytest.mark.golden(pytest.mark.parametrize("path", cases)(test))
 
 
-def load_golden(path: Path | None):
+def load_golden(path: Path | None) -> Any:
     assert path is not None, "no golden file of this kind was found"
     return json.loads(path.read_text()) if path.suffix == ".json" else Golden(path)
 

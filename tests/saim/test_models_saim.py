@@ -42,6 +42,18 @@ def test_forward_and_gradients(path):
             assert_close(norm, ref["out/grad_norm_total"].float(), rtol=1e-4, atol=0)
 
 
+def record_streams(model: SaimViT) -> dict[str, list]:
+    """Outputs of every block call; a call with keys from another stream belongs to the query stream."""
+    streams = {"content": [], "query": []}
+
+    def record(_module, args, out):
+        streams["query" if len(args) > 1 else "content"].append(out)
+
+    for block in {*model.blocks, *model.query_blocks}:
+        block.register_forward_hook(record)
+    return streams
+
+
 @golden_files("saim", "pretrain_")
 def test_masks_and_streams(path):
     ref = load_golden(path)
@@ -51,15 +63,7 @@ def test_masks_and_streams(path):
         assert torch.equal(content[:, 0] < 0, ref["out/mask_content"])
         assert torch.equal(query[:, 0] < 0, ref["out/mask_query"])
         shared = ref.meta["kwargs"]["share_weight"]
-        streams = {"content": [], "query": []}
-        block = type(model.blocks[0])
-        for module in [m for m in model.modules() if isinstance(m, block)]:
-
-            def record(module, args, out):
-                is_query = len(args) > 1 if shared else any(module is m for m in model.query_blocks)
-                streams["query" if is_query else "content"].append(out)
-
-            module.register_forward_hook(record)
+        streams = record_streams(model)
         model.forward_saim(ref["in/imgs"], noise=ref["in/noise"])
         order = ref["in/noise"].argsort(dim=1, stable=True)
         for stream, outputs in streams.items():

@@ -93,7 +93,12 @@ def test_load_pretrained__takes_a_fine_tuned_checkpoint():
 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
-    [({"depth": 1}, "blocks.1"), ({"depth": 3}, "more blocks"), ({"patch_size": 8}, "patch_embed"), ({"embed_dim": 12}, "12")],
+    [
+        ({"depth": 1}, "blocks.1"),
+        ({"depth": 3}, "more blocks"),
+        ({"patch_size": 8}, "patch_embed"),
+        ({"embed_dim": 12}, "12"),
+    ],
     ids=str,
 )
 def test_load_pretrained__refuses_other_architectures(kwargs, words):

@@ -1,0 +1,433 @@
+"""Image folders and timm's data sets, transforms, and batches that depend on (seed, epoch, index) only."""
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.auto_augment import AugmentOp, posterize
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, get_worker_info
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+
+from common.distributed import Stopped, UserError, agree, log, on_main_first, rank, world_size
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
+
+
+def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
+    """Add the flags that say where images come from."""
+    parser.add_argument("--data_path", default="../imagenet", type=str, help="folder with train/ and val/")
+    parser.add_argument("--dataset", default="", help="timm data set in --data_path: torch/cifar10, wds/..., hfds/...")
+    parser.add_argument("--train_split", default="train", help="its training split")
+    parser.add_argument("--val_split", default="validation", help="its validation split")
+    parser.add_argument("--bad_images", default="stop", choices=["stop", "skip"], help="what an unreadable image does")
+    parser.add_argument("--num_workers", default=4, type=int, help="loader processes per process")
+    parser.add_argument("--pin_mem", action="store_true", help="copy through pinned memory")
+    if pin_mem:
+        parser.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    parser.set_defaults(pin_mem=pin_mem)
+
+
+# ---- data sets: items are (PIL image, class index)
+
+
+class UnlabelledImages(Dataset):
+    """Images directly in one folder, class 0."""
+
+    def __init__(self, root: Path):
+        self.samples = [(str(p), 0) for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return default_loader(self.samples[index][0]), 0
+
+
+def image_dataset(data_path: str, train: bool, labelled: bool = True, name: str = "", split: str = "") -> Any:
+    """The training or validation images of a run.
+
+    Args:
+        data_path: folder with train/ and val/, each <class>/<image>.
+        labelled: False (pre-training) also takes images without class folders, in train/ or in data_path itself.
+        name: "" for folders, else a data set of timm's factory (torch/cifar10, wds/..., hfds/...) kept in data_path.
+        split: the factory's split, default train or validation.
+    Raises:
+        UserError: something is missing or empty; the message says what was expected where.
+    """
+    if name:
+        return _timm_dataset(name, data_path, train, split)
+    root = Path(data_path) / ("train" if train else "val")
+    if not Path(data_path).is_dir():
+        raise UserError(f"--data_path {data_path}: no such folder")
+    if not labelled and not root.is_dir() and len(flat := UnlabelledImages(Path(data_path))):
+        return flat
+    if not root.is_dir():
+        raise UserError(f"--data_path {data_path}: has no folder {root.name}/, expected {root}/<class>/<image>")
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        flat = UnlabelledImages(root)
+        if labelled and len(flat):
+            raise UserError(f"{root}: has {len(flat)} images but no class folders, expected {root}/<class>/<image>")
+        if not len(flat):
+            raise UserError(f"{root}: has no class folders and no images, expected {root}/<class>/<image>")
+        return flat
+    dataset = ImageFolder(str(root), allow_empty=True)
+    used = {target for _, target in dataset.samples}
+    empty = [c for c, target in dataset.class_to_idx.items() if target not in used]
+    if empty:
+        raise UserError(f"{root / empty[0]}: class folder without images ({len(empty)} of {len(classes)} classes)")
+    return dataset
+
+
+def _timm_dataset(name: str, root: str, train: bool, split: str) -> Any:
+    split = split or ("train" if train else "validation")
+    try:
+        with on_main_first():
+            # Training streams shuffle and shard by themselves; the transform is applied by the loader.
+            return create_dataset(
+                name, root=root, split=split, is_training=train, download=name.startswith("torch/"), batch_size=1
+            )
+    except Exception as error:  # the factory and its back ends raise many types
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"--dataset {name}: split {split} cannot be read from --data_path {root} ({reason})") from error
+
+
+def check_classes(train: Any, val: Any, nb_classes: int) -> None:
+    """Compare the class folders of two data sets with each other and with the classifier.
+
+    Raises:
+        UserError: there are more classes than outputs, or the same index would mean different classes.
+    """
+    classes = [getattr(dataset, "classes", None) for dataset in (train, val)]
+    if classes[0] and len(classes[0]) > nb_classes:
+        raise UserError(f"--nb_classes {nb_classes}: the training images have {len(classes[0])} classes")
+    if classes[0] and classes[1] and classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))
+        raise UserError(f"{val.root}: its class folders differ from the training ones, first {odd[0]}")
+
+
+# ---- transforms
+
+
+class RandomResizedCrop(transforms.RandomResizedCrop):
+    """torchvision's crop with a single attempt: a box too large is clipped to the image, never redrawn."""
+
+    @staticmethod
+    def get_params(img: Any, scale: list[float], ratio: list[float]) -> tuple[int, int, int, int]:
+        width, height = img.size
+        area = width * height * torch.empty(1).uniform_(scale[0], scale[1]).item()
+        log_ratio = torch.log(torch.tensor(ratio))
+        aspect = torch.exp(torch.empty(1).uniform_(float(log_ratio[0]), float(log_ratio[1]))).item()
+        w = min(round(math.sqrt(area * aspect)), width)
+        h = min(round(math.sqrt(area / aspect)), height)
+        i = int(torch.randint(0, height - h + 1, (1,)))
+        j = int(torch.randint(0, width - w + 1, (1,)))
+        return i, j, h, w
+
+
+def _posterize(img: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """Keeping 0 bits gives black, as Pillow computed before version 13 refused it."""
+    return posterize(img, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(img.mode, img.size)
+
+
+def tensor_and_normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD) -> list[Callable]:
+    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+
+
+def probe_transform(input_size: int = 224) -> transforms.Compose:
+    """Training transform of linear probing: one-attempt crop of 8-100 % and a flip."""
+    crop = RandomResizedCrop(input_size, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tensor_and_normalize()])
+
+
+def finetune_transform(
+    input_size: int,
+    color_jitter: float | None = None,
+    aa: str | None = "rand-m9-mstd0.5-inc1",
+    reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
+) -> Any:
+    """timm's training transform: crop, flip, RandAugment, normalise, random erasing."""
+    transform: Any = create_transform(
+        input_size=input_size,
+        is_training=True,
+        color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
+        auto_augment=aa or None,
+        interpolation="bicubic",
+        re_prob=reprob,
+        re_mode=remode,
+        re_count=recount,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    for step in transform.transforms:
+        ops = getattr(step, "ops", None) or [op for policy in getattr(step, "policy", []) for op in policy]
+        for op in ops:
+            if isinstance(op, AugmentOp) and op.aug_fn is posterize:
+                op.aug_fn = _posterize
+    return transform
+
+
+def eval_transform(input_size: int = 224) -> transforms.Compose:
+    """Shorter side to input_size / 0.875 (to input_size above 224), centre crop, normalise."""
+    shorter = int(input_size / (224 / 256)) if input_size <= 224 else input_size
+    resize = transforms.Resize(shorter, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(input_size), *tensor_and_normalize()])
+
+
+# ---- batches
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators by key, and restore them afterwards."""
+    words = np.random.SeedSequence(key).generate_state(3)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from it
+    random.seed(int(words[0]))
+    np.random.seed(words[1])  # noqa: NPY002
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+class Sample(NamedTuple):
+    image: Any  # None: unreadable
+    target: int
+    problems: list[str]  # "path: reason" of unreadable images met on the way
+
+
+class _Samples(Dataset):
+    """Decoded, augmented samples; keys are (epoch, index), and random draws depend on (seed, epoch, index)."""
+
+    def __init__(self, base: Any, transform: Callable, seed: int, replace_bad: bool):
+        self.base, self.transform, self.seed, self.replace_bad = base, transform, seed, replace_bad
+
+    def _decode(self, index: int) -> tuple[Image.Image, int]:
+        reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
+        if reader is None:
+            return self.base[index]
+        image, target = reader[index]
+        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"), target
+
+    def _name(self, index: int) -> str:
+        samples = getattr(self.base, "samples", None)
+        return samples[index][0] if samples else f"image {index} of {type(self.base).__name__}"
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, first = key
+        problems: list[str] = []
+        for index in range(first, first + (MAX_BAD_IN_A_ROW if self.replace_bad else 1)):
+            index %= len(self.base)
+            try:
+                image, target = self._decode(index)
+            except Exception as error:  # Pillow raises many types for damaged files
+                reason = " ".join(str(error).split()) or type(error).__name__
+                problems.append(f"{self._name(index)}: unreadable image ({reason})")
+                continue
+            with seeded(self.seed, epoch, first):
+                return Sample(self.transform(image), target, problems)
+        return Sample(None, -1, problems)
+
+
+class _Stream(IterableDataset):
+    """Augmented samples of a data set that can only be read in sequence; seeds count samples per worker."""
+
+    def __init__(self, base: Any, transform: Callable, seed: int):
+        self.base, self.transform, self.seed, self.epoch = base, transform, seed, 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        for count, (image, target) in enumerate(self.base):
+            with seeded(self.seed, self.epoch, rank(), worker.id if worker else 0, count):
+                yield Sample(self.transform(image), target, [])
+
+
+class _EpochSampler(DistributedSampler):
+    """DistributedSampler that yields (epoch, index) and can start inside an epoch."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.first, None))
+
+
+def _collate(samples: list[Sample]) -> tuple[Any, Tensor, list[str]]:
+    problems = [problem for sample in samples for problem in sample.problems]
+    readable = [sample for sample in samples if sample.image is not None]
+    images = default_collate([sample.image for sample in readable]) if readable else None
+    return images, torch.tensor([sample.target for sample in readable]), problems
+
+
+def _ignore_signals(_worker: int) -> None:
+    """A Ctrl-C or a scheduler's SIGTERM reaches the whole process group; the main process ends the workers."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class Loader:
+    """Batches (images, targets) on the device, for training or evaluation.
+
+    Training: order and augmentation of an epoch depend on (seed, epoch, index) alone, not on workers or history; the
+    last incomplete batch is dropped. Evaluation: in order; each image exactly once over all ranks if `distributed`.
+    Args:
+        batch_size: per process.
+        bad_images: "stop" raises on an unreadable image; "skip" takes the next one (training) or leaves it out
+            (evaluation), and counts.
+        accum_iter: a stop signal waits for the end of an update of that many batches.
+    Raises:
+        UserError: the training images do not fill one batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Callable,
+        batch_size: int,
+        device: torch.device,
+        train: bool = True,
+        distributed: bool = True,
+        seed: int = 0,
+        num_workers: int = 4,
+        pin_mem: bool = True,
+        bad_images: str = "stop",
+        accum_iter: int = 1,
+    ):
+        self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
+        self.batch_size = batch_size
+        self.images = len(dataset)
+        self.bad: list[str] = []  # unreadable images met so far, by this rank
+        sampler: Any = None
+        if isinstance(dataset, IterableDataset):
+            samples: Dataset = _Stream(dataset, transform, seed)
+        else:
+            samples = _Samples(dataset, transform, seed, replace_bad=train and bad_images == "skip")
+            if train:
+                sampler = _EpochSampler(dataset, world_size(), rank(), shuffle=True, seed=seed)
+            else:
+                sampler = [(0, i) for i in range(rank() if distributed else 0, len(dataset), self._shards(distributed))]
+        self.sampler = sampler
+        self.loader = DataLoader(
+            samples,
+            batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=pin_mem and device.type == "cuda",
+            drop_last=train,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # keeps the loader's own draws out of the model's
+            persistent_workers=num_workers > 0 and sampler is not None,
+        )
+        if train and len(self) == 0:
+            raise UserError(
+                f"--batch_size {batch_size}: {len(dataset)} training images do not fill one batch on each of "
+                f"{world_size()} processes"
+            )
+        if train and len(self) % accum_iter and len(self) < accum_iter:
+            raise UserError(f"--accum_iter {accum_iter}: an epoch has only {len(self)} batches, no update would happen")
+
+    @staticmethod
+    def _shards(distributed: bool) -> int:
+        return world_size() if distributed else 1
+
+    def __len__(self) -> int:
+        """Batches per epoch and rank."""
+        if self.sampler is None:  # a stream is split over the ranks by its reader
+            own = self.images // world_size()
+            return own // self.batch_size if self.train else -(-own // self.batch_size)
+        own = len(self.sampler)
+        return own // self.batch_size if self.train else -(-own // self.batch_size)
+
+    def start(self, images: int) -> int:
+        """The batch of an epoch at which a run continues after `images` images of it (over all ranks)."""
+        if self.sampler is None and images:
+            log("a streamed data set cannot be entered inside an epoch; starting the epoch anew")
+            return 0
+        step, rest = divmod(images, self.batch_size * world_size())
+        if rest or step % self.accum_iter:
+            log(f"{images} images are no whole number of updates of this run; continuing at the one before")
+        return min(step - step % self.accum_iter, len(self))
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from number `start` on.
+
+        Raises:
+            UserError: an image is unreadable and bad_images is "stop".
+            Stopped: a stop signal arrived; raised where an update is complete.
+        """
+        if isinstance(self.sampler, _EpochSampler):
+            self.sampler.set_epoch(epoch)
+            self.sampler.first = start * self.batch_size
+        elif isinstance(self.loader.dataset, _Stream):
+            self.loader.dataset.epoch = epoch
+            if hasattr(self.loader.dataset.base, "set_epoch"):
+                self.loader.dataset.base.set_epoch(epoch)
+        for step, (images, targets, problems) in enumerate(self.loader, start):
+            fatal = bool(problems) and (self.bad_images == "stop" or (self.train and len(targets) < self.batch_size))
+            if self.train:
+                signum, anywhere = agree(fatal)
+                if signum and step % self.accum_iter == 0:
+                    raise Stopped(signum)
+                if anywhere and not fatal:
+                    raise UserError("another process met an unreadable image")
+            if fatal:
+                raise UserError(f"{problems[-1]}; --bad_images skip goes on without it")
+            for problem in problems:
+                if problem not in self.bad:
+                    self.bad.append(problem)
+                    log(f"{problem}: skipped, {len(self.bad)} so far")
+            if images is not None:
+                yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+
+def _loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:
+    return Loader(
+        dataset,
+        transform,
+        args.batch_size,
+        device,
+        num_workers=args.num_workers,
+        pin_mem=args.pin_mem,
+        bad_images=args.bad_images,
+        **kwargs,
+    )
+
+
+def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device) -> Loader:
+    """Training batches of the flags; labels are not needed."""
+    images = image_dataset(args.data_path, True, labelled=False, name=args.dataset, split=args.train_split)
+    return _loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter)
+
+
+def supervised_loaders(
+    args: argparse.Namespace, transform: Callable, val_transform: Callable, device: torch.device
+) -> tuple[Loader, Loader]:
+    """Training and validation batches of the flags, whose classes agree."""
+    train = image_dataset(args.data_path, True, name=args.dataset, split=args.train_split)
+    val = image_dataset(args.data_path, False, name=args.dataset, split=args.val_split)
+    check_classes(train, val, args.nb_classes)
+    return (
+        _loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),
+        _loader(args, val, val_transform, device, train=False, distributed=args.dist_eval),
+    )

@@ -1,0 +1,222 @@
+"""Checkpoints: written atomically by rank 0, loaded without executing anything, resumed to the exact step."""
+
+import argparse
+import contextlib
+import math
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from common.distributed.metrics import EpochLog
+from common.distributed.process import Exit, NonFinite, UserError, is_main, log, world_size
+
+# What released checkpoints hold besides tensors and plain Python values: their parsed flags and NumPy scalars.
+SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+]
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read a checkpoint file or https address as tensors and plain values.
+
+    Raises:
+        UserError: it is missing, damaged, not a checkpoint, or needs code to be executed.
+    """
+    if path.startswith(("http://", "https://")):
+        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(path).name
+        try:
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(path, str(target), progress=is_main())
+        except OSError as error:
+            raise UserError(f"{path}: download failed ({error})") from error
+        path = str(target)
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder, expected a checkpoint file") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: no permission to read it") from error
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it would execute {code[1]}; refused" if code else "not a checkpoint"
+        raise UserError(f"{path}: {why}{_others(path)}") from error
+    except Exception as error:  # torch reports a damaged file by many types
+        raise UserError(f"{path}: truncated or not a checkpoint{_others(path)}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict with the key 'model'")
+    return state
+
+
+def _others(path: str) -> str:
+    """Names the newest other checkpoint beside a damaged one."""
+    others = [p for p in Path(path).parent.glob("checkpoint*.pth") if p != Path(path) and p.stat().st_size]
+    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
+    return f"; the newest other checkpoint is {newest}" if newest else ""
+
+
+def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
+    """One line on a non-strict load: how many tensors matched, and the others by module."""
+
+    def summary(keys: list[str]) -> str:
+        modules = Counter(key.split(".")[0] for key in keys)
+        return ", ".join(f"{m} ({n})" if n > 1 else m for m, n in modules.items()) or "none"
+
+    return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
+
+
+def find_checkpoint(folder: str, resume: str) -> str:
+    """The file to continue from: the explicit `resume`, else an existing checkpoint.pth in folder, else ''."""
+    own = Path(folder) / "checkpoint.pth"
+    return resume or (str(own) if folder and own.exists() else "")
+
+
+def load_weights(model: torch.nn.Module, path: str) -> dict[str, Any]:
+    """Load the key 'model' of a checkpoint strictly, and return the whole checkpoint.
+
+    Raises:
+        UserError: the file is damaged or its weights are not the model's.
+    """
+    state = load(path)
+    if "model" not in state:
+        raise UserError(f"{path}: has no key 'model', expected a checkpoint of this script")
+    _restore(model, state["model"], path, "model")
+    return state
+
+
+def _restore(part: Stateful, state: dict[str, Any], path: str, key: str) -> None:
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: '{key}' does not fit this run: {detail}") from error
+
+
+@dataclass
+class Position:
+    """Where a run stands: the epoch to train next, the images of it already seen by all ranks, sums of its meters."""
+
+    epoch: int = 0
+    images: int = 0
+    meters: dict[str, list[float]] | None = None
+
+
+class Checkpoint:
+    """The files checkpoint.pth, checkpoint-previous.pth and checkpoint-<epoch>.pth of a run.
+
+    A file is written under another name, flushed and renamed, so an interrupted write costs nothing. The one that
+    checkpoint.pth replaces stays as checkpoint-previous.pth.
+    Args:
+        args: the run's flags, stored as a dict.
+        parts: objects with state_dict(), by the key under which upstream stores them (model, optimizer, scaler, ...).
+    """
+
+    def __init__(self, folder: str, args: argparse.Namespace, **parts: Stateful):
+        self.folder = Path(folder)
+        self.args = args
+        self.parts = parts
+        if folder and is_main():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / ".writable").touch()
+                (self.folder / ".writable").unlink()
+            except OSError as error:
+                raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+
+    def save(self, position: Position, name: str = "checkpoint.pth", numbered: bool = False) -> None:
+        """Write the run's state (rank 0). `epoch` in the file is the last complete one, as upstream.
+
+        Args:
+            numbered: also keep it as checkpoint-<epoch>.pth.
+        Raises:
+            UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        if not is_main():
+            return
+        state = {key: part.state_dict() for key, part in self.parts.items()}
+        state |= {"epoch": position.epoch - 1, "args": vars(self.args)}
+        state |= {"images": position.images, "meters": position.meters or {}}
+        names = [name] + ([f"checkpoint-{position.epoch - 1}.pth"] if numbered else [])
+        for target in (self.folder / n for n in names):
+            temporary = target.with_suffix(".tmp")
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if target.name == "checkpoint.pth":
+                    self._keep_previous(target)
+                os.replace(temporary, target)
+            except (OSError, RuntimeError) as error:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+                raise UserError(f"{target}: cannot be written ({why}); earlier checkpoints are intact") from error
+
+    def _keep_previous(self, target: Path) -> None:
+        """Give the file that is about to be replaced a second name; without hard links nothing is kept."""
+        link = self.folder / "previous.tmp"
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
+            os.link(target, link)
+            os.replace(link, self.folder / "checkpoint-previous.pth")
+
+    @contextlib.contextmanager
+    def on_exit(self, epoch: int, epoch_log: EpochLog, images_per_step: int) -> Iterator[None]:
+        """Save the position inside an epoch when an `Exit` ends it; resuming redoes nothing but the last update."""
+        try:
+            yield
+        except Exit as end:
+            bad = isinstance(end, NonFinite)
+            step = epoch_log.boundary(end.step if bad else math.inf)
+            name = "checkpoint-nonfinite.pth" if bad else "checkpoint.pth"
+            self.save(Position(epoch, step * images_per_step, epoch_log.sums(step)), name)
+            log(f"saved epoch {epoch}, step {step} as {self.folder / name}; --resume continues from this step")
+            raise
+
+    def resume(self, path: str, start_epoch: int = 0) -> Position:
+        """Restore all parts from a file of ours or of upstream; an empty path starts anew at start_epoch.
+
+        Raises:
+            UserError: the file is damaged or does not fit the model.
+        """
+        if not path:
+            return Position(start_epoch)
+        model, optimizer = self.parts["model"], self.parts.get("optimizer")
+        assert isinstance(model, torch.nn.Module)
+        state = load_weights(model, path)
+        complete = "optimizer" in state and "epoch" in state
+        if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice
+            for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
+                group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
+        for key, part in self.parts.items():
+            if complete and key != "model" and key in state:
+                _restore(part, state[key], path, key)
+        if not complete:
+            log(f"resumed weights only from {path}")
+            return Position(start_epoch)
+        position = Position(state["epoch"] + 1, state.get("images", 0), state.get("meters"))
+        log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")
+        return position

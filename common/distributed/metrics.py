@@ -1,0 +1,192 @@
+"""Meters that never stall the device, progress on the console, log.txt and TensorBoard."""
+
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.distributed.process import NonFinite, all_sum, is_main, log, world_size
+
+Batch = TypeVar("Batch")
+WINDOW = 20  # steps of the running median, as upstream
+
+
+class RunLog:
+    """log.txt (one JSON object per epoch) and TensorBoard events in a run's folder; rank 0 writes.
+
+    Lines of epochs that will be trained again, from start_epoch on, are dropped.
+    """
+
+    def __init__(self, folder: str, start_epoch: int = 0):
+        self.writer = None
+        self.path = Path(folder) / "log.txt"
+        if not folder or not is_main():
+            return
+        from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
+
+        self.writer = SummaryWriter(folder, purge_step=start_epoch * 1000 if start_epoch else None)
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _epoch_of(line) < start_epoch]
+            if kept != lines:
+                self.path.write_text("".join(kept))
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """TensorBoard scalars by tag."""
+        if self.writer is not None:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+
+    def epoch(self, stats: dict[str, Any]) -> None:
+        """Append one line to log.txt; numbers that JSON cannot hold become null."""
+        if self.writer is not None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(finite) + "\n")
+            self.writer.flush()
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a torn line: drop it
+
+
+class EpochLog:
+    """The meters and the progress display of one epoch.
+
+    Values stay on the device until the next report: every `print_freq` steps, and every step on a CPU, where reading
+    costs nothing. Reports are collective.
+    Args:
+        header: such as "Epoch: [3]".
+        total: steps of the epoch. images: images per step and process, for the rate.
+        run_log, tags: TensorBoard scalars to write per update, {value name: tag}, at step int(1000 * fractional epoch).
+        start, sums: position to continue from, and the sums there (`Position`).
+    """
+
+    def __init__(
+        self,
+        header: str,
+        total: int,
+        images: int,
+        device: torch.device,
+        print_freq: int = 20,
+        run_log: RunLog | None = None,
+        tags: dict[str, str] | None = None,
+        epoch: int = 0,
+        start: int = 0,
+        sums: dict[str, list[float]] | None = None,
+    ):
+        self.header, self.total, self.images, self.device = header, total, images, device
+        self.print_freq, self.run_log, self.tags, self.epoch, self.start = print_freq, run_log, tags or {}, epoch, start
+        self._boundaries = [start]  # micro-steps done when an update was complete
+        self._earlier = {k: list(v) for k, v in (sums or {}).items()}
+        self._totals = {k: list(v) for k, v in self._earlier.items()}  # running sum and count by name
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._records: list[tuple[int, dict[str, float]]] = []
+        self._text = ""
+
+    def update(self, step: int, updated: bool = True, **values: Tensor | float | None) -> None:
+        """Record micro-step `step`; None values count for nothing. `updated`: it completed an optimizer update."""
+        present = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items() if v is not None}
+        self._pending.append((step, present))
+        if updated:
+            self._boundaries.append(step + 1)
+
+    def _flush(self) -> None:
+        """Read the pending values in one transfer, write TensorBoard, stop on a non-finite one."""
+        pending, self._pending = self._pending, []
+        tensors = [v for _, values in pending for v in values.values() if isinstance(v, Tensor)]
+        numbers = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
+        fresh = [
+            (step, {k: next(numbers) if isinstance(v, Tensor) else float(v) for k, v in values.items()})
+            for step, values in pending
+        ]
+        self._records += fresh
+        for step, values in fresh:
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise NonFinite(step, name.replace("_", " "), value)
+            _add(self._totals, values)
+        if self.run_log is not None and self.tags and fresh:
+            steps = [(step, values) for step, values in fresh if self.tags.keys() <= values.keys()]
+            means = iter(all_sum([values[name] for _, values in steps for name in self.tags]))
+            for step, _ in steps:
+                scalars = {tag: next(means) / world_size() for tag in self.tags.values()}
+                self.run_log.scalars(scalars, int((step / self.total + self.epoch) * 1000))
+
+    def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Number the batches from `start` on and report while they are consumed."""
+        terminal = sys.stderr.isatty() and is_main()
+        bar = tqdm(total=self.total, initial=self.start, desc=self.header, disable=not terminal, dynamic_ncols=True)
+        begun = last = time.perf_counter()
+        waited = 0.0
+        for step, batch in enumerate(batches, self.start):
+            waited += time.perf_counter() - last
+            yield step, batch
+            report = (step + 1) % self.print_freq == 0 or step + 1 == self.total
+            if report or self.device.type == "cpu":
+                self._flush()
+            last = time.perf_counter()
+            if report or terminal:
+                done = step + 1 - self.start
+                seconds = (last - begun) / done
+                self._text = self._describe(seconds, waited / done)
+                if report and not terminal:
+                    eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step - 1)))
+                    log(f"{self.header}  [{step + 1}/{self.total}]  eta: {eta}  {self._text}")
+            bar.set_postfix_str(self._text, refresh=False)
+            bar.update()
+        bar.close()
+        self._flush()
+
+    def _describe(self, seconds: float, data: float) -> str:
+        parts = []
+        window = [values for _, values in self._records[-WINDOW:]]
+        for name, (total, count) in self._totals.items():
+            recent = [values[name] for values in window if name in values]
+            if recent and name == "lr":
+                parts.append(f"lr: {recent[-1]:.6f}")
+            elif recent:
+                parts.append(f"{name}: {statistics.median(recent):.4f} ({total / count:.4f})")
+        parts.append(f"{self.images * world_size() / seconds:.1f} images/s  time: {seconds:.4f}  data: {data:.4f}")
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        parts.append(f"max mem: {memory:.0f} MB")
+        return "  ".join(parts)
+
+    def boundary(self, step: float = math.inf) -> int:
+        """The last position at or before `step` (of the epoch) at which an update was complete."""
+        return max(b for b in self._boundaries if b <= step)
+
+    def sums(self, before: int) -> dict[str, list[float]]:
+        """Sum and count of every value over the steps before `before`, on this rank."""
+        totals = {k: list(v) for k, v in self._earlier.items()}
+        for step, values in self._records:
+            if step < before:
+                _add(totals, values)
+        return totals
+
+    def means(self) -> dict[str, float]:
+        """Mean of every value over the epoch's steps and all ranks. Collective."""
+        totals = all_sum([x for pair in self._totals.values() for x in pair])
+        return {name: totals[2 * i] / totals[2 * i + 1] for i, name in enumerate(self._totals)}
+
+
+def _add(totals: dict[str, list[float]], values: dict[str, float]) -> None:
+    for name, value in values.items():
+        pair = totals.setdefault(name, [0.0, 0.0])
+        pair[0] += value
+        pair[1] += 1

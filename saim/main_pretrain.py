@@ -1,0 +1,133 @@
+"""SAIM pre-training. Recipes of the paper's rows: scripts/saim_*.sh."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torchvision import transforms
+
+from common import datasets, distributed, lr_decay, lr_sched
+from saim.engine_pretrain import train_one_epoch
+from saim.models_saim import MODELS, SaimViT
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("SAIM pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=800, type=int)
+    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model", default="saim_base", choices=MODELS)
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--query_depth", default=12, type=int, help="decoder blocks")
+    p.add_argument("--share_weight", action="store_true", help="the decoder uses the encoder's blocks")
+    p.add_argument("--prediction_head_type", default="MLP", type=str, help="MLP or LINEAR")
+    p.add_argument("--gaussian_kernel_size", default=None, type=int, help="side of the target's blur, odd")
+    p.add_argument("--gaussian_sigma", default=None, type=float, help="its sigma; without both there is no blur")
+    p.add_argument("--loss_type", default="L2", type=str, help="L1 or L2")
+    p.add_argument("--norm_pix_loss", action="store_true", help="standardise each target patch")
+    p.add_argument("--order", default="random", choices=["random", "raster"], help="order of prediction")
+    # ---- optimizer
+    p.add_argument("--weight_decay", default=0.05, type=float, help="paper: 0.5")
+    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
+    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
+    p.add_argument("--blr", default=2e-4, type=float, help="lr = blr * images per update / 256")
+    p.add_argument("--min_lr", default=0.0, type=float)
+    p.add_argument("--warmup_epochs", default=30, type=int)
+    # ---- data, files, process
+    datasets.add_flags(p, pin_mem=False)
+    p.add_argument("--output_dir", default="./pretrain/saim_base", help="checkpoints, log.txt, TensorBoard")
+    p.add_argument("--save_freq", default=100, type=int, help="epochs between the numbered checkpoints that are kept")
+    distributed.add_flags(p)
+    return p
+
+
+def pretrain_transform(input_size: int) -> transforms.Compose:
+    """Random crop of 20-100 % of the image, bicubic, and a flip."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=bicubic)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
+
+
+def build_model(args: argparse.Namespace) -> SaimViT:
+    """The network of the flags; raises UserError for values that do not fit together."""
+    if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
+        distributed.log("WARNING: no blur; it needs both --gaussian_kernel_size and --gaussian_sigma")
+    try:
+        return MODELS[args.model](
+            img_size=args.input_size,
+            query_depth=args.query_depth,
+            share_weight=args.share_weight,
+            prediction_head_type=args.prediction_head_type,
+            gaussian_kernel_size=args.gaussian_kernel_size,
+            gaussian_sigma=args.gaussian_sigma,
+            loss_type=args.loss_type,
+            norm_pix_loss=args.norm_pix_loss,
+            token_order=args.order,
+            **({} if args.patch_size is None else {"patch_size": args.patch_size}),
+        )
+    except ValueError as error:
+        raise distributed.UserError(f"--model {args.model}: {error}") from error
+
+
+def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW on two groups, without and with weight decay; the class token is decayed."""
+    groups = lr_decay.decay_groups(model, args.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # upstream main_pretrain.py
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    # ---- data
+    loader = datasets.pretrain_loader(args, pretrain_transform(args.input_size), device)
+    # ---- model
+    model = build_model(args).to(device)
+    if model.idle_blocks:
+        distributed.log(f"WARNING: the last {model.idle_blocks} encoder blocks are not trained at this --query_depth")
+    net = distributed.wrap(model, device, args.compile, find_unused=model.idle_blocks > 0)
+    # ---- optimizer
+    images_per_step = args.batch_size * distributed.world_size()
+    lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
+    optimizer = build_optimizer(args, model, lr)
+    schedule = partial(
+        lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
+    )
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
+    distributed.log(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {updater.dtype}; "
+        f"{loader.images} images, {images_per_step * args.accum_iter} per update, lr {lr:.2e}"
+    )
+    # ---- loop
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model=model, optimizer=optimizer, scaler=updater.scaler)
+    position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
+    run_log = distributed.RunLog(args.output_dir, position.epoch)
+    for epoch in range(position.epoch, args.epochs):
+        epoch_log = distributed.EpochLog(
+            f"Epoch: [{epoch}]",
+            len(loader),
+            args.batch_size,
+            device,
+            run_log=run_log,
+            tags={"loss": "train_loss", "lr": "lr"},
+            epoch=epoch,
+            start=loader.start(position.images),
+            sums=position.meters,
+        )
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+            stats = train_one_epoch(net, loader, updater, schedule, epoch_log, args.seed)
+        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
+        position = distributed.Position(epoch + 1)
+        last = position.epoch == args.epochs
+        checkpoint.save(position, numbered=last or epoch % args.save_freq == 0)
+    distributed.log(f"{args.epochs} epochs done; checkpoint.pth and log.txt are in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
