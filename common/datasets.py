@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
 from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.dataset_factory import create_dataset
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, get_worker_info
 from torchvision import transforms
@@ -285,6 +287,13 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def _end_workers(iterators: list[Any]) -> None:
+    """Workers that ignore SIGTERM must be told to end before the interpreter waits for them."""
+    for iterator in iterators:
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+
 class Loader:
     """Batches (images, targets) on the device, for training or evaluation.
 
@@ -325,7 +334,8 @@ class Loader:
             if train:
                 sampler = _EpochSampler(dataset, world_size(), rank(), shuffle=True, seed=seed)
             else:
-                sampler = [(0, i) for i in range(rank() if distributed else 0, len(dataset), self._shards(distributed))]
+                first, shards = (rank(), world_size()) if distributed else (0, 1)
+                sampler = [(0, index) for index in range(first, self.images, shards)]
         self.sampler = sampler
         self.loader = DataLoader(
             samples,
@@ -339,24 +349,20 @@ class Loader:
             generator=torch.Generator(),  # keeps the loader's own draws out of the model's
             persistent_workers=num_workers > 0 and sampler is not None,
         )
+        self._running: list[Any] = []  # the iterator whose workers are alive
+        weakref.finalize(self, _end_workers, self._running)
         if train and len(self) == 0:
             raise UserError(
-                f"--batch_size {batch_size}: {len(dataset)} training images do not fill one batch on each of "
+                f"--batch_size {batch_size}: {self.images} training images do not fill one batch on each of "
                 f"{world_size()} processes"
             )
-        if train and len(self) % accum_iter and len(self) < accum_iter:
+        if train and len(self) < accum_iter:
             raise UserError(f"--accum_iter {accum_iter}: an epoch has only {len(self)} batches, no update would happen")
-
-    @staticmethod
-    def _shards(distributed: bool) -> int:
-        return world_size() if distributed else 1
 
     def __len__(self) -> int:
         """Batches per epoch and rank."""
-        if self.sampler is None:  # a stream is split over the ranks by its reader
-            own = self.images // world_size()
-            return own // self.batch_size if self.train else -(-own // self.batch_size)
-        own = len(self.sampler)
+        # A stream is split over the ranks by its reader.
+        own = self.images // world_size() if self.sampler is None else len(self.sampler)
         return own // self.batch_size if self.train else -(-own // self.batch_size)
 
     def start(self, images: int) -> int:
@@ -383,7 +389,8 @@ class Loader:
             self.loader.dataset.epoch = epoch
             if hasattr(self.loader.dataset.base, "set_epoch"):
                 self.loader.dataset.base.set_epoch(epoch)
-        for step, (images, targets, problems) in enumerate(self.loader, start):
+        self._running[:] = [iter(self.loader)]
+        for step, (images, targets, problems) in enumerate(self._running[0], start):
             fatal = bool(problems) and (self.bad_images == "stop" or (self.train and len(targets) < self.batch_size))
             if self.train:
                 signum, anywhere = agree(fatal)

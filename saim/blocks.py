@@ -3,6 +3,7 @@
 Legend: N batch, T tokens, L patches, D width, H heads, d = D / H.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -100,7 +101,7 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
-        norm_layer=LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)

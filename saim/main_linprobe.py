@@ -49,8 +49,9 @@ def add_probe(model: VisionTransformer) -> nn.Sequential:
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     norm = nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6)  # statistics of each process's own images
-    model.head = nn.Sequential(norm, model.head)
-    return model.head
+    head = nn.Sequential(norm, model.head)
+    model.head = head
+    return head
 
 
 def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> torch.optim.SGD:

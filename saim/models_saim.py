@@ -12,6 +12,7 @@ Legend: N batch, H W pixels, p patch side, L patches, T = L + 1 tokens, D width,
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class SaimViT(nn.Module):
         num_heads: int = 16,
         drop_path_rate: float = 0.0,
         mlp_ratio: float = 4.0,
-        norm_layer=LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
         query_depth: int = 12,
         share_weight: bool = False,
         prediction_head_type: str = "MLP",

@@ -3,6 +3,9 @@
 Legend: N batch, L patches, T = L + 1 tokens, D width, H heads, K classes.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +22,9 @@ class VisionTransformer(nn.Module):
         num_classes: K; 0 leaves features.
     """
 
+    norm: nn.Module
+    fc_norm: nn.Module
+
     def __init__(
         self,
         img_size: int = 224,
@@ -33,7 +39,7 @@ class VisionTransformer(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer=LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
         global_pool: bool = False,
     ):
         super().__init__()
@@ -47,7 +53,7 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
         if not global_pool:
             self.norm = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         if global_pool:
             self.fc_norm = norm_layer(embed_dim)
         self.blocks = nn.ModuleList(
@@ -92,7 +98,7 @@ class VisionTransformer(nn.Module):
         x = self.embed(imgs)
         for block in self.blocks[:index]:
             x = block(x)
-        block = self.blocks[index]
+        block = cast(Block, self.blocks[index])
         x = block.norm1(x)
         return block.attn(x, x, x, return_attention=True)
 

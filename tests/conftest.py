@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ torch.set_num_threads(2)
 def digits(tmp_path_factory) -> str:
     """48 training and 20 validation images of handwritten digits as an ImageFolder."""
     root = tmp_path_factory.mktemp("digits")
-    data = load_digits()
+    data: Any = load_digits()
     for split, first, last in (("train", 0, 48), ("val", 48, 68)):
         for i in range(first, last):
             # Classes are dealt in turn, so that both splits show all ten.

@@ -1,5 +1,7 @@
 """The pre-training network against the authors' numbers, and its properties."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -176,7 +178,14 @@ def test_seeded_initialisation(path):
 
 def small(**kwargs) -> SaimViT:
     torch.manual_seed(0)
-    sizes = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "query_depth": 2}
+    sizes: dict[str, Any] = {
+        "img_size": 24,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 4,
+        "num_heads": 2,
+        "query_depth": 2,
+    }
     return SaimViT(**{**sizes, **kwargs}).eval()
 
 

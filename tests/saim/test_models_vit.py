@@ -1,5 +1,7 @@
 """The downstream ViT against the authors' numbers, and the loading of pre-trained encoders."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,7 +77,7 @@ def test_presets_have_upstreams_keys_and_sizes(path):
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == preset["params_trainable"], name
 
 
-SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
 
 
 def test_load_pretrained__resizes_positions():

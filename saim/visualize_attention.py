@@ -1,0 +1,164 @@
+"""Attention maps of SAIM encoders: image | map of --compare | map of --checkpoint, as in the README's figure.
+
+A map is one query's row of a block's attention matrix over the patches, without masks, stretched to its own range.
+During pre-training the class token attends to itself only, so its row then shows what training left unconstrained.
+
+Legend: N images, H heads, G x G patches, T = 1 + G² tokens, p patch side.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common import distributed
+from saim import figures
+from saim.models_vit import MODELS, VisionTransformer, load_encoder
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("SAIM attention maps", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    # ---- model
+    p.add_argument("--model", default="vit_base_patch16", choices=MODELS)
+    p.add_argument("--checkpoint", default="./pretrain/saim_base/checkpoint.pth", help="of any SAIM script")
+    p.add_argument("--compare", default="", help="a second checkpoint, drawn to the left of the first")
+    p.add_argument("--names", nargs="+", default=[], help="titles of the maps from left to right; default: the files")
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    # ---- map
+    p.add_argument("--layer", default=-1, type=int, help="block, from 0, or from the end: -1 is the last")
+    p.add_argument("--query", default="cls", help="cls, mean (over all patches), or a patch's index, row by row from 0")
+    p.add_argument("--heads", default="mean", help="mean, or a head's index")
+    p.add_argument("--save_npy", action="store_true", help="also save the maps before stretching, (maps, G, G) each")
+    p.add_argument("--columns", default=3, type=int, help="images per row of the overview")
+    # ---- images, files, process
+    figures.add_flags(p)
+    p.add_argument("--seed", default=0, type=int, help="of the choice of images")
+    return p
+
+
+def _index(name: str, value: str | int, size: int, words: str) -> int:
+    try:
+        return range(size)[int(value)]
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{name} {value}: expected {words} or an index from 0 to {size - 1}") from error
+
+
+def attention_map(attention: Tensor, query: str | int = "cls", heads: str | int = "mean") -> Tensor:
+    """The attention that a query pays to every patch.
+
+    Args:
+        attention: (N, H, T, T), softmax over the last axis, class token first.
+        query: "cls", "mean" (over the patches as queries), or a patch's index.
+        heads: "mean", or a head's index.
+    Returns:
+        (N, G, G), row by row; what the class token receives is left out.
+    Raises:
+        ValueError: there is no such query or head.
+    """
+    if heads == "mean":
+        attention = attention.mean(dim=1)
+    else:
+        attention = attention[:, _index("heads", heads, attention.shape[1], "mean")]
+    if query == "cls":
+        row = attention[:, 0, 1:]
+    elif query == "mean":
+        row = attention[:, 1:, 1:].mean(dim=1)
+    else:
+        row = attention[:, 1 + _index("query", query, attention.shape[1] - 1, "cls, mean"), 1:]
+    return row.unflatten(1, (round(row.shape[1] ** 0.5), -1))
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Shift and scale each map (N, G, G) to the range 0 to 1; a constant map becomes 0."""
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+def build_model(args: argparse.Namespace) -> VisionTransformer:
+    """The encoder of the flags; raises UserError for values that do not fit together."""
+    try:
+        return MODELS[args.model](
+            img_size=args.input_size,
+            num_classes=0,
+            global_pool=True,  # attention needs no final norm, and checkpoints of pooling models have none
+            **({} if args.patch_size is None else {"patch_size": args.patch_size}),
+        ).eval()
+    except ValueError as error:
+        raise distributed.UserError(f"--model {args.model}: {error}") from error
+
+
+@torch.inference_mode()
+def encoder_maps(model: VisionTransformer, imgs: Tensor, layer: int, query: str, heads: str) -> Tensor:
+    """Maps (N, G, G) of images (N, 3, H, W), on the CPU; raises UserError if there is no such layer, query or head."""
+    try:
+        maps = [attention_map(model.attention(batch, layer), query, heads).cpu() for batch in imgs.split(16)]
+    except IndexError as error:
+        raise distributed.UserError(f"--layer {layer}: the model has {len(model.blocks)} blocks") from error
+    except ValueError as error:
+        raise distributed.UserError(f"--{error}") from error
+    return torch.cat(maps)
+
+
+def overview(rows: list[list[np.ndarray]], titles: list[str], columns: int) -> Figure:
+    """All images with their maps; `columns` images side by side."""
+    columns = min(columns, len(rows))
+    lines, width = -(-len(rows) // columns), len(titles) + 0.15  # a narrow empty column between images
+    ratios = ([1.0] * len(titles) + [0.15]) * columns
+    fig = Figure(figsize=(1.4 * (width * columns - 0.15), 1.4 * lines + 0.3), layout="constrained", dpi=160)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr]
+    axes = fig.subplots(lines, len(ratios) - 1, squeeze=False, width_ratios=ratios[:-1])
+    for ax in axes.flat:
+        ax.axis("off")
+    for i, panels in enumerate(rows):
+        line, first = i // columns, i % columns * (len(titles) + 1)
+        for ax, panel, title in zip(axes[line, first:], panels, titles, strict=False):
+            ax.imshow(panel)
+            if line == 0:
+                ax.set_title(title, fontsize=9)
+    return fig
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    checkpoints = [path for path in (args.compare, args.checkpoint) if path]
+    names = args.names or [f"{Path(path).parent.name}/{Path(path).stem}" for path in checkpoints]
+    if len(names) != len(checkpoints):
+        raise distributed.UserError(f"--names {' '.join(names)}: expected {len(checkpoints)}, one per checkpoint")
+    if args.columns < 1:
+        raise distributed.UserError(f"--columns {args.columns}: expected at least 1")
+    # ---- data
+    paths = figures.chosen_images(args)
+    imgs = figures.read_images(paths, args.input_size)
+    # ---- model
+    model = build_model(args).to(device)
+    maps = []
+    for path in checkpoints:
+        load_encoder(model, path)
+        maps.append(encoder_maps(model, imgs.to(device), args.layer, args.query, args.heads))
+    # ---- pictures
+    p = model.patch_embed.patch_size
+    colours = [colormaps["viridis"](stretch(m).numpy(), bytes=True)[..., :3] for m in maps]  # (N, G, G, 3) each
+    rows = [
+        [image, *(figures.enlarge(colour, p) for colour in own)]
+        for image, *own in zip(figures.to_pixels(imgs), *colours, strict=True)
+    ]
+    with figures.writing(args.output_dir) as folder:
+        for i, (path, panels) in enumerate(zip(paths, rows, strict=True)):
+            name = f"{i:02d}_{Path(path).stem}"
+            figures.save_row(folder / f"{name}.png", panels)
+            if args.save_npy:
+                np.save(folder / f"{name}.npy", torch.stack([m[i] for m in maps]).numpy())
+        overview(rows, ["image", *names], args.columns).savefig(folder / "attention.png")
+    distributed.log(f"{len(rows)} images and the overview attention.png are in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

@@ -1,0 +1,364 @@
+"""Data: what is read, in which order, with which random draws, and what users are told."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import AugmentOp
+from torchvision import transforms
+
+from common import datasets
+from common.datasets import Loader
+from common.distributed import UserError
+from saim.main_pretrain import pretrain_transform
+from tests.helpers import assert_close, golden_files, load_golden
+
+CPU = torch.device("cpu")
+SIZE = 16
+
+
+def image_of(ref) -> Image.Image:
+    return Image.fromarray(ref["in/image"].numpy())
+
+
+@golden_files("saim", "transforms")
+def test_eval_transforms(path):
+    ref = load_golden(path)
+    for name in [k.removeprefix("out/") for k in ref.arrays if k.startswith("out/val/") and not k.endswith("/mean")]:
+        size = int(name.split("/")[1])
+        out = datasets.eval_transform(size)(image_of(ref))
+        step = 9 if size >= 64 else 1
+        assert_close(out[:, ::step, ::step], ref[f"out/{name}"], rtol=0, atol=2e-2, what=name)
+        assert_close(out.mean(dim=(1, 2)), ref[f"out/{name}/mean"], rtol=0, atol=2e-2, what=name)
+    out = datasets.eval_transform(224)(image_of(ref))
+    assert_close(out[:, ::8, ::8], ref["out/linprobe_val"], rtol=0, atol=2e-2)
+
+
+@golden_files("saim", "transforms")
+def test_one_attempt_crop(path):
+    ref = load_golden(path)
+    for seed, *box in ref["out/linprobe_crop"].tolist():
+        torch.manual_seed(seed)
+        got = datasets.RandomResizedCrop.get_params(image_of(ref), [0.08, 1], [3 / 4, 4 / 3])
+        assert list(got) == box, seed
+
+
+@golden_files("saim", "transforms")
+def test_train_transforms(path):
+    import random
+
+    ref = load_golden(path)
+    makers = {
+        "pretrain": pretrain_transform,
+        "linprobe_train": datasets.probe_transform,
+        "finetune_train": datasets.finetune_transform,
+    }
+    seen = set()
+    for key in [k for k in ref.arrays if "_seed" in k]:
+        stage, seed = key.removeprefix("out/").split("_seed")
+        expected = ref[key]
+        torch.manual_seed(int(seed))
+        random.seed(int(seed))
+        np.random.seed(int(seed))  # noqa: NPY002
+        assert_close(makers[stage](expected.shape[-1])(image_of(ref)), expected, rtol=0, atol=2e-2, what=key)
+        seen.add(stage)
+    assert seen == set(makers)
+
+
+def test_posterize_to_zero_bits_gives_black():
+    steps = datasets.finetune_transform(24, aa="rand-m10-inc1").transforms
+    ops = [op for step in steps for op in getattr(step, "ops", []) if isinstance(op, AugmentOp)]
+    (posterize,) = [op for op in ops if op.name.startswith("Posterize")]
+    image = Image.fromarray(np.full((8, 8, 3), 200, np.uint8))
+    assert np.asarray(posterize.aug_fn(image, 0)).max() == 0
+    assert np.asarray(posterize.aug_fn(image, 1)).max() == 128
+    posterize.prob = 1.0
+    posterize.magnitude = 10
+    posterize.magnitude_std = 0
+    assert np.asarray(posterize(image)).max() == 0
+
+
+# ---- the loader
+
+
+def loader(root: str, **kwargs) -> Loader:
+    train = kwargs.setdefault("train", True)
+    images = datasets.image_dataset(root, train)
+    transform = datasets.finetune_transform(SIZE) if train else datasets.eval_transform(SIZE)
+    return Loader(images, transform, kwargs.pop("batch_size", 8), CPU, **kwargs)
+
+
+def epoch_of(loader: Loader, epoch: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(loader.batches(epoch, start))
+    return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+
+
+def test_batches_depend_on_seed_epoch_and_index_only(digits):
+    """Equal for 0, 2 and 8 workers and whatever was drawn before; different in another epoch or with another seed."""
+    reference = [epoch_of(loader(digits, num_workers=0), epoch) for epoch in (0, 1)]
+    for workers in (2, 8):
+        other = loader(digits, num_workers=workers)
+        torch.rand(7)
+        for epoch in (1, 0):
+            images, targets = epoch_of(other, epoch)
+            assert torch.equal(images, reference[epoch][0])
+            assert torch.equal(targets, reference[epoch][1])
+    assert not torch.equal(reference[0][0], reference[1][0])
+    assert not torch.equal(epoch_of(loader(digits, num_workers=0, seed=1), 0)[0], reference[0][0])
+
+
+def test_epoch_can_be_entered_inside(digits):
+    whole = epoch_of(loader(digits, num_workers=0), 3)
+    rest = epoch_of(loader(digits, num_workers=2), 3, start=4)
+    assert torch.equal(whole[0][32:], rest[0])
+    assert torch.equal(whole[1][32:], rest[1])
+
+
+def test_order_is_the_distributed_samplers(digits):
+    images = datasets.image_dataset(digits, True)
+    sampler = torch.utils.data.DistributedSampler(images, 1, 0, shuffle=True, seed=0)
+    sampler.set_epoch(2)
+    expected = [images.targets[i] for i in sampler][:48]
+    assert epoch_of(loader(digits, num_workers=0), 2)[1].tolist() == expected
+
+
+def test_loading_leaves_the_models_generators_alone(digits):
+    data = loader(digits, num_workers=0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(data.batches(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_evaluation_sees_each_image_once_in_order(digits, monkeypatch):
+    whole = loader(digits, train=False, num_workers=0)
+    images, targets = epoch_of(whole, 0)
+    assert len(images) == 20 and len(whole) == 3
+    shards = []
+    for rank in range(3):
+        monkeypatch.setattr(datasets, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(datasets, "world_size", lambda: 3)
+        shards.append(epoch_of(loader(digits, train=False, num_workers=0), 0)[1])
+        assert (
+            epoch_of(loader(digits, train=False, num_workers=0, distributed=False), 0)[1].tolist() == targets.tolist()
+        )
+    assert [len(s) for s in shards] == [7, 7, 6]
+    assert sorted(torch.cat(shards).tolist()) == sorted(targets.tolist())
+
+
+def test_resume_position(digits):
+    data = loader(digits, num_workers=0, accum_iter=2)
+    assert [data.start(images) for images in (0, 8, 16, 24, 33, 48, 64)] == [0, 0, 2, 2, 4, 6, 6]
+
+
+# ---- what users are told
+
+
+@pytest.fixture
+def folder(tmp_path, digits) -> Path:
+    return Path(shutil.copytree(digits, tmp_path / "images"))
+
+
+def first_image(folder: Path) -> Path:
+    return sorted((folder / "train" / "3").iterdir())[0]
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        datasets.image_dataset(str(tmp_path / "nowhere"), True)
+
+
+def test_folder_without_train(folder):
+    shutil.rmtree(folder / "train")
+    with pytest.raises(UserError, match="has no folder train/"):
+        datasets.image_dataset(str(folder), True)
+
+
+def test_no_classes(tmp_path):
+    (tmp_path / "train").mkdir()
+    for labelled in (True, False):
+        with pytest.raises(UserError, match="no class folders and no images"):
+            datasets.image_dataset(str(tmp_path), True, labelled=labelled)
+
+
+def test_empty_class(folder):
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(UserError, match="train/empty: class folder without images"):
+        datasets.image_dataset(str(folder), True)
+
+
+def test_unlabelled_images_serve_pretraining_only(tmp_path, folder):
+    for target in (tmp_path / "flat", tmp_path / "nested" / "train"):
+        target.mkdir(parents=True)
+        for image in sorted((folder / "train").rglob("*.png"))[:9]:
+            shutil.copy(image, target)
+    for root in (tmp_path / "flat", tmp_path / "nested"):
+        images = datasets.image_dataset(str(root), True, labelled=False)
+        assert len(images) == 9
+        data = Loader(images, datasets.probe_transform(SIZE), 4, CPU, num_workers=0)
+        assert epoch_of(data, 0)[1].tolist() == [0] * 8
+    with pytest.raises(UserError, match="9 images but no class folders"):
+        datasets.image_dataset(str(tmp_path / "nested"), True)
+
+
+def test_too_few_images_for_a_batch(digits):
+    with pytest.raises(UserError, match="--batch_size 64: 48 training images"):
+        loader(digits, batch_size=64)
+    with pytest.raises(UserError, match="--accum_iter 7"):
+        loader(digits, accum_iter=7)
+
+
+def test_classes_must_agree(folder):
+    train = datasets.image_dataset(str(folder), True)
+    with pytest.raises(UserError, match="--nb_classes 9"):
+        datasets.check_classes(train, datasets.image_dataset(str(folder), False), 9)
+    (folder / "val" / "3").rename(folder / "val" / "three")
+    with pytest.raises(UserError, match="differ from the training ones, first 3"):
+        datasets.check_classes(train, datasets.image_dataset(str(folder), False), 10)
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "empty"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_stops_and_is_named(folder, damage, workers):
+    image = first_image(folder)
+    data = image.read_bytes()
+    image.write_bytes({"text": b"no image", "truncated": data[: len(data) // 2], "empty": b""}[damage])
+    with pytest.raises(UserError) as error:
+        list(loader(str(folder), num_workers=workers).batches(0))
+    assert str(image) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_replaced_and_counted(folder, workers, capsys):
+    image = first_image(folder)
+    image.write_bytes(b"no image")
+    data = loader(str(folder), num_workers=workers, bad_images="skip")
+    assert len(epoch_of(data, 0)[0]) == 48
+    assert len(epoch_of(data, 1)[0]) == 48
+    assert len(data.bad) == 1 and str(image) in data.bad[0]
+    assert capsys.readouterr().out.count("skipped, 1 so far") == 1
+
+
+def test_evaluation_leaves_unreadable_images_out(folder):
+    for image in sorted((folder / "val").rglob("*.png"))[:2]:
+        image.write_bytes(b"no image")
+    assert len(epoch_of(loader(str(folder), train=False, num_workers=0, bad_images="skip"), 0)[0]) == 18
+
+
+def test_skipping_gives_up_when_nothing_is_readable(folder):
+    for image in (folder / "train").rglob("*.png"):
+        image.write_bytes(b"no image")
+    with pytest.raises(UserError, match="unreadable"):
+        list(loader(str(folder), num_workers=0, bad_images="skip").batches(0))
+
+
+# ---- timm's data sets
+
+
+def test_unknown_timm_data_set(tmp_path):
+    with pytest.raises(UserError, match="--dataset torch/nothing"):
+        datasets.image_dataset(str(tmp_path), True, name="torch/nothing")
+
+
+def fake_cifar10(root: Path) -> None:
+    """CIFAR-10's on-disk layout with 5 x 4 training images."""
+    import pickle
+
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name in names:
+        entry = {"data": np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8), "labels": [0, 1, 2, 3]}
+        (base / name).write_bytes(pickle.dumps(entry))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+
+
+def test_torchvision_data_set_by_name(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    fake_cifar10(tmp_path)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    monkeypatch.setattr(CIFAR10, "download", lambda self: None)
+    images = datasets.image_dataset(str(tmp_path), True, name="torch/cifar10")
+    data = Loader(images, datasets.probe_transform(SIZE), 5, CPU, num_workers=0)
+    assert len(images) == 20
+    assert sorted(epoch_of(data, 0)[1].tolist()) == sorted([0, 1, 2, 3] * 5)
+    assert len(datasets.image_dataset(str(tmp_path), False, name="torch/cifar10")) == 4
+
+
+def test_web_data_set(tmp_path, digits):
+    pytest.importorskip("webdataset")
+    import io
+    import json
+    import tarfile
+
+    images = sorted(Path(digits, "train").rglob("*.png"))
+    shards = {}
+    for shard in range(2):
+        name = f"train-{shard:04d}.tar"
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for image in images[shard::2]:
+                for suffix, content in (("png", image.read_bytes()), ("cls", image.parent.name.encode())):
+                    info = tarfile.TarInfo(f"{image.stem}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        shards[name] = len(images[shard::2])
+    split = {
+        "name": "train",
+        "filenames": list(shards),
+        "shard_lengths": list(shards.values()),
+        "num_samples": len(images),
+    }
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+
+    def stream() -> Loader:
+        images = datasets.image_dataset(str(tmp_path), True, name="wds/digits")
+        return Loader(images, datasets.probe_transform(SIZE), 8, CPU, num_workers=0)
+
+    data = stream()
+    first = epoch_of(data, 0)
+    assert len(first[0]) == 48
+    assert torch.equal(first[0], epoch_of(stream(), 0)[0])
+    assert data.start(16) == 0
+
+
+def test_an_abandoned_epoch_ends_with_the_interpreter(digits, run_script, tmp_path):
+    script = tmp_path / "abandon.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from common import datasets\n"
+        "images = datasets.image_dataset(sys.argv[1], True)\n"
+        "loader = datasets.Loader(images, datasets.probe_transform(16), 8, torch.device('cpu'), num_workers=2)\n"
+        "batches = loader.batches()\n"
+        "next(batches)\n"
+        "raise RuntimeError('a bug')\n"
+    )
+    run_script(str(script), digits, status=1, timeout=60, PYTHONPATH=str(Path(__file__).parents[2]))
+
+
+def test_workers_ignore_terminal_signals():
+    import os
+    import signal
+
+    pid = os.fork()
+    if pid == 0:
+        datasets._ignore_signals(0)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), signum)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_transforms_keep_three_channels(tmp_path):
+    for mode in ("L", "RGBA", "CMYK", "1", "P"):
+        folder = tmp_path / mode / "train"
+        folder.mkdir(parents=True)
+        Image.new(mode, (20, 30)).save(folder / ("a.tiff" if mode == "CMYK" else "a.png"))
+        image, _ = datasets.image_dataset(str(tmp_path / mode), True, labelled=False)[0]
+        assert transforms.ToTensor()(image).shape == (3, 30, 20)
