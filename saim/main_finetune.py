@@ -63,7 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def build_model(args: argparse.Namespace) -> VisionTransformer:
     """The network of the flags; raises UserError for values that do not fit together."""
-    try:
+    with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](
             img_size=args.input_size,
             num_classes=args.nb_classes,
@@ -71,8 +71,6 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
             global_pool=args.global_pool,
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),
         )
-    except ValueError as error:
-        raise distributed.UserError(f"--model {args.model}: {error}") from error
 
 
 def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.AdamW:
@@ -105,9 +103,10 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
-    augment = datasets.finetune_transform(
-        args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
-    )
+    with distributed.user_errors(f"--aa {args.aa} --remode {args.remode}"):
+        augment = datasets.finetune_transform(
+            args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
+        )
     loader, val_loader = datasets.supervised_loaders(args, augment, datasets.eval_transform(args.input_size), device)
     mixup = build_mixup(args)
     # ---- model
@@ -124,6 +123,8 @@ def main(args: argparse.Namespace) -> None:
     schedule = partial(
         lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
     )
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        schedule(0.0)
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     # Mixup folds the smoothing into its soft targets.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)

@@ -67,15 +67,13 @@ def main(args: argparse.Namespace) -> None:
     augment = datasets.probe_transform(args.input_size)
     loader, val_loader = datasets.supervised_loaders(args, augment, datasets.eval_transform(args.input_size), device)
     # ---- model
-    try:
+    with distributed.user_errors(f"--model {args.model}"):
         model = MODELS[args.model](
             img_size=args.input_size,
             num_classes=args.nb_classes,
             global_pool=args.global_pool,
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),
         )
-    except ValueError as error:
-        raise distributed.UserError(f"--model {args.model}: {error}") from error
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=0.01)
@@ -89,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
     schedule = partial(
         lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
     )
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        schedule(0.0)
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter)
     distributed.log(
         f"{args.model}: {sum(p.numel() for p in head.parameters()):,} trained parameters on {device}, {updater.dtype}; "

@@ -58,7 +58,7 @@ def build_model(args: argparse.Namespace) -> SaimViT:
     """The network of the flags; raises UserError for values that do not fit together."""
     if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
         distributed.log("WARNING: no blur; it needs both --gaussian_kernel_size and --gaussian_sigma")
-    try:
+    with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](
             img_size=args.input_size,
             query_depth=args.query_depth,
@@ -71,8 +71,6 @@ def build_model(args: argparse.Namespace) -> SaimViT:
             token_order=args.order,
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),
         )
-    except ValueError as error:
-        raise distributed.UserError(f"--model {args.model}: {error}") from error
 
 
 def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
@@ -99,6 +97,8 @@ def main(args: argparse.Namespace) -> None:
     schedule = partial(
         lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
     )
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        schedule(0.0)
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     distributed.log(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {updater.dtype}; "

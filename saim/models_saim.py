@@ -296,8 +296,12 @@ def saim_small(**kwargs) -> SaimViT:  # ours: for 64-128 pixel images on one GPU
     return SaimViT(**{"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
 
 
-def saim_tiny(**kwargs) -> SaimViT:  # ours: for digits and CIFAR, also on a CPU
+def saim_tiny(**kwargs) -> SaimViT:  # ours: for 32-64 pixel images
     return SaimViT(**{"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
+
+
+def saim_nano(**kwargs) -> SaimViT:  # ours: for digits on a CPU
+    return SaimViT(**{"patch_size": 16, "embed_dim": 128, "depth": 4, "num_heads": 4, **kwargs})
 
 
 def vit_igpt_base(**kwargs) -> SaimViT:
@@ -305,4 +309,4 @@ def vit_igpt_base(**kwargs) -> SaimViT:
     return saim_base(**{**kwargs, "query_depth": 0, "share_weight": False, "token_order": "raster"})
 
 
-MODELS = {f.__name__: f for f in (saim_base, saim_small, saim_tiny, vit_igpt_base)}
+MODELS = {f.__name__: f for f in (saim_base, saim_small, saim_tiny, saim_nano, vit_igpt_base)}

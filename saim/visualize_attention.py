@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
             if args.save_npy:
                 np.save(folder / f"{name}.npy", torch.stack([m[i] for m in maps]).numpy())
         overview(rows, ["image", *names], args.columns).savefig(folder / "attention.png")
-    distributed.log(f"{len(rows)} images and the overview attention.png are in {args.output_dir}")
+    distributed.log(f"wrote {len(rows)} rows and the overview attention.png to {folder}")
 
 
 if __name__ == "__main__":

@@ -72,10 +72,10 @@ def load_model(args: argparse.Namespace) -> tuple[SaimViT, argparse.Namespace]:
     model = main_pretrain.build_model(flags)
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).splitlines()[1].split())[:200]
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split()).split(": ", 1)[-1][:150]  # without "Error(s) in loading ..."
         hint = "; check --model, --patch_size, --input_size and the other flags of main_pretrain.py"
-        raise distributed.UserError(f"{args.checkpoint}: is not {flags.model} as told ({reason}){hint}") from error
+        raise distributed.UserError(f"{args.checkpoint}: does not fit {flags.model} ({reason}){hint}") from error
     return model.eval(), flags
 
 
@@ -150,10 +150,9 @@ def main(args: argparse.Namespace) -> None:
     note = "Each patch is predicted from its true predecessors in the order"
     note += ", and drawn with the mean and deviation of the target patch." if model.norm_pix_loss else "."
     with figures.writing(args.output_dir) as folder:
-        draw(image, pred, target, rank.cpu().numpy(), model.gaussian_blur is not None, note).savefig(
-            folder / "predictions.png"
-        )
-    distributed.log(f"{len(paths)} images are in {args.output_dir}/predictions.png")
+        fig = draw(image, pred, target, rank.cpu().numpy(), model.gaussian_blur is not None, note)
+        fig.savefig(folder / "predictions.png")
+    distributed.log(f"wrote {folder / 'predictions.png'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fixtures: the digits data set, and scripts run as a user runs them."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,10 @@ def launch():
     """Run `python -m torch.distributed.launch --nproc_per_node <n> <script> <flags>`."""
 
     def call(processes: int, script: str, *flags: str, **kwargs):
-        launcher = ["-m", "torch.distributed.launch", "--nproc_per_node", str(processes), "--master_port", "0"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launcher = ["-m", "torch.distributed.launch", "--nproc_per_node", str(processes), "--master_port", port]
         return _run([sys.executable, *launcher, script, *flags], **kwargs)
 
     return call

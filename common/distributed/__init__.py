@@ -20,6 +20,7 @@ from common.distributed.process import (
     run,
     seed_step,
     unwrap,
+    user_errors,
     world_size,
     wrap,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "run",
     "seed_step",
     "unwrap",
+    "user_errors",
     "world_size",
     "wrap",
 ]

@@ -33,6 +33,15 @@ class UserError(Exit):
     status = 2
 
 
+@contextlib.contextmanager
+def user_errors(flag: str) -> Iterator[None]:
+    """Turn a complaint about a value (ValueError, or what libraries raise for one) into a UserError on `flag`."""
+    try:
+        yield
+    except (ValueError, AssertionError, KeyError) as error:
+        raise UserError(f"{flag}: {' '.join(str(error).split())}") from error
+
+
 class NonFinite(Exit):
     """A loss or gradient norm is not finite; no update was made from `step` (of the epoch) on."""
 

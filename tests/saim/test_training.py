@@ -296,9 +296,9 @@ def test_formats(path, tmp_path, digits, run_script):
     ]
     encoder = tmp_path / "main_pretrain" / "checkpoint.pth"
     commands = {
-        "main_pretrain": ["--model", "saim_tiny", "--query_depth", "1", "--epochs", "2", "--warmup_epochs", "1"],
-        "main_finetune": ["--model", "vit_tiny_patch16", "--finetune", str(encoder), "--epochs", "1"],
-        "main_linprobe": ["--model", "vit_tiny_patch16", "--finetune", str(encoder), "--epochs", "1"],
+        "main_pretrain": ["--model", "saim_nano", "--query_depth", "1", "--epochs", "2", "--warmup_epochs", "1"],
+        "main_finetune": ["--model", "vit_nano_patch16", "--finetune", str(encoder), "--epochs", "1"],
+        "main_linprobe": ["--model", "vit_nano_patch16", "--finetune", str(encoder), "--epochs", "1"],
     }
     for name, flags in commands.items():
         out = tmp_path / name

@@ -1,0 +1,57 @@
+"""Run a script with a fault: FAULT=<name>:<when> python faults.py <script> <flags>.
+
+kill_in_save:n   SIGKILL in the middle of the n-th file that torch.save writes
+full_disk_at:n   the file system refuses growth from the n-th file on
+signal_at:n      SIGTERM to the own process before the n-th loss is computed (from 0)
+nan_at:n         the n-th loss (from 0) is NaN
+"""
+
+import os
+import resource
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+
+from saim.models_saim import SaimViT
+from saim.models_vit import VisionTransformer
+
+fault, when = os.environ["FAULT"].split(":")
+calls = {"save": 0, "forward": 0}
+plain_save = torch.save
+
+
+def save(state, file):
+    calls["save"] += 1
+    if fault == "kill_in_save" and calls["save"] == int(when):
+        plain_save(state, file)
+        file.flush()
+        os.truncate(file.fileno(), file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "full_disk_at" and calls["save"] == int(when):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    plain_save(state, file)
+
+
+def patch(network: type) -> None:
+    plain_forward = network.forward
+
+    def forward(self, imgs):
+        n = calls["forward"]
+        calls["forward"] += self.training
+        if fault == "signal_at" and n == int(when) and self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        out = plain_forward(self, imgs)
+        return out * float("nan") if fault == "nan_at" and n == int(when) and self.training else out
+
+    network.forward = forward
+
+
+torch.save = save
+patch(SaimViT)
+patch(VisionTransformer)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,308 @@
+"""Runs of the real scripts that are killed, stopped, starved of disk or fed nonsense."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import distributed
+from tests.helpers import ROOT
+
+FAULTS = Path(__file__).with_name("faults.py")
+PRETRAIN = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
+PRETRAIN += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "1", "--blr", "1e-2", "--clip_grad", "1"]
+FINETUNE = ["--model", "vit_nano_patch16", "--input_size", "16", "--patch_size", "8", "--nb_classes", "10"]
+FINETUNE += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "0", "--mixup", "0.8", "--cutmix", "1"]
+FINETUNE += ["--finetune", ""]
+
+
+def command(processes: int, script: str, *flags: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), script, *flags]
+
+
+def start(argv: list[str], log: Path, **env: str) -> subprocess.Popen:
+    """A run in a process group of its own, its output in `log`."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    with open(log, "w") as out:
+        return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen, log: Path, text: str, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+def finish(argv: list[str], log: Path) -> None:
+    process = start(argv, log)
+    assert process.wait(timeout=240) == 0, log.read_text()
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Bit-identical model, optimizer and scaler states, and equal logs."""
+    first, second = distributed.load(str(a / "checkpoint.pth")), distributed.load(str(b / "checkpoint.pth"))
+    for key in ("model", "optimizer", "scaler", "epoch"):
+        flat = [torch.utils._pytree.tree_flatten(state[key])[0] for state in (first, second)]
+        assert len(flat[0]) == len(flat[1])
+        for x, y in zip(*flat, strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, key
+    assert (a / "log.txt").read_text() == (b / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, digits):
+    """Folders of uninterrupted pre-training runs by number of processes."""
+    runs = {}
+
+    def get(processes: int) -> Path:
+        if processes not in runs:
+            folder = tmp_path_factory.mktemp("reference")
+            flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(folder), "--epochs", "24"]
+            finish(command(processes, "saim/main_pretrain.py", *flags), folder / "out")
+            runs[processes] = folder
+        return runs[processes]
+
+    return get
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_at_random_instants(tmp_path, digits, reference, processes):
+    flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "24"]
+    argv = command(processes, "saim/main_pretrain.py", *flags)
+    for attempt in range(2):
+        process = start(argv, tmp_path / "out")
+        wait_for(process, tmp_path / "out", f"Epoch: [{10 * attempt + 3}]")
+        time.sleep(random.random() / 5)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] < 23
+    finish(argv, tmp_path / "out")
+    assert "resumed" in (tmp_path / "out").read_text()
+    assert_same(tmp_path, reference(processes))
+
+
+def test_kill_inside_a_checkpoint_write(tmp_path, digits, reference):
+    flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "24"]
+    process = start(command(1, str(FAULTS), "saim/main_pretrain.py", *flags), tmp_path / "out", FAULT="kill_in_save:5")
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert (tmp_path / "checkpoint.tmp").exists()
+    assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] == 2
+    finish(command(1, "saim/main_pretrain.py", *flags), tmp_path / "out")
+    assert_same(tmp_path, reference(1))
+
+
+@pytest.mark.parametrize(
+    ("processes", "signum"),
+    STOPS,
+)
+def test_signal_saves_inside_the_epoch(tmp_path, digits, reference, processes, signum):
+    flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "24"]
+    argv = command(processes, "saim/main_pretrain.py", *flags)
+    process = start(argv, tmp_path / "out")
+    wait_for(process, tmp_path / "out", "Epoch: [3]")
+    if processes == 1:
+        os.killpg(process.pid, signum)  # as a scheduler does: loader workers get it, too
+    else:
+        process.send_signal(signum)
+    status = process.wait(timeout=60)
+    text = (tmp_path / "out").read_text()
+    assert status == 128 + signum if processes == 1 else status != 0, text
+    assert f"stopped by {signum.name}" in text
+    assert "saved epoch" in text
+    assert "Traceback" not in text or processes > 1  # the launcher reports its own end
+    finish(argv, tmp_path / "out")
+    assert_same(tmp_path, reference(processes))
+
+
+def test_fine_tuning_resumes_inside_an_epoch(tmp_path, digits):
+    """Mixup, RandAugment and stochastic depth draw the same numbers again."""
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    for run in runs:
+        run.mkdir()
+    flags = [*FINETUNE, "--data_path", digits, "--epochs", "6"]
+    whole, stopped = ([*flags, "--output_dir", str(run)] for run in runs)
+    finish(command(1, "saim/main_finetune.py", *whole), runs[0] / "out")
+    process = start(command(1, str(FAULTS), "saim/main_finetune.py", *stopped), runs[1] / "out", FAULT="signal_at:9")
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM, (runs[1] / "out").read_text()
+    assert "saved epoch 1, step 4" in (runs[1] / "out").read_text()
+    finish(command(1, "saim/main_finetune.py", *stopped), runs[1] / "out")
+    assert_same(*runs)
+
+
+def test_non_finite_loss_stops_before_the_update(tmp_path, digits):
+    flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "4"]
+    process = start(command(1, str(FAULTS), "saim/main_pretrain.py", *flags), tmp_path / "out", FAULT="nan_at:9")
+    assert process.wait(timeout=120) == 1
+    text = (tmp_path / "out").read_text()
+    assert "loss is nan, stopping training before the update of step 3" in text
+    assert "Traceback" not in text
+    bad = distributed.load(str(tmp_path / "checkpoint-nonfinite.pth"))
+    assert all(value.isfinite().all() for value in bad["model"].values())
+    assert (bad["epoch"], bad["images"]) == (0, 24)
+    # Without the fault, the saved state replays the step and goes on as if nothing had happened.
+    run = [*flags, "--resume", str(tmp_path / "checkpoint-nonfinite.pth")]
+    finish(command(1, "saim/main_pretrain.py", *run), tmp_path / "out")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    flags[flags.index(str(tmp_path))] = str(whole)
+    finish(command(1, "saim/main_pretrain.py", *flags), whole / "out")
+    assert_same(tmp_path, whole)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, digits):
+    flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "4"]
+    process = start(command(1, str(FAULTS), "saim/main_pretrain.py", *flags), tmp_path / "out", FAULT="full_disk_at:3")
+    assert process.wait(timeout=120) == 2
+    text = (tmp_path / "out").read_text()
+    assert text.count("cannot be written") == 1
+    assert "Traceback" not in text
+    assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] == 0
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---- damaged and hostile checkpoints
+
+
+def save_good(folder: Path) -> distributed.Checkpoint:
+    model = torch.nn.Linear(2, 2)
+    args = __import__("argparse").Namespace(lr=0.1)
+    checkpoint = distributed.Checkpoint(str(folder), args, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    checkpoint.save(distributed.Position(1), numbered=True)
+    checkpoint.save(distributed.Position(2))
+    return checkpoint
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
+def test_truncated_checkpoint_is_one_line_and_the_previous_one_loads(tmp_path, keep):
+    checkpoint = save_good(tmp_path)
+    path = tmp_path / "checkpoint.pth"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if keep < 1 else int(keep)])
+    with pytest.raises(distributed.UserError) as error:
+        checkpoint.resume(distributed.find_checkpoint(str(tmp_path), ""))
+    message = str(error.value)
+    assert "truncated" in message or "not a checkpoint" in message
+    assert "\n" not in message and "the newest other checkpoint is" in message
+    assert checkpoint.resume(message.rsplit(" ", 1)[1]).epoch in (1, 2)
+    for name in ("checkpoint-previous.pth", "checkpoint-0.pth"):
+        assert checkpoint.resume(str(tmp_path / name)) == distributed.Position(1, 0, {})
+
+
+class Hostile:
+    def __init__(self, victim: str):
+        self.victim = victim
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.victim}",))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_hostile_pickle_is_refused(tmp_path, zipped):
+    path, victim = tmp_path / "evil.pth", tmp_path / "victim"
+    torch.save({"model": {}, "args": Hostile(str(victim))}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(distributed.UserError, match=r"would execute (posix|os)\.system; refused"):
+        distributed.load(str(path))
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"hello", "not a checkpoint"), ([1, 2], "holds a list"), ({"weights": 1}, "no key 'model'")],
+)
+def test_other_files_are_named(tmp_path, content, words):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(distributed.UserError, match=words):
+        distributed.load_weights(torch.nn.Linear(1, 1), str(path))
+
+
+def test_checkpoint_of_another_model_is_named(tmp_path):
+    save_good(tmp_path)
+    with pytest.raises(distributed.UserError, match="'model' does not fit this run"):
+        distributed.load_weights(torch.nn.Linear(3, 2), str(tmp_path / "checkpoint.pth"))
+
+
+# ---- users' mistakes on the command line: one line, exit status 2, nothing written
+
+BAD = [
+    ("main_pretrain", ["--data_path", "/nowhere"], "--data_path /nowhere: no such folder"),
+    ("main_pretrain", ["--query_depth", "3"], "query_depth 3 does not fit depth 4"),
+    ("main_pretrain", ["--gaussian_kernel_size", "8", "--gaussian_sigma", "1"], "kernel size 8 is not odd"),
+    ("main_pretrain", ["--input_size", "20"], "image size 20 is not a multiple of the patch size 8"),
+    ("main_pretrain", ["--prediction_head_type", "CNN"], "'CNN', expected one of MLP, LINEAR"),
+    ("main_pretrain", ["--loss_type", "L0"], "'L0', expected one of L1, L2"),
+    ("main_pretrain", ["--device", "cuda"], "--device cuda: no CUDA device"),
+    ("main_pretrain", ["--device", "gpu"], "--device gpu: expected auto, cpu, cuda"),
+    ("main_pretrain", ["--amp_dtype", "fp16"], "--amp_dtype fp16: needs a GPU"),
+    ("main_pretrain", ["--batch_size", "1000"], "--batch_size 1000: 48 training images"),
+    ("main_pretrain", ["--accum_iter", "7"], "--accum_iter 7: an epoch has only 6 batches"),
+    ("main_pretrain", ["--epochs", "5", "--warmup_epochs", "5"], "5 epochs leave nothing after 5 warm-up epochs"),
+    ("main_pretrain", ["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere: cannot be written"),
+    ("main_pretrain", ["--resume", "missing.pth"], "missing.pth: no such checkpoint file"),
+    ("main_pretrain", ["--dataset", "torch/none"], "--dataset torch/none"),
+    ("main_finetune", ["--finetune", "missing.pth"], "missing.pth: no such checkpoint file"),
+    ("main_finetune", ["--nb_classes", "3"], "--nb_classes 3: the training images have 10 classes"),
+    ("main_finetune", ["--eval"], "--eval: name the checkpoint to evaluate with --resume"),
+    ("main_finetune", ["--batch_size", "7"], "--batch_size 7: Mixup and CutMix need an even number"),
+    ("main_finetune", ["--aa", "nonsense"], "--aa nonsense"),
+    ("main_linprobe", ["--finetune", "/etc/hostname"], "/etc/hostname: "),
+    ("main_linprobe", ["--eval", "--resume", "missing.pth"], "missing.pth: no such checkpoint file"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "words"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_mistakes_are_one_line(script, flags, words, tmp_path, digits, monkeypatch, capsys):
+    from saim import main_finetune, main_linprobe, main_pretrain
+
+    module = {"main_pretrain": main_pretrain, "main_finetune": main_finetune, "main_linprobe": main_linprobe}[script]
+    base = PRETRAIN if script == "main_pretrain" else FINETUNE
+    if script == "main_linprobe":
+        base = [*base[: base.index("--mixup")], "--finetune", ""]
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    argv = [*base, "--data_path", digits, "--output_dir", str(out), "--epochs", "3", "--num_workers", "0", *flags]
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as end:
+            distributed.run(module.main, module.get_args_parser().parse_args(argv))
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert words in error
+    assert error.count("\n") == 1
+    assert not list(out.glob("*.pth"))
+
+
+def test_unknown_flag_is_two_lines(run_script):
+    done = run_script("saim/main_pretrain.py", "--batchsize", "3", status=2)
+    assert done.stderr.count("\n") == 2
+    assert "--batchsize" in done.stderr
+
+
+def test_bad_image_stops_and_saves(tmp_path, digits):
+    import shutil
+
+    folder = Path(shutil.copytree(digits, tmp_path / "images"))
+    victim = sorted((folder / "train" / "3").iterdir())[0]
+    victim.write_bytes(b"no image")
+    flags = [*PRETRAIN, "--data_path", str(folder), "--output_dir", str(tmp_path), "--epochs", "2"]
+    process = start(command(2, "saim/main_pretrain.py", *flags, "--batch_size", "4"), tmp_path / "out")
+    assert process.wait(timeout=120) != 0
+    text = (tmp_path / "out").read_text()
+    assert f"{victim}: unreadable image" in text
+    assert "--bad_images skip goes on without it" in text
+    assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] == -1
+    finish(command(2, "saim/main_pretrain.py", *flags, "--batch_size", "4", "--bad_images", "skip"), tmp_path / "out")
+    assert json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])["epoch"] == 1
