@@ -101,10 +101,10 @@ def test_kill_inside_a_checkpoint_write(tmp_path, digits, reference):
     assert_same(tmp_path, reference(1))
 
 
-@pytest.mark.parametrize(
-    ("processes", "signum"),
-    STOPS,
-)
+STOPS = [(1, signal.SIGTERM), pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow), (2, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("processes", "signum"), STOPS)
 def test_signal_saves_inside_the_epoch(tmp_path, digits, reference, processes, signum):
     flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "24"]
     argv = command(processes, "saim/main_pretrain.py", *flags)
