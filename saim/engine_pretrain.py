@@ -2,10 +2,16 @@
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from common import distributed, lr_sched
 from common.datasets import Loader
+
+
+def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Training loss, (), of one batch of the loader; labels are not used."""
+    imgs, _ = batch
+    return model(imgs)
 
 
 def train_one_epoch(
@@ -30,12 +36,12 @@ def train_one_epoch(
     model.train()
     updater.start_epoch()
     groups = updater.optimizer.param_groups
-    for step, (imgs, _) in epoch_log.steps(loader.batches(epoch_log.epoch, epoch_log.start)):
+    for step, batch in epoch_log.steps(loader.batches(epoch_log.epoch, epoch_log.start)):
         if updater.is_first(step):
             lr_sched.set_lr(groups, schedule(epoch_log.epoch + step / len(loader)))
         distributed.seed_step(seed, epoch_log.epoch * len(loader) + step)
         with updater.forward(model, step):
-            loss = model(imgs)
+            loss = batch_loss(model, batch)
         norm = updater.backward(loss, step)
         epoch_log.update(step, updater.is_last(step), lr=groups[0]["lr"], loss=loss, total_norm=norm)
     return epoch_log.means()

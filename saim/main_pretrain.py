@@ -54,8 +54,8 @@ def pretrain_transform(input_size: int) -> transforms.Compose:
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
 
 
-def build_model(args: argparse.Namespace) -> SaimViT:
-    """The network of the flags; raises UserError for values that do not fit together."""
+def build_model(args: argparse.Namespace, **overrides) -> SaimViT:
+    """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
     if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
         distributed.log("WARNING: no blur; it needs both --gaussian_kernel_size and --gaussian_sigma")
     with distributed.user_errors(f"--model {args.model}"):
@@ -70,6 +70,7 @@ def build_model(args: argparse.Namespace) -> SaimViT:
             norm_pix_loss=args.norm_pix_loss,
             token_order=args.order,
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),
+            **overrides,
         )
 
 

@@ -1,0 +1,245 @@
+"""Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link a few-label subset of existing ones.
+
+Usage: python scripts/prepare_data.py digits|cifar10|cifar100|stl10|imagenette OUT
+       python scripts/prepare_data.py subset OUT --source DIR (--per_class N | --percent P) [--val_per_class N]
+
+OUT appears only when it is complete: until then the images are in a hidden folder beside it.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, Imagenette
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from tqdm import tqdm
+
+from common.datasets import image_dataset
+from common.distributed import Stopped, UserError, log, run
+
+MARKER = ".prepared.json"  # in a complete OUT: {"name", "arguments", "counts"}
+SPLITS = ("train", "val", "unlabeled")
+DOWNLOADED = ("cifar10", "cifar100", "stl10", "imagenette")
+TIMEOUT = 30  # seconds without an answer after which a download fails
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("prepare_data.py", allow_abbrev=False)
+    names = p.add_subparsers(dest="name", required=True, metavar="NAME")
+    parsers = {name: names.add_parser(name, allow_abbrev=False, help=text) for name, (_, text) in DATA_SETS.items()}
+    for name, q in parsers.items():
+        q.add_argument("out", metavar="OUT", type=os.path.realpath, help="folder to write, new or empty")
+        if name in DOWNLOADED:
+            q.add_argument("--keep_download", action="store_true", help="keep what is downloaded, in OUT/download")
+    parsers["imagenette"].add_argument("--size", default="full", choices=["full", "320px", "160px"])
+    q = parsers["subset"]
+    q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with train/ and val/")
+    number = q.add_mutually_exclusive_group(required=True)
+    number.add_argument("--per_class", type=int, metavar="N", help="training images of each class")
+    number.add_argument("--percent", type=float, metavar="P", help="share of each class, at least one image")
+    q.add_argument("--val_per_class", type=int, metavar="N", help="validation images of each class; default: all")
+    q.add_argument("--seed", default=0, type=int, help="of the choice; a larger subset contains a smaller one")
+    return p
+
+
+# ---- data sets: each function fills a folder
+
+
+def write(folder: Path, split: str, images: Iterable[tuple[str, Image.Image]], total: int) -> None:
+    """Save (relative path, image) under folder/split."""
+    for path, image in tqdm(images, split, total):
+        (folder / split / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / split / path)
+
+
+def digits(args: argparse.Namespace, folder: Path) -> None:
+    """The 8x8 greyscale digits that come with scikit-learn; every fifth is for validation."""
+    from sklearn.datasets import load_digits  # here: the other data sets do without scikit-learn
+
+    data: Any = load_digits()
+    pixels = np.rint(data.images * 255 / 16).astype(np.uint8)  # (1797, 8, 8), from 0..16
+    paths = [f"{label}/{i:04d}.png" for i, label in enumerate(data.target)]
+    for split, members in (("train", np.flatnonzero(np.arange(len(paths)) % 5)), ("val", range(0, len(paths), 5))):
+        write(folder, split, ((paths[i], Image.fromarray(pixels[i])) for i in members), len(members))
+
+
+@contextlib.contextmanager
+def archive(args: argparse.Namespace, folder: Path, url: str, md5: str) -> Iterator[Path]:
+    """A folder with the archive's contents; the archive is downloaded unless it is in OUT/download already.
+
+    Raises:
+        UserError: the download failed; the line says where the file can be put by hand.
+    """
+    file = Path(args.out, "download", url.rsplit("/", 1)[1])
+    by_hand = check_integrity(file, md5)
+    if not by_hand:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(TIMEOUT)
+        log(f"downloading {url}")
+        try:
+            download_url(url, file.parent, md5=md5)
+        except (OSError, RuntimeError, HTTPException) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            where = f"put {file.name} into {file.parent} and run this again"
+            raise UserError(f"{args.name}: {url} cannot be downloaded ({error}); {where}") from error
+    log(f"unpacking {file}")
+    extract_archive(file, folder / "unpacked")
+    yield folder / "unpacked"
+    shutil.rmtree(folder / "unpacked")
+    if not by_hand and not args.keep_download:
+        file.unlink()
+
+
+def by_class(data: Any) -> Iterator[tuple[str, Image.Image]]:
+    for i, (image, target) in enumerate(data):
+        yield os.path.join(data.classes[target] if target >= 0 else "", f"{i:06d}.png"), image
+
+
+def arrays(args: argparse.Namespace, folder: Path) -> None:
+    """CIFAR and STL-10; their test images are for validation, STL-10's unlabelled ones have no class folders."""
+    kind, *parts = {
+        "cifar10": (CIFAR10, True, False),  # their second argument: train
+        "cifar100": (CIFAR100, True, False),
+        "stl10": (STL10, "train", "test", "unlabeled"),
+    }[args.name]
+    with archive(args, folder, kind.url, kind.tgz_md5) as root:
+        for split, part in zip(SPLITS, parts, strict=False):
+            data = kind(root, part)
+            write(folder, split, by_class(data), len(data))
+
+
+def imagenette(args: argparse.Namespace, folder: Path) -> None:
+    """Ten classes of ImageNet, the original JPEG files."""
+    url, md5 = Imagenette._ARCHIVES[args.size]
+    with archive(args, folder, url, md5) as root:
+        for split in ("train", "val"):
+            (root / Path(url).stem / split).rename(folder / split)
+
+
+def subset(args: argparse.Namespace, folder: Path) -> None:
+    """Links to the images of each class whose hashes with the seed are smallest: random, whatever the order of files.
+
+    Raises:
+        UserError: the source or a number cannot be used.
+    """
+
+    def draw(path: str) -> bytes:
+        return hashlib.sha256(os.fsencode(f"{args.seed} {path}")).digest()
+
+    for flag in ("per_class", "percent", "val_per_class"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{flag} {value}: must be a positive number")
+    for split in ("", *SPLITS[:2]):
+        if not Path(args.source, split).is_dir():
+            raise UserError(f"--source {args.source}: no folder {Path(args.source, split)}")
+    for split, number, percent in (("train", args.per_class, args.percent), ("val", args.val_per_class, 100)):
+        paths = defaultdict(list)
+        for path, target in image_dataset(args.source, split == "train").samples:
+            paths[target].append(os.path.relpath(path, args.source))
+        chosen = []
+        for members in paths.values():
+            count = number or max(1, round(len(members) * percent / 100))
+            if count > len(members):
+                name = Path(args.source, *Path(members[0]).parts[:2])
+                raise UserError(f"{name}: has {len(members)} images, fewer than {count}")
+            chosen += sorted(members, key=draw)[:count]
+        for path in tqdm(chosen, split):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).symlink_to(Path(args.source, path).resolve())
+
+
+DATA_SETS = {
+    "digits": (digits, "1,797 greyscale digits of 8x8 pixels, part of scikit-learn: no download"),
+    "cifar10": (arrays, "60,000 images of 32x32 pixels in 10 classes"),
+    "cifar100": (arrays, "60,000 images of 32x32 pixels in 100 classes"),
+    "stl10": (arrays, "13,000 images of 96x96 pixels in 10 classes, and 100,000 without labels"),
+    "imagenette": (imagenette, "13,394 images of 10 ImageNet classes"),
+    "subset": (subset, "few labels: links to some images of each class of another folder"),
+}
+
+
+# ---- the folder as a whole
+
+
+def counts(out: Path) -> dict[str, int]:
+    """Images of each split."""
+    splits = [split for split in SPLITS if (out / split).is_dir()]
+    return {split: sum(len(files) for *_, files in os.walk(out / split)) for split in splits}
+
+
+def is_complete(out: Path, wanted: dict) -> bool:
+    """True if OUT holds this data set already, False if it is free.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    downloads = {"download"} if wanted["name"] in DOWNLOADED else set()
+    if not out.exists() or {entry.name for entry in out.iterdir()} <= downloads:
+        if out.is_mount():
+            raise UserError(f"{out}: is a mount point, name a folder inside it")
+        return False
+    try:
+        found = json.loads((out / MARKER).read_text())
+    except (FileNotFoundError, ValueError):
+        raise UserError(f"{out}: is not empty and was not written by this script; name a new folder") from None
+    if found != {**wanted, "counts": counts(out)}:
+        raise UserError(f"{out}: has {counts(out)} of {json.dumps(found)}; name a new folder or remove it")
+    return True
+
+
+def prepare(args: argparse.Namespace, out: Path, wanted: dict) -> None:
+    """Fill a folder beside OUT and rename it; a killed run's is removed first."""
+    partial = out.with_name(f".{out.name}.prepare_data")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        DATA_SETS[args.name][0](args, partial)
+        (partial / MARKER).write_text(json.dumps({**wanted, "counts": counts(partial)}))
+        if (out / "download").exists():
+            (out / "download").rename(partial / "download")
+        partial.rename(out)
+        with contextlib.suppress(OSError):  # not empty: something is to be kept
+            (out / "download").rmdir()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    arguments = {key: value for key, value in vars(args).items() if key not in ("name", "out", "keep_download")}
+    wanted = {"name": args.name, "arguments": arguments}
+    try:
+        there = is_complete(out, wanted)
+        if not there:
+            prepare(args, out, wanted)
+    except OSError as error:  # disk full, no permission, ...
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT) from None
+    images = counts(out)
+    listed = ", ".join(f"{split} {number:,}" for split, number in images.items())
+    log(f"{out}: {'already there, ' if there else ''}{listed}, total {sum(images.values()):,} images")
+    if "unlabeled" in images:
+        log(f"pre-train on the unlabelled images with --data_path {out / 'unlabeled'}")
+
+
+if __name__ == "__main__":
+    run(main, get_args_parser().parse_args())

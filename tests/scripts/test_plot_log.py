@@ -1,0 +1,87 @@
+"""Curves from log.txt: what is read, what is skipped, what is drawn."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import distributed
+from scripts import plot_log
+
+
+@pytest.fixture
+def runs(tmp_path) -> dict[str, str]:
+    """Folders of a pre-training and a fine-tuning run."""
+    pretrain = [{"train_lr": 1e-3, "train_loss": 1 / (1 + e), "train_total_norm": 0.5, "epoch": e} for e in range(4)]
+    finetune = [
+        {"train_lr": 1e-4, "train_loss": 2.0, "test_loss": 1.5, "test_acc1": 9.0 * e, "epoch": e} for e in (0, 1)
+    ]
+    for name, lines in (("pretrain", pretrain), ("finetune", finetune)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {path.name: str(path) for path in tmp_path.iterdir()}
+
+
+def test_read_log__skips_nulls_and_torn_lines(tmp_path):
+    lines = [
+        '{"train_loss": 9.0, "epoch": 1}',
+        '{"train_loss": 2.0, "train_total_norm": null, "epoch": 0}',
+        '{"train_loss": 1.0, "train_total_norm": Infinity, "note": "text", "epoch": 1}',
+        "[1, 2]",
+        '{"train_loss": 0.5',
+    ]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    expected = {0: {"train_loss": 2.0, "epoch": 0}, 1: {"train_loss": 1.0, "epoch": 1}}
+    assert plot_log.read_log(str(tmp_path)) == plot_log.read_log(str(tmp_path / "log.txt")) == expected
+
+
+def test_plot__panels_and_legends(runs):
+    read = {name: plot_log.read_log(path) for name, path in sorted(runs.items())}
+    loss, accuracy, rate = plot_log.plot(read).axes
+    assert [line.get_label() for line in loss.lines] == [
+        "finetune: train_loss",
+        "finetune: test_loss",
+        "pretrain: train_loss",
+    ]
+    assert [line.get_label() for line in accuracy.lines] == ["finetune"]
+    assert np.array_equal(accuracy.lines[0].get_xydata(), [[0, 0], [1, 9]])
+    assert len(rate.lines) == 2
+    assert [ax.get_ylabel() for ax in plot_log.plot({"a": read["pretrain"]}).axes] == ["loss", "learning rate"]
+
+
+def test_run_names(runs, tmp_path):
+    folders = [runs["pretrain"], f"{runs['finetune']}/log.txt"]
+    assert plot_log.run_names(folders) == ["pretrain", "finetune"]
+    twins = [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    for twin in twins:
+        (tmp_path / twin).mkdir(parents=True)
+    assert plot_log.run_names(twins) == twins
+
+
+@pytest.mark.parametrize(
+    ("log", "out", "words"),
+    [
+        ("nowhere", "log.png", "nowhere: cannot be read"),
+        ("empty.txt", "log.png", "has no line with an epoch"),
+        ("bare.txt", "log.png", "no loss, accuracy or learning rate"),
+        ("pretrain", "log.xyz", "--out .*: cannot be written"),
+        ("pretrain", "empty.txt/log.png", "--out .*: cannot be written"),
+    ],
+)
+def test_user_errors(runs, tmp_path, capsys, log, out, words):
+    (tmp_path / "empty.txt").write_bytes(b"\x80\n")
+    (tmp_path / "bare.txt").write_text('{"epoch": 0}')
+    args = plot_log.get_args_parser().parse_args([str(tmp_path / log), "--out", str(tmp_path / out)])
+    with pytest.raises(SystemExit) as end:
+        distributed.run(plot_log.main, args)
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(words, line)
+
+
+def test_script(run_script, runs, tmp_path):
+    out = tmp_path / "figures" / "log.png"
+    run_script("scripts/plot_log.py", *runs.values(), "--out", str(out))
+    assert Image.open(out).width > 800
