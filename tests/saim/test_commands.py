@@ -1,5 +1,6 @@
-"""The commands of the authors' README, run to the letter inside saim/ with toy sizes appended; evaluation; python -m."""
+"""The commands of the authors' README, run to the letter inside saim/ with toy sizes appended; evaluation; -m."""
 
+import argparse
 import json
 import os
 import re
@@ -36,8 +37,8 @@ python -m torch.distributed.launch --nproc_per_node 32 main_linprobe.py \
     --dist_eval --data_path <imagenet-path> \
     --finetune <pretrained-ckpt> --output_dir <output-directory>
 """
-COMMANDS = dict(zip(("pretrain", "finetune", "linprobe"), README.strip().split("\n\n"), strict=True))
-PARSERS = {
+COMMANDS: dict[str, str] = dict(zip(("pretrain", "finetune", "linprobe"), README.strip().split("\n\n"), strict=True))
+PARSERS: dict[str, argparse.ArgumentParser] = {
     "pretrain": main_pretrain.get_args_parser(),
     "finetune": main_finetune.get_args_parser(),
     "linprobe": main_linprobe.get_args_parser(),
@@ -46,7 +47,7 @@ TOY = " --input_size 16 --patch_size 8 --batch_size 6 --num_workers 0 --warmup_e
 TOYS = {
     "pretrain": TOY + " --model saim_nano --query_depth 1 --epochs 1",
     "finetune": TOY + " --model vit_nano_patch16 --nb_classes 10 --epochs 2 --blr 5e-2",
-    "linprobe": TOY + " --model vit_nano_patch16 --nb_classes 10 --epochs 2 --blr 10",
+    "linprobe": TOY + " --model vit_nano_patch16 --nb_classes 10 --epochs 2",
 }
 
 
@@ -93,8 +94,9 @@ def commands(tmp_path_factory, digits) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def runs(commands) -> dict[str, Path]:
     """Folders of the three finished runs."""
-    for command in commands.values():
-        finish(start(command, ROOT / "saim"))
+    finish(start(commands["pretrain"], ROOT / "saim"))
+    for process in [start(commands[stage], ROOT / "saim") for stage in ("finetune", "linprobe")]:
+        finish(process)
     parsed = {stage: PARSERS[stage].parse_args(flags(command)) for stage, command in commands.items()}
     return {stage: Path(args.output_dir) for stage, args in parsed.items()}
 
@@ -131,7 +133,4 @@ def test_eval__counts_every_image_once_on_any_number_of_processes(commands, runs
 
 
 def test_module__runs_from_the_repository_root():
-    processes = [start(f"python -m saim.main_{stage} --help", ROOT) for stage in ("pretrain", "finetune")]
-    for title, out in zip(("SAIM pre-training", "SAIM fine-tuning"), map(finish, processes), strict=True):
-        assert title in out
-        assert "--data_path" in out
+    assert "--query_depth" in finish(start("python -m saim.main_pretrain --help", ROOT))

@@ -1,0 +1,115 @@
+# Sourced by the row scripts, scripts/<method>_<model>_<epochs>e.sh [--dry_run] [stage ...]: launches their stages.
+# Usage: DATA=<folder with train/ and val/> [OUT=... GPUS=...] bash scripts/<row>.sh [--dry_run] [stage ...]
+#   --dry_run        print the commands, run nothing
+#   stage ...        the stages to run, in the script's order; default: all
+#   OUT              the stages' folders go here; default: runs/<row> of this checkout; nodes share it
+#   GPUS             processes on this node; default: the CUDA devices that torch sees, else 1
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    default: 1 0 127.0.0.1 29500; run the same line on every node
+#   EXTRA            further flags of every stage: EXTRA="--num_workers 16 --compile"
+#   EXTRA_<STAGE>    further flags of one stage: EXTRA_PRETRAIN="--batch_size 32"; the last of equal flags wins
+# The paper's images per update are kept: --accum_iter makes up for fewer GPUs, and for a smaller --batch_size in EXTRA.
+# A stage that was stopped continues where it was, and a complete one returns at once: after a crash, run the same line.
+
+fail() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+# value_of FLAG words...: the last value of a flag, as argparse reads it; empty without the flag
+value_of() {
+    local flag=$1 previous="" value="" word
+    for word in "${@:2}"; do
+        if [[ $previous == "$flag" ]]; then value=$word; fi
+        if [[ $word == "$flag="* ]]; then value=${word#*=}; fi
+        previous=$word
+    done
+    echo "$value"
+}
+
+# show words...: print a command so that it can be pasted into a shell
+show() {
+    local line="" word
+    for word in "$@"; do
+        printf -v word %q "$word"
+        if [[ $word == --* ]] && ((${#line} > 80)); then
+            echo "$line\\"
+            line="    "
+        fi
+        line+="$word "
+    done
+    echo "${line% }"
+}
+
+# launch STAGE MAIN IMAGES_PER_UPDATE flags...: one stage of the row; its flags include --batch_size, per process
+launch() {
+    local stage=$1 main=$ROOT/$2 images=$3 name=EXTRA_${1^^} flags=("${@:4}") extra batch step n works=""
+    local command=(python) encoder
+    [[ " $chosen " == *" $stage "* ]] || return 0
+
+    read -rd '' -a extra <<<"${EXTRA:-} ${!name:-}" || true # read "fails" at the end of the text
+    batch=$(value_of --batch_size "${flags[@]}" "${extra[@]}")
+    [[ $batch =~ ^[1-9][0-9]*$ ]] || fail "$stage: --batch_size $batch: expected a whole number of at least 1"
+    if [[ -z $(value_of --accum_iter "${extra[@]}") ]]; then
+        step=$((GPUS * NNODES * batch))
+        for ((n = 1; n * NNODES * batch <= images; n++)); do
+            if ((images % (n * NNODES * batch) == 0)); then works+=" $n"; fi
+        done
+        ((images % step == 0)) ||
+            fail "$stage: $images images per update are no multiple of GPUS x NNODES x --batch_size =" \
+                "$GPUS x $NNODES x $batch = $step; GPUS that work:${works:- none}"
+        flags+=(--accum_iter $((images / step)))
+    fi
+
+    if ((GPUS * NNODES > 1)); then
+        command+=(-m torch.distributed.launch --nproc_per_node "$GPUS" --nnodes "$NNODES" --node_rank "$NODE_RANK")
+        command+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    fi
+    command+=("${main#"$PWD/"}" "${flags[@]}" --data_path "$DATA" --output_dir "$OUT/$stage" "${extra[@]}")
+    show "${command[@]}"
+    [[ -z $dry_run ]] || return 0
+
+    encoder=$(value_of --finetune "${command[@]}")
+    if [[ $encoder == "$OUT/"* && ! -f $encoder && ! -f $OUT/$stage/checkpoint.pth ]]; then
+        fail "$stage: $encoder does not exist; run the stage pretrain first, or set $name=\"--finetune FILE\""
+    fi
+    "${command[@]}"
+}
+
+# ---- arguments; the stages are those of the script's launch lines
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+stages=$(sed -n 's/^launch \([a-z0-9_]*\) .*/\1/p' "$0" | xargs)
+chosen="" dry_run=""
+for argument in "$@"; do
+    if [[ $argument == --dry_run ]]; then
+        dry_run=yes
+    elif [[ $argument == -h || $argument == --help ]]; then
+        awk 'FNR == 1 { on = 1 } !/^#/ { on = 0 } on && !/^#!/ { sub(/^# /, ""); print }' "$0" "${BASH_SOURCE[0]}"
+        exit
+    elif [[ " $stages " == *" $argument "* ]]; then
+        chosen+=" $argument"
+    else
+        fail "'$argument' is neither --dry_run nor a stage ($stages)"
+    fi
+done
+chosen=${chosen:-$stages}
+
+# ---- environment
+if [[ -z ${GPUS:-} ]]; then
+    GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
+fi
+NNODES=${NNODES:-1}
+for name in GPUS NNODES; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: expected a whole number of at least 1"
+done
+if [[ -z $dry_run ]]; then
+    [[ -n ${DATA:-} ]] || fail "set DATA to the folder with train/ and val/: DATA=/imagenet bash $0"
+    [[ -d $DATA/train || ${EXTRA:-} == *--dataset* ]] || fail "DATA=$DATA: has no folder train/"
+    [[ $NNODES == 1 || (-n ${NODE_RANK:-} && -n ${MASTER_ADDR:-}) ]] ||
+        fail "NNODES=$NNODES: on every node set NODE_RANK, 0 to $((NNODES - 1)), and MASTER_ADDR, the address of node 0"
+    # A mistake in a later stage shall not wait until the earlier ones are done.
+    GPUS=$GPUS bash "$0" --dry_run "$@" >/dev/null
+fi
+DATA=${DATA:-/path/to/imagenet} NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+OUT=${OUT:-$ROOT/runs/$(basename "$0" .sh)}
+OUT=${OUT#"$PWD/"}
