@@ -199,15 +199,15 @@ def eval_transform(input_size: int = 224) -> transforms.Compose:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators by key, and restore them afterwards."""
-    words = np.random.SeedSequence(key).generate_state(3)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from it
-    random.seed(int(words[0]))
-    np.random.seed(words[1])  # noqa: NPY002
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
+    """Seed Python's, NumPy's and torch's CPU generators by key; in the main process restore them afterwards."""
+    in_main = get_worker_info() is None
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if in_main else None  # noqa: NPY002
+    words = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])  # noqa: NPY002 - timm draws from the global generator
+    torch.default_generator.manual_seed(words[2])
+    yield
+    if before:
         random.setstate(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
         torch.set_rng_state(before[2])

@@ -301,7 +301,7 @@ def saim_tiny(**kwargs) -> SaimViT:  # ours: for 32-64 pixel images
 
 
 def saim_nano(**kwargs) -> SaimViT:  # ours: for digits on a CPU
-    return SaimViT(**{"patch_size": 16, "embed_dim": 128, "depth": 4, "num_heads": 4, **kwargs})
+    return SaimViT(**{"patch_size": 16, "embed_dim": 96, "depth": 4, "num_heads": 3, **kwargs})
 
 
 def vit_igpt_base(**kwargs) -> SaimViT:

@@ -186,7 +186,7 @@ def vit_tiny_patch16(**kwargs) -> VisionTransformer:  # ours: the encoder of sai
 
 
 def vit_nano_patch16(**kwargs) -> VisionTransformer:  # ours: the encoder of saim_nano
-    return VisionTransformer(**{"patch_size": 16, "embed_dim": 128, "depth": 4, "num_heads": 4, **kwargs})
+    return VisionTransformer(**{"patch_size": 16, "embed_dim": 96, "depth": 4, "num_heads": 3, **kwargs})
 
 
 PUBLISHED = (vit_base_patch16, vit_large_patch16, vit_huge_patch14)
