@@ -1,7 +1,7 @@
-"""Pre-trains, probes and fine-tunes a small SAIM on handwritten digits, or on a folder of the user's, and draws figures.
+"""Pre-trains, probes and fine-tunes a small SAIM on handwritten digits, or on the user's images, with figures.
 
-Usage: bash scripts/quickstart.sh [--data_path DIR], which installs what is needed and runs this. Every step is a command
-of the repository, printed before it runs. Results: runs/quickstart (or runs/quickstart-<name of DIR>).
+Usage: bash scripts/quickstart.sh [--data_path DIR], which installs what is needed and runs this. Every step is a
+command of the repository, printed before it runs. Results: runs/quickstart (or runs/quickstart-<name of DIR>).
 """
 
 import argparse
@@ -91,9 +91,8 @@ def main(args: argparse.Namespace) -> None:
     def pretrain(folder: str, *flags: str) -> list[str]:
         recipe = ["--model", "saim_nano", "--query_depth", 2, "--norm_pix_loss", "--lr", 3e-3, "--batch_size", batch]
         recipe += ["--epochs", epochs, "--warmup_epochs", min(2, epochs - 1)]
-        return command(
-            "saim/main_pretrain.py", *recipe, *common, *flags, "--data_path", data, "--output_dir", out / folder
-        )
+        files = ["--data_path", data, "--output_dir", out / folder]
+        return command("saim/main_pretrain.py", *recipe, *common, *flags, *files)
 
     def probe(folder: str, checkpoint: Path | str) -> list[str]:
         recipe = ["--model", "vit_nano_patch16", "--global_pool", "--nb_classes", classes, "--lr", 0.5]
@@ -101,12 +100,11 @@ def main(args: argparse.Namespace) -> None:
         files = ["--data_path", few, "--finetune", checkpoint, "--output_dir", out / folder]
         return command("saim/main_linprobe.py", *recipe, *common, *files)
 
-    together(
-        (pretrain("pretrain_raster", "--order", "raster"), out / "pretrain_raster.out"), (pretrain("pretrain"), None)
-    )
+    raster = pretrain("pretrain_raster", "--order", "raster"), out / "pretrain_raster.out"
+    together(raster, (pretrain("pretrain"), None))
     together((probe("probe_random", ""), out / "probe_random.out"), (probe("probe", encoder), None))
-    finetune = ["--model", "vit_nano_patch16", "--nb_classes", classes, "--lr", 2e-3, "--layer_decay", 0.8, "--aa", ""]
-    finetune += ["--batch_size", min(32, images), "--epochs", max(3, epochs // 2), "--warmup_epochs", 1, "--reprob", 0]
+    finetune = ["--model", "vit_nano_patch16", "--nb_classes", classes, "--lr", 1e-3, "--drop_path", 0, "--aa", ""]
+    finetune += ["--batch_size", min(16, images), "--epochs", max(3, epochs - 2), "--warmup_epochs", 1, "--reprob", 0]
     finetune += [*common, "--data_path", data, "--finetune", encoder, "--output_dir", out / "finetune"]
     shown = ["--data_path", data, "--num_images", 12, "--output_dir", out]
     attention = [*size, "--model", "vit_nano_patch16", "--query", "mean", "--names", "raster order", "SAIM"]
@@ -121,10 +119,7 @@ def main(args: argparse.Namespace) -> None:
         (command("saim/visualize_prediction.py", "--checkpoint", encoder, *shown[:3], 6, *shown[4:]), None),
     )
     report(out, few, not args.data_path)
-    print(
-        f"\nDone in {time.perf_counter() - begun:.0f} s. Figures: attention.png, predictions.png, curves.png in {out}"
-    )
-    print(f"tensorboard --logdir {out} shows the runs.")
+    print(f"Done in {time.perf_counter() - begun:.0f} s. Figures: {out}/attention.png, predictions.png, curves.png")
 
 
 def report(out: Path, few: Path, digits: bool) -> None:
