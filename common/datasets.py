@@ -24,10 +24,22 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
-from common.distributed import Stopped, UserError, agree, log, on_main_first, rank, world_size
+from common.distributed import (
+    Position,
+    Stopped,
+    UserError,
+    agree,
+    catch_signals,
+    log,
+    on_main_first,
+    rank,
+    stop_signal,
+    world_size,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TIMM_READERS = ("torch", "wds", "hfds", "hfids", "tfds")
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
 
 
@@ -61,19 +73,21 @@ class UnlabelledImages(Dataset):
         return default_loader(self.samples[index][0]), 0
 
 
-def image_dataset(data_path: str, train: bool, labelled: bool = True, name: str = "", split: str = "") -> Any:
+def image_dataset(
+    data_path: str, train: bool, labelled: bool = True, name: str = "", split: str = "", batch_size: int = 1
+) -> Any:
     """The training or validation images of a run.
 
     Args:
         data_path: folder with train/ and val/, each <class>/<image>.
         labelled: False (pre-training) also takes images without class folders, in train/ or in data_path itself.
         name: "" for folders, else a data set of timm's factory (torch/cifar10, wds/..., hfds/...) kept in data_path.
-        split: the factory's split, default train or validation.
+        split: the factory's split, default train or validation. batch_size: whole batches of it are streamed.
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """
     if name:
-        return _timm_dataset(name, data_path, train, split)
+        return _timm_dataset(name, data_path, train, split, batch_size)
     root = Path(data_path) / ("train" if train else "val")
     if not Path(data_path).is_dir():
         raise UserError(f"--data_path {data_path}: no such folder")
@@ -97,14 +111,15 @@ def image_dataset(data_path: str, train: bool, labelled: bool = True, name: str 
     return dataset
 
 
-def _timm_dataset(name: str, root: str, train: bool, split: str) -> Any:
+def _timm_dataset(name: str, root: str, train: bool, split: str, batch_size: int) -> Any:
     split = split or ("train" if train else "validation")
+    if name.split("/")[0] not in TIMM_READERS or "/" not in name:
+        expected = ", ".join(f"{reader}/..." for reader in TIMM_READERS)
+        raise UserError(f"--dataset {name}: expected one of {expected}")
     try:
         with on_main_first():
-            # Training streams shuffle and shard by themselves; the transform is applied by the loader.
-            return create_dataset(
-                name, root=root, split=split, is_training=train, download=name.startswith("torch/"), batch_size=1
-            )
+            download = name.startswith("torch/")
+            return create_dataset(name, root, split, is_training=train, download=download, batch_size=batch_size)
     except Exception as error:  # the factory and its back ends raise many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"--dataset {name}: split {split} cannot be read from --data_path {root} ({reason})") from error
@@ -227,10 +242,9 @@ class _Samples(Dataset):
 
     def _decode(self, index: int) -> tuple[Image.Image, int]:
         reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
-        if reader is None:
-            return self.base[index]
-        image, target = reader[index]
-        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB"), target
+        image, target = self.base[index] if reader is None else reader[index]
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        return image.convert("RGB"), target
 
     def _name(self, index: int) -> str:
         samples = getattr(self.base, "samples", None)
@@ -324,10 +338,14 @@ class Loader:
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
         self.batch_size = batch_size
-        self.images = len(dataset)
+        streamed = isinstance(dataset, IterableDataset)
+        if streamed:  # its reader shares the images out to ranks and workers
+            dataset.set_loader_cfg(num_workers=num_workers)  # type: ignore[attr-defined]
+        size: int = len(dataset)  # type: ignore[arg-type]
+        self.images = size * (world_size() if streamed else 1)
         self.bad: list[str] = []  # unreadable images met so far, by this rank
         sampler: Any = None
-        if isinstance(dataset, IterableDataset):
+        if streamed:
             samples: Dataset = _Stream(dataset, transform, seed)
         else:
             samples = _Samples(dataset, transform, seed, replace_bad=train and bad_images == "skip")
@@ -349,6 +367,7 @@ class Loader:
             generator=torch.Generator(),  # keeps the loader's own draws out of the model's
             persistent_workers=num_workers > 0 and sampler is not None,
         )
+        catch_signals()
         self._running: list[Any] = []  # the iterator whose workers are alive
         weakref.finalize(self, _end_workers, self._running)
         if train and len(self) == 0:
@@ -361,19 +380,20 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch and rank."""
-        # A stream is split over the ranks by its reader.
         own = self.images // world_size() if self.sampler is None else len(self.sampler)
         return own // self.batch_size if self.train else -(-own // self.batch_size)
 
-    def start(self, images: int) -> int:
-        """The batch of an epoch at which a run continues after `images` images of it (over all ranks)."""
-        if self.sampler is None and images:
+    def start(self, position: Position) -> tuple[int, dict[str, list[float]]]:
+        """The batch at which a run continues, and the meters there; none where the steps of the epoch changed."""
+        step, rest = divmod(position.images, self.batch_size * world_size())
+        rest += step % self.accum_iter
+        if self.sampler is None and position.images:
             log("a streamed data set cannot be entered inside an epoch; starting the epoch anew")
-            return 0
-        step, rest = divmod(images, self.batch_size * world_size())
-        if rest or step % self.accum_iter:
-            log(f"{images} images are no whole number of updates of this run; continuing at the one before")
-        return min(step - step % self.accum_iter, len(self))
+            return 0, {}
+        if rest:
+            log(f"{position.images} images are no whole number of updates of this run; continuing at the one before")
+        step = min(step - step % self.accum_iter, len(self))
+        return step, {} if rest or not step else position.own_meters()
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from number `start` on.
@@ -398,6 +418,8 @@ class Loader:
                     raise Stopped(signum)
                 if anywhere and not fatal:
                     raise UserError("another process met an unreadable image")
+            elif stop_signal():  # nothing to save in an evaluation
+                raise Stopped(stop_signal())
             if fatal:
                 raise UserError(f"{problems[-1]}; --bad_images skip goes on without it")
             for problem in problems:
@@ -423,7 +445,7 @@ def _loader(args: argparse.Namespace, dataset: Any, transform: Callable, device:
 
 def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device) -> Loader:
     """Training batches of the flags; labels are not needed."""
-    images = image_dataset(args.data_path, True, labelled=False, name=args.dataset, split=args.train_split)
+    images = image_dataset(args.data_path, True, False, args.dataset, args.train_split, args.batch_size)
     return _loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter)
 
 
@@ -431,8 +453,8 @@ def supervised_loaders(
     args: argparse.Namespace, transform: Callable, val_transform: Callable, device: torch.device
 ) -> tuple[Loader, Loader]:
     """Training and validation batches of the flags, whose classes agree."""
-    train = image_dataset(args.data_path, True, name=args.dataset, split=args.train_split)
-    val = image_dataset(args.data_path, False, name=args.dataset, split=args.val_split)
+    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size)
+    val = image_dataset(args.data_path, False, True, args.dataset, args.val_split, args.batch_size)
     check_classes(train, val, args.nb_classes)
     return (
         _loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),

@@ -44,9 +44,11 @@ def train_one_epoch(
             imgs, targets = mixup(imgs, targets)
         with updater.forward(model, step):
             loss = criterion(model(imgs), targets)
-        updater.backward(loss, step)
-        epoch_log.update(step, updater.is_last(step), lr=max(group["lr"] for group in groups), loss=loss)
-    return epoch_log.means()
+        norm = updater.backward(loss, step)
+        lr = max(group["lr"] for group in groups)
+        epoch_log.update(step, updater.is_last(step), lr=lr, loss=loss, total_norm=norm)
+    means = epoch_log.means()
+    return {"lr": means["lr"], "loss": means["loss"]}  # upstream logs no norm here
 
 
 @torch.no_grad()
@@ -103,7 +105,9 @@ def fit(
     plain = distributed.unwrap(model)
     n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     position = checkpoint.resume(resume, args.start_epoch)
-    run_log = distributed.RunLog(args.output_dir, position.epoch)
+    start, sums = loader.start(position)
+    run_log = distributed.RunLog(args.output_dir, position.epoch + start / len(loader))
+    images_per_epoch = len(loader) * args.batch_size * distributed.world_size()
     best = 0.0
     for epoch in range(position.epoch, args.epochs):
         epoch_log = distributed.EpochLog(
@@ -114,11 +118,14 @@ def fit(
             run_log=run_log,
             tags={"loss": "loss", "lr": "lr"},
             epoch=epoch,
-            start=loader.start(position.images),
-            sums=position.meters,
+            start=start,
+            sums=sums,
         )
         with checkpoint.on_exit(epoch, epoch_log, args.batch_size * distributed.world_size()):
             stats = train_one_epoch(model, criterion, loader, updater, schedule, epoch_log, mixup, args.seed)
+        # An evaluation may be stopped: it is repeated from here.
+        meters = distributed.gather(epoch_log.sums(len(loader)))
+        checkpoint.save(distributed.Position(epoch, images_per_epoch, meters))
         test = evaluate(plain, val_loader, updater)
         best = max(best, test["acc1"])
         distributed.log(f"Max accuracy: {best:.2f}%")
@@ -128,7 +135,7 @@ def fit(
             | {f"test_{k}": v for k, v in test.items()}
             | {"epoch": epoch, "n_parameters": n_parameters}
         )
-        position = distributed.Position(epoch + 1)
-        last = position.epoch == args.epochs
-        checkpoint.save(position, numbered=last or epoch % args.save_freq == 0)
+        start, sums = 0, {}
+        last = epoch + 1 == args.epochs
+        checkpoint.save(distributed.Position(epoch + 1), numbered=last or epoch % args.save_freq == 0)
     distributed.log(f"{args.epochs} epochs done; checkpoint.pth and log.txt are in {args.output_dir}")

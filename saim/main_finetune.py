@@ -108,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
             args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
         )
     loader, val_loader = datasets.supervised_loaders(args, augment, datasets.eval_transform(args.input_size), device)
-    mixup = build_mixup(args)
+    with distributed.user_errors("--mixup, --cutmix and their options"):
+        mixup = build_mixup(args)
     # ---- model
     model = build_model(args)
     resume = distributed.find_checkpoint(args.output_dir, args.resume)

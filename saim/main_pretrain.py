@@ -108,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- loop
     checkpoint = distributed.Checkpoint(args.output_dir, args, model=model, optimizer=optimizer, scaler=updater.scaler)
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
-    run_log = distributed.RunLog(args.output_dir, position.epoch)
+    start, sums = loader.start(position)
+    run_log = distributed.RunLog(args.output_dir, position.epoch + start / len(loader))
     for epoch in range(position.epoch, args.epochs):
         epoch_log = distributed.EpochLog(
             f"Epoch: [{epoch}]",
@@ -118,15 +119,15 @@ def main(args: argparse.Namespace) -> None:
             run_log=run_log,
             tags={"loss": "train_loss", "lr": "lr"},
             epoch=epoch,
-            start=loader.start(position.images),
-            sums=position.meters,
+            start=start,
+            sums=sums,
         )
         with checkpoint.on_exit(epoch, epoch_log, images_per_step):
             stats = train_one_epoch(net, loader, updater, schedule, epoch_log, args.seed)
         run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
-        position = distributed.Position(epoch + 1)
-        last = position.epoch == args.epochs
-        checkpoint.save(position, numbered=last or epoch % args.save_freq == 0)
+        start, sums = 0, {}
+        last = epoch + 1 == args.epochs
+        checkpoint.save(distributed.Position(epoch + 1), numbered=last or epoch % args.save_freq == 0)
     distributed.log(f"{args.epochs} epochs done; checkpoint.pth and log.txt are in {args.output_dir}")
 
 

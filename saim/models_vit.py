@@ -133,8 +133,8 @@ def load_pretrained(model: VisionTransformer, state: dict[str, Tensor]) -> tuple
     lacking = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
     if lacking:
         raise ValueError(f"{len(lacking)} encoder weights are missing, first {lacking[0]}")
-    for key in own.keys() & state.keys():
-        if own[key].shape != state[key].shape:
+    for key in own:
+        if key in state and own[key].shape != state[key].shape:
             raise ValueError(f"{key} is {tuple(state[key].shape)}, the model expects {tuple(own[key].shape)}")
     deeper = [key for key in state if key.startswith("blocks.") and key not in own]
     if deeper:
@@ -154,15 +154,13 @@ def load_encoder(model: VisionTransformer, path: str, head_std: float = 0.0) -> 
     state = distributed.load(path)
     if "model" not in state:
         raise distributed.UserError(f"{path}: has no key 'model', expected a pre-training or fine-tuning checkpoint")
-    try:
+    with distributed.user_errors(f"{path}: no encoder for --model, --patch_size and --input_size"):
         missing, unexpected = load_pretrained(model, state["model"])
-    except ValueError as error:
-        hint = "; check --model, --patch_size and --input_size"
-        raise distributed.UserError(f"{path}: {error}{hint}") from error
     matched = len(model.state_dict()) - len(missing)
     distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")
     if head_std and isinstance(model.head, nn.Linear):
         nn.init.trunc_normal_(model.head.weight, std=head_std)
+        nn.init.zeros_(model.head.bias)
 
 
 def vit_base_patch16(**kwargs) -> VisionTransformer:

@@ -84,15 +84,13 @@ def stretch(maps: Tensor) -> Tensor:
 
 def build_model(args: argparse.Namespace) -> VisionTransformer:
     """The encoder of the flags; raises UserError for values that do not fit together."""
-    try:
+    with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](
             img_size=args.input_size,
             num_classes=0,
             global_pool=True,  # attention needs no final norm, and checkpoints of pooling models have none
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),
         ).eval()
-    except ValueError as error:
-        raise distributed.UserError(f"--model {args.model}: {error}") from error
 
 
 @torch.inference_mode()

@@ -48,7 +48,9 @@ class Golden:
 def golden_files(method: str, prefix: str, suffix: str = ".npz"):
     """Parametrize `path` over every golden of a kind; a kind without files fails instead of vanishing."""
     paths = sorted((GOLDEN_DIR / method).glob(f"{prefix}*{suffix}"))
-    cases = [pytest.param(p, id=p.stem) for p in paths] or [pytest.param(None, id=f"no-{prefix}-in-{GOLDEN_DIR}")]
+    cases = [pytest.param(p, id=f"{method}/{p.stem}") for p in paths] or [
+        pytest.param(None, id=f"{method}: no {prefix}")
+    ]
     return lambda test: pytest.mark.golden(pytest.mark.parametrize("path", cases)(test))
 
 

@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import hashlib
 import math
 import os
 import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,18 @@ import numpy as np
 import torch
 
 from common.distributed.metrics import EpochLog
-from common.distributed.process import Exit, NonFinite, UserError, is_main, log, world_size
+from common.distributed.process import (
+    Exit,
+    NonFinite,
+    UserError,
+    gather,
+    is_main,
+    log,
+    main_does,
+    rank,
+    user_errors,
+    world_size,
+)
 
 # What released checkpoints hold besides tensors and plain Python values: their parsed flags and NumPy scalars.
 SAFE_GLOBALS: list[Any] = [
@@ -42,7 +54,8 @@ def load(path: str) -> dict[str, Any]:
         UserError: it is missing, damaged, not a checkpoint, or needs code to be executed.
     """
     if path.startswith(("http://", "https://")):
-        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(path).name
+        unique = hashlib.sha256(path.encode()).hexdigest()[:8]
+        target = Path(torch.hub.get_dir()) / "checkpoints" / f"{unique}-{Path(path).name}"
         try:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,20 +120,24 @@ def load_weights(model: torch.nn.Module, path: str) -> dict[str, Any]:
 
 
 def _restore(part: Stateful, state: dict[str, Any], path: str, key: str) -> None:
-    try:
+    with user_errors(f"{path}: '{key}' does not fit this run"):
         part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: '{key}' does not fit this run: {detail}") from error
 
 
 @dataclass
 class Position:
-    """Where a run stands: the epoch to train next, the images of it already seen by all ranks, sums of its meters."""
+    """Where a run stands: the epoch to train next, the images of it already seen by all ranks, each rank's meters."""
 
     epoch: int = 0
     images: int = 0
-    meters: dict[str, list[float]] | None = None
+    meters: list[dict[str, list[float]]] = field(default_factory=list)
+
+    def own_meters(self) -> dict[str, list[float]]:
+        """This rank's meters; on another number of processes, rank 0 takes the sums of all."""
+        if len(self.meters) == world_size():
+            return self.meters[rank()]
+        names = self.meters[0] if self.meters and is_main() else ()
+        return {name: [sum(m[name][i] for m in self.meters) for i in (0, 1)] for name in names}
 
 
 class Checkpoint:
@@ -137,27 +154,35 @@ class Checkpoint:
         self.folder = Path(folder)
         self.args = args
         self.parts = parts
-        if folder and is_main():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / ".writable").touch()
-                (self.folder / ".writable").unlink()
-            except OSError as error:
-                raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+        self.writes = bool(folder)
+        if folder:
+            main_does(self._open)
+
+    def _open(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".writable").touch()
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
 
     def save(self, position: Position, name: str = "checkpoint.pth", numbered: bool = False) -> None:
-        """Write the run's state (rank 0). `epoch` in the file is the last complete one, as upstream.
+        """Write the run's state; nothing without a folder. `epoch` in the file is the last complete one, as upstream.
+
+        Collective; rank 0 writes.
 
         Args:
             numbered: also keep it as checkpoint-<epoch>.pth.
         Raises:
             UserError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        if not is_main():
-            return
+        if self.writes:
+            main_does(lambda: self._write(position, name, numbered))
+
+    def _write(self, position: Position, name: str, numbered: bool) -> None:
         state = {key: part.state_dict() for key, part in self.parts.items()}
         state |= {"epoch": position.epoch - 1, "args": vars(self.args)}
-        state |= {"images": position.images, "meters": position.meters or {}}
+        state |= {"images": position.images, "meters": position.meters}
         names = [name] + ([f"checkpoint-{position.epoch - 1}.pth"] if numbered else [])
         for target in (self.folder / n for n in names):
             temporary = target.with_suffix(".tmp")
@@ -192,8 +217,9 @@ class Checkpoint:
             bad = isinstance(end, NonFinite)
             step = epoch_log.boundary(end.step if bad else math.inf)
             name = "checkpoint-nonfinite.pth" if bad else "checkpoint.pth"
-            self.save(Position(epoch, step * images_per_step, epoch_log.sums(step)), name)
-            log(f"saved epoch {epoch}, step {step} as {self.folder / name}; --resume continues from this step")
+            self.save(Position(epoch, step * images_per_step, gather(epoch_log.sums(step))), name)
+            if self.writes:
+                log(f"saved epoch {epoch}, step {step} as {self.folder / name}; --resume continues from this step")
             raise
 
     def resume(self, path: str, start_epoch: int = 0) -> Position:
@@ -212,11 +238,11 @@ class Checkpoint:
             for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
                 group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
         for key, part in self.parts.items():
-            if complete and key != "model" and key in state:
+            if complete and key != "model" and state.get(key):  # a scaler that was off left an empty state
                 _restore(part, state[key], path, key)
         if not complete:
             log(f"resumed weights only from {path}")
             return Position(start_epoch)
-        position = Position(state["epoch"] + 1, state.get("images", 0), state.get("meters"))
+        position = Position(state["epoch"] + 1, state.get("images", 0), state.get("meters", []))
         log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")
         return position

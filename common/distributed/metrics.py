@@ -1,5 +1,6 @@
 """Meters that never stall the device, progress on the console, log.txt and TensorBoard."""
 
+import contextlib
 import json
 import math
 import resource
@@ -14,7 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.distributed.process import NonFinite, all_sum, is_main, log, world_size
+from common.distributed.process import (
+    Exit,
+    NonFinite,
+    UserError,
+    agree,
+    all_sum,
+    is_main,
+    log,
+    main_does,
+    world_size,
+)
 
 Batch = TypeVar("Batch")
 WINDOW = 20  # steps of the running median, as upstream
@@ -23,22 +34,33 @@ WINDOW = 20  # steps of the running median, as upstream
 class RunLog:
     """log.txt (one JSON object per epoch) and TensorBoard events in a run's folder; rank 0 writes.
 
-    Lines of epochs that will be trained again, from start_epoch on, are dropped.
+    Lines of epochs that will be trained again, and scalars from the fractional epoch `start` on, are dropped.
+    Raises:
+        UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str, start_epoch: int = 0):
-        self.writer = None
+    def __init__(self, folder: str, start: float = 0.0):
+        self.writer: Any = None
         self.path = Path(folder) / "log.txt"
-        if not folder or not is_main():
-            return
+        if folder:
+            main_does(lambda: self._open(folder, start))
+
+    def _open(self, folder: str, start: float) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
-        self.writer = SummaryWriter(folder, purge_step=start_epoch * 1000 if start_epoch else None)
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _epoch_of(line) < start_epoch]
+        with self._written():
+            self.writer = SummaryWriter(folder, purge_step=int(start * 1000) if start else None)
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            kept = [line for line in lines if _epoch_of(line) < int(start)]
             if kept != lines:
                 self.path.write_text("".join(kept))
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """TensorBoard scalars by tag."""
@@ -47,12 +69,16 @@ class RunLog:
                 self.writer.add_scalar(tag, value, step)
 
     def epoch(self, stats: dict[str, Any]) -> None:
-        """Append one line to log.txt; numbers that JSON cannot hold become null."""
-        if self.writer is not None:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(finite) + "\n")
-            self.writer.flush()
+        """Append one line to log.txt; numbers that JSON cannot hold become null. Collective."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
+
+        def append() -> None:
+            if self.writer is not None:
+                with self._written(), open(self.path, "a") as file:
+                    file.write(json.dumps(finite) + "\n")
+                self.writer.flush()
+
+        main_does(append)
 
 
 def _epoch_of(line: str) -> float:
@@ -92,34 +118,39 @@ class EpochLog:
         self._boundaries = [start]  # micro-steps done when an update was complete
         self._earlier = {k: list(v) for k, v in (sums or {}).items()}
         self._totals = {k: list(v) for k, v in self._earlier.items()}  # running sum and count by name
-        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._pending: list[tuple[int, bool, dict[str, Any]]] = []  # step, whether it completed an update, values
         self._records: list[tuple[int, dict[str, float]]] = []
         self._text = ""
 
     def update(self, step: int, updated: bool = True, **values: Tensor | float | None) -> None:
         """Record micro-step `step`; None values count for nothing. `updated`: it completed an optimizer update."""
         present = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items() if v is not None}
-        self._pending.append((step, present))
+        self._pending.append((step, updated, present))
         if updated:
             self._boundaries.append(step + 1)
 
-    def _flush(self) -> None:
-        """Read the pending values in one transfer, write TensorBoard, stop on a non-finite one."""
+    def _read(self) -> list[tuple[int, bool, dict[str, float]]]:
+        """Read the pending values in one transfer, up to the first non-finite one, into records and totals."""
         pending, self._pending = self._pending, []
-        tensors = [v for _, values in pending for v in values.values() if isinstance(v, Tensor)]
+        tensors = [v for *_, values in pending for v in values.values() if isinstance(v, Tensor)]
         numbers = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
         fresh = [
-            (step, {k: next(numbers) if isinstance(v, Tensor) else float(v) for k, v in values.items()})
-            for step, values in pending
+            (step, updated, {k: next(numbers) if isinstance(v, Tensor) else float(v) for k, v in values.items()})
+            for step, updated, values in pending
         ]
-        self._records += fresh
-        for step, values in fresh:
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    raise NonFinite(step, name.replace("_", " "), value)
+        for step, _, values in fresh:
+            self._records.append((step, values))
             _add(self._totals, values)
+        return fresh
+
+    def _flush(self) -> None:
+        """Read the pending values, stop on a non-finite one of any rank, write TensorBoard. Collective."""
+        fresh = self._read()
+        bad = [(s, k.replace("_", " "), v) for s, _, values in fresh for k, v in values.items() if not math.isfinite(v)]
+        if fresh and agree(bool(bad))[1]:
+            raise NonFinite(*(bad[0] if bad else (fresh[0][0], "loss of another process", math.nan)))
         if self.run_log is not None and self.tags and fresh:
-            steps = [(step, values) for step, values in fresh if self.tags.keys() <= values.keys()]
+            steps = [(step, values) for step, updated, values in fresh if updated]
             means = iter(all_sum([values[name] for _, values in steps for name in self.tags]))
             for step, _ in steps:
                 scalars = {tag: next(means) / world_size() for tag in self.tags.values()}
@@ -131,7 +162,7 @@ class EpochLog:
         bar = tqdm(total=self.total, initial=self.start, desc=self.header, disable=not terminal, dynamic_ncols=True)
         begun = last = time.perf_counter()
         waited = 0.0
-        for step, batch in enumerate(batches, self.start):
+        for step, batch in enumerate(self._guarded(batches), self.start):
             waited += time.perf_counter() - last
             yield step, batch
             report = (step + 1) % self.print_freq == 0 or step + 1 == self.total
@@ -149,6 +180,14 @@ class EpochLog:
             bar.update()
         bar.close()
         self._flush()
+
+    def _guarded(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Before the end that all ranks reach together, read what is pending: a non-finite value comes first."""
+        try:
+            yield from batches
+        except Exit:
+            self._flush()
+            raise
 
     def _describe(self, seconds: float, data: float) -> str:
         parts = []
@@ -173,6 +212,7 @@ class EpochLog:
 
     def sums(self, before: int) -> dict[str, list[float]]:
         """Sum and count of every value over the steps before `before`, on this rank."""
+        self._read()
         totals = {k: list(v) for k, v in self._earlier.items()}
         for step, values in self._records:
             if step < before:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,9 @@ def user_errors(flag: str) -> Iterator[None]:
     """Turn a complaint about a value (ValueError, or what libraries raise for one) into a UserError on `flag`."""
     try:
         yield
-    except (ValueError, AssertionError, KeyError) as error:
-        raise UserError(f"{flag}: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300] or "not understood"
+        raise UserError(f"{flag}: {reason}") from error
 
 
 class NonFinite(Exit):
@@ -70,9 +72,44 @@ def _on_signal(signum: int, _frame) -> None:
         print(f"{name}: saving after this step (Ctrl-C again quits at once)", file=sys.stderr, flush=True)
 
 
+def catch_signals() -> None:
+    """Let SIGTERM, SIGINT and SIGUSR1 wait until a loader's next batch (`stop_signal`, `agree`)."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, _on_signal)
+
+
+def stop_signal() -> int:
+    """The stop signal that this process received, 0 if none."""
+    return _received[0] if _received else 0
+
+
+# Smallest and largest values of flags that all methods share; NaN fits nowhere.
+RANGES = {
+    **dict.fromkeys(("batch_size", "epochs", "accum_iter", "save_freq", "nb_classes"), (1, math.inf)),
+    **dict.fromkeys(("input_size", "patch_size"), (1, math.inf)),
+    **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs"), (0, math.inf)),
+    **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "mixup", "cutmix"), (0, 1e9)),
+    **dict.fromkeys(("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"), (0, 1)),
+    "clip_grad": (1e-12, math.inf),
+    "layer_decay": (1e-12, 1),
+    "recount": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def check_ranges(args) -> None:
+    """Raise UserError for a flag outside of `RANGES`; flags that are None are not set."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise UserError(f"--{name} {value}: expected {expected}")
+
+
 def run(main: Callable, args) -> None:
-    """Call main(args); an `Exit` becomes one line and its exit status."""
+    """Check the flags' ranges and call main(args); an `Exit` becomes one line and its exit status."""
     try:
+        check_ranges(args)
         main(args)
     except Exit as end:
         if rank() > 0:  # an error that all ranks share is told by rank 0, whose end takes the others along
@@ -132,9 +169,23 @@ def on_main_first() -> Iterator[None]:
     """Let rank 0 go first (a download, say), then the others."""
     if not is_main():
         barrier()
-    yield
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def main_does(action: Callable[[], None]) -> None:
+    """Call action on rank 0; a UserError there ends the other ranks, too. Collective."""
+    error = None
     if is_main():
-        barrier()
+        try:
+            action()
+        except UserError as problem:
+            error = problem
+    if agree(error is not None)[1]:
+        raise error or UserError("process 0 could not go on")
 
 
 # Rank, world size and local rank as told by torchrun and torch.distributed.launch, OpenMPI (--dist_on_itp) and SLURM.
@@ -172,6 +223,8 @@ def init(device: str = "auto") -> torch.device:
     cuda = torch.cuda.is_available()
     try:
         chosen = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError(chosen.type)
     except RuntimeError as error:
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:<index>") from error
     if chosen.type == "cuda" and not cuda:
@@ -189,14 +242,12 @@ def init(device: str = "auto") -> torch.device:
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=own_rank, world_size=world)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signum, _on_signal)
     return chosen
 
 
 def agree(problem: bool = False) -> tuple[int, bool]:
     """The stop signal that any rank received (0: none) and whether any rank has a problem. Collective, on the host."""
-    state = [_received[0] if _received else 0, int(problem)]
+    state = [stop_signal(), int(problem)]
     if world_size() > 1:
         shared = torch.tensor(state)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
@@ -213,9 +264,17 @@ def all_sum(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank. Collective, on the host."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def seed_step(seed: int, step: int) -> None:
     """Seed every generator of this rank for one step, so that its draws depend on (seed, rank, step) alone."""
-    words = np.random.SeedSequence([seed, rank(), step]).generate_state(3)
+    words = np.random.SeedSequence([seed, rank(), step, 1]).generate_state(3)  # 1: unlike any sample's seed
     random.seed(int(words[0]))
     np.random.seed(words[1])  # noqa: NPY002 - timm's Mixup draws from the global generator
     torch.manual_seed(int(words[2]))
@@ -251,7 +310,7 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto" and device.type == "cpu":
         name = "fp32"
     elif name == "auto":
-        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torchvision import transforms
 
 from common import datasets
 from common.datasets import Loader
-from common.distributed import UserError
+from common.distributed import Position, UserError
 from saim.main_pretrain import pretrain_transform
 from tests.helpers import assert_close, golden_files, load_golden
 
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 SIZE = 16
 
 
-def image_of(ref) -> Image.Image:
+def image_of(ref) -> Any:  # the transforms are typed to return what they are given
     return Image.fromarray(ref["in/image"].numpy())
 
 
@@ -152,10 +153,18 @@ def test_evaluation_sees_each_image_once_in_order(digits, monkeypatch):
 
 def test_resume_position(digits):
     data = loader(digits, num_workers=0, accum_iter=2)
-    assert [data.start(images) for images in (0, 8, 16, 24, 33, 48, 64)] == [0, 0, 2, 2, 4, 6, 6]
+    meters = {"loss": [3.0, 2.0]}
+    starts = [data.start(Position(0, images, [meters])) for images in (0, 8, 16, 24, 33, 48, 64)]
+    assert [step for step, _ in starts] == [0, 0, 2, 2, 4, 6, 6]
+    assert [bool(sums) for _, sums in starts] == [False, False, True, False, False, True, True]
 
 
 # ---- what users are told
+
+
+def test_greyscale_data_sets_become_colour():
+    data = Loader([(Image.new("L", (20, 20)), 1)] * 4, datasets.probe_transform(SIZE), 4, CPU, num_workers=0)
+    assert epoch_of(data, 0)[0].shape == (4, 3, SIZE, SIZE)
 
 
 @pytest.fixture
@@ -261,8 +270,9 @@ def test_skipping_gives_up_when_nothing_is_readable(folder):
 
 
 def test_unknown_timm_data_set(tmp_path):
-    with pytest.raises(UserError, match="--dataset torch/nothing"):
-        datasets.image_dataset(str(tmp_path), True, name="torch/nothing")
+    for name in ("torch/nothing", "nothing", "folder/x"):
+        with pytest.raises(UserError, match=f"--dataset {name}"):
+            datasets.image_dataset(str(tmp_path), True, name=name)
 
 
 def fake_cifar10(root: Path) -> None:
@@ -317,15 +327,18 @@ def test_web_data_set(tmp_path, digits):
     }
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
 
-    def stream() -> Loader:
-        images = datasets.image_dataset(str(tmp_path), True, name="wds/digits")
-        return Loader(images, datasets.probe_transform(SIZE), 8, CPU, num_workers=0)
+    def stream(workers: int = 0) -> Loader:
+        images = datasets.image_dataset(str(tmp_path), True, name="wds/digits", batch_size=8)
+        return Loader(images, datasets.probe_transform(SIZE), 8, CPU, num_workers=workers)
 
     data = stream()
     first = epoch_of(data, 0)
     assert len(first[0]) == 48
     assert torch.equal(first[0], epoch_of(stream(), 0)[0])
-    assert data.start(16) == 0
+    assert data.start(Position(0, 16)) == (0, {})
+    for workers in (0, 1, 2):
+        data = stream(workers)
+        assert len(list(data.batches(0))) == len(data) == 6
 
 
 def test_an_abandoned_epoch_ends_with_the_interpreter(digits, run_script, tmp_path):

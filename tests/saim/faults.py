@@ -3,6 +3,7 @@
 kill_in_save:n   SIGKILL in the middle of the n-th file that torch.save writes
 full_disk_at:n   the file system refuses growth from the n-th file on
 signal_at:n      SIGTERM to the own process before the n-th loss is computed (from 0)
+stop_in_eval:n   SIGTERM to the own process before the n-th batch of evaluations (from 0)
 nan_at:n         the n-th loss (from 0) is NaN
 """
 
@@ -20,7 +21,7 @@ from saim.models_saim import SaimViT
 from saim.models_vit import VisionTransformer
 
 fault, when = os.environ["FAULT"].split(":")
-calls = {"save": 0, "forward": 0}
+calls = {"save": 0, "forward": 0, "eval": 0}
 plain_save = torch.save
 
 
@@ -42,6 +43,9 @@ def patch(network: type) -> None:
     def forward(self, imgs):
         n = calls["forward"]
         calls["forward"] += self.training
+        if fault == "stop_in_eval" and calls["eval"] == int(when) and not self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls["eval"] += not self.training
         if fault == "signal_at" and n == int(when) and self.training:
             os.kill(os.getpid(), signal.SIGTERM)
         out = plain_forward(self, imgs)

@@ -1,5 +1,6 @@
 """Runs of the real scripts that are killed, stopped, starved of disk or fed nonsense."""
 
+import argparse
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from common import distributed
 from tests.helpers import ROOT
@@ -52,7 +54,7 @@ def assert_same(a: Path, b: Path) -> None:
     """Bit-identical model, optimizer and scaler states, and equal logs."""
     first, second = distributed.load(str(a / "checkpoint.pth")), distributed.load(str(b / "checkpoint.pth"))
     for key in ("model", "optimizer", "scaler", "epoch"):
-        flat = [torch.utils._pytree.tree_flatten(state[key])[0] for state in (first, second)]
+        flat = [tree_flatten(state[key])[0] for state in (first, second)]
         assert len(flat[0]) == len(flat[1])
         for x, y in zip(*flat, strict=True):
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, key
@@ -170,12 +172,97 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, digits):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def gradient_of(model: torch.nn.Linear, value: float) -> torch.Tensor:
+    return (model(torch.full((1, 2), value)) ** 2).mean()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_guard_on_the_device_freezes_from_the_bad_step_on(make):
+    """What CUDA runs do with fused optimizers; the CPU's fused kernels understand the same flag."""
+    model = torch.nn.Linear(2, 1)
+    updater = distributed.Updater(make(model.parameters(), lr=0.1, fused=True), torch.device("cpu"))
+    updater.guard_on_device = True
+    log = distributed.EpochLog("", 8, 1, torch.device("cuda"))
+    weights = []
+    with pytest.raises(distributed.NonFinite, match="total norm is nan, stopping training before the update of step 3"):
+        for step, value in log.steps([1.0, 2.0, 1.0, float("nan"), 1.0, 2.0, 1.0, 1.0]):
+            loss = gradient_of(model, value)
+            norm = updater.backward(loss, step)
+            log.update(step, loss=torch.tensor(1.0), total_norm=norm)
+            weights.append(model.weight.detach().clone())
+    changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    assert changed == [True, True, False, False, False, False, False]
+    assert model.weight.isfinite().all()
+
+
+def test_non_finite_value_comes_before_a_stop():
+    def batches():
+        yield from range(4)
+        raise distributed.Stopped(signal.SIGTERM)
+
+    log = distributed.EpochLog("", 9, 1, torch.device("cuda"))
+    with pytest.raises(distributed.NonFinite) as error:
+        for step, _ in log.steps(batches()):
+            log.update(step, loss=torch.tensor(float("nan") if step == 2 else 1.0))
+    assert log.boundary(error.value.step) == 2
+    assert log.sums(2) == {"loss": [2.0, 2.0]}
+
+
+def test_tensorboard_gets_updates_only():
+    class Tags:
+        def __init__(self):
+            self.steps = []
+
+        def scalars(self, values, step):
+            self.steps.append((step, values))
+
+    tags = Tags()
+    log = distributed.EpochLog("", 4, 1, torch.device("cpu"), run_log=tags, tags={"loss": "l"})  # type: ignore[arg-type]
+    for step, _ in log.steps(range(4)):
+        log.update(step, step % 2 == 1, loss=float(step))
+    assert tags.steps == [(250, {"l": 1.0}), (750, {"l": 3.0})]
+
+
+def test_meters_of_another_number_of_processes():
+    meters = [{"loss": [1.0, 1.0]}, {"loss": [3.0, 1.0]}]
+    assert distributed.Position(0, 8, meters).own_meters() == {"loss": [4.0, 2.0]}
+    assert distributed.Position(0, 8, meters[:1]).own_meters() == meters[0]
+
+
+def test_state_of_a_scaler_that_was_off_is_passed_over(tmp_path):
+    checkpoint = save_good(tmp_path)
+    checkpoint.parts["scaler"] = torch.amp.GradScaler("cpu", enabled=False)
+    checkpoint.save(distributed.Position(3))
+    checkpoint.parts["scaler"] = torch.amp.GradScaler("cpu", enabled=True)
+    assert checkpoint.resume(str(tmp_path / "checkpoint.pth")).epoch == 3
+
+
+def test_no_output_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 2)
+    distributed.Checkpoint("", argparse.Namespace(), model=model).save(distributed.Position(1), numbered=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_can_be_stopped_and_is_repeated(tmp_path, digits):
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    for run in runs:
+        run.mkdir()
+    flags = [*FINETUNE, "--data_path", digits, "--epochs", "3"]
+    whole, stopped = ([*flags, "--output_dir", str(run)] for run in runs)
+    finish(command(1, "saim/main_finetune.py", *whole), runs[0] / "out")
+    process = start(command(1, str(FAULTS), "saim/main_finetune.py", *stopped), runs[1] / "out", FAULT="stop_in_eval:1")
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM, (runs[1] / "out").read_text()
+    finish(command(1, "saim/main_finetune.py", *stopped), runs[1] / "out")
+    assert_same(*runs)
+
+
 # ---- damaged and hostile checkpoints
 
 
 def save_good(folder: Path) -> distributed.Checkpoint:
     model = torch.nn.Linear(2, 2)
-    args = __import__("argparse").Namespace(lr=0.1)
+    args = argparse.Namespace(lr=0.1)
     checkpoint = distributed.Checkpoint(str(folder), args, model=model, optimizer=torch.optim.AdamW(model.parameters()))
     checkpoint.save(distributed.Position(1), numbered=True)
     checkpoint.save(distributed.Position(2))
@@ -195,7 +282,7 @@ def test_truncated_checkpoint_is_one_line_and_the_previous_one_loads(tmp_path, k
     assert "\n" not in message and "the newest other checkpoint is" in message
     assert checkpoint.resume(message.rsplit(" ", 1)[1]).epoch in (1, 2)
     for name in ("checkpoint-previous.pth", "checkpoint-0.pth"):
-        assert checkpoint.resume(str(tmp_path / name)) == distributed.Position(1, 0, {})
+        assert checkpoint.resume(str(tmp_path / name)) == distributed.Position(1)
 
 
 class Hostile:
@@ -217,7 +304,12 @@ def test_hostile_pickle_is_refused(tmp_path, zipped):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"hello", "not a checkpoint"), ([1, 2], "holds a list"), ({"weights": 1}, "no key 'model'")],
+    [
+        (b"hello", "not a checkpoint"),
+        ([1, 2], "holds a list"),
+        ({"weights": 1}, "no key 'model'"),
+        ({"model": 5}, "'model' does not fit this run"),
+    ],
 )
 def test_other_files_are_named(tmp_path, content, words):
     path = tmp_path / "file.pth"
@@ -244,6 +336,15 @@ BAD = [
     ("main_pretrain", ["--device", "cuda"], "--device cuda: no CUDA device"),
     ("main_pretrain", ["--device", "gpu"], "--device gpu: expected auto, cpu, cuda"),
     ("main_pretrain", ["--amp_dtype", "fp16"], "--amp_dtype fp16: needs a GPU"),
+    ("main_pretrain", ["--batch_size", "0"], "--batch_size 0: expected at least 1"),
+    ("main_pretrain", ["--accum_iter", "-1"], "--accum_iter -1: expected at least 1"),
+    ("main_pretrain", ["--num_workers", "-1"], "--num_workers -1: expected at least 0"),
+    ("main_pretrain", ["--patch_size", "0"], "--patch_size 0: expected at least 1"),
+    ("main_pretrain", ["--lr", "nan"], "--lr nan: expected 0 to"),
+    ("main_pretrain", ["--clip_grad", "-1"], "--clip_grad -1.0: expected"),
+    ("main_pretrain", ["--seed", "-1"], "--seed -1: expected"),
+    ("main_pretrain", ["--save_freq", "0"], "--save_freq 0: expected at least 1"),
+    ("main_pretrain", ["--device", "meta"], "--device meta: expected auto, cpu, cuda"),
     ("main_pretrain", ["--batch_size", "1000"], "--batch_size 1000: 48 training images"),
     ("main_pretrain", ["--accum_iter", "7"], "--accum_iter 7: an epoch has only 6 batches"),
     ("main_pretrain", ["--epochs", "5", "--warmup_epochs", "5"], "5 epochs leave nothing after 5 warm-up epochs"),
@@ -254,6 +355,11 @@ BAD = [
     ("main_finetune", ["--nb_classes", "3"], "--nb_classes 3: the training images have 10 classes"),
     ("main_finetune", ["--eval"], "--eval: name the checkpoint to evaluate with --resume"),
     ("main_finetune", ["--batch_size", "7"], "--batch_size 7: Mixup and CutMix need an even number"),
+    ("main_finetune", ["--drop_path", "1.5"], "--drop_path 1.5: expected 0 to 1"),
+    ("main_finetune", ["--smoothing", "2"], "--smoothing 2.0: expected 0 to 1"),
+    ("main_finetune", ["--cutmix_minmax", "0.5"], "--mixup, --cutmix and their options: not understood"),
+    ("main_finetune", ["--remode", "foo"], "--remode foo"),
+    ("main_finetune", ["--dataset", "digits"], "--dataset digits: expected one of torch/..."),
     ("main_finetune", ["--aa", "nonsense"], "--aa nonsense"),
     ("main_linprobe", ["--finetune", "/etc/hostname"], "/etc/hostname: "),
     ("main_linprobe", ["--eval", "--resume", "missing.pth"], "missing.pth: no such checkpoint file"),

@@ -88,7 +88,7 @@ def test_pretraining_trajectory(path):
     net = FixedNoise(model, ref["in/noise"])
     args = main_pretrain.get_args_parser().parse_args(["--weight_decay", str(meta["optim"]["weight_decay"])])
     optimizer = main_pretrain.build_optimizer(args, model, meta["lr"])
-    updater = distributed.Updater(optimizer, CPU, "fp32", meta["accum_iter"], meta["clip_grad"])
+    updater = distributed.Updater(optimizer, CPU, "fp32", meta.get("accum_iter", 1), meta.get("clip_grad"))
     loader = FixedLoader(ref["in/imgs"], ref["in/imgs"])
     history, stats = [], []
     for epoch in range(meta["epochs"]):
@@ -110,9 +110,9 @@ def test_finetuning_trajectory(path):
     optim = meta["optim"]
     flags = ["--weight_decay", str(optim["weight_decay"]), "--layer_decay", str(optim["layer_decay"])]
     optimizer = main_finetune.build_optimizer(main_finetune.get_args_parser().parse_args(flags), model, meta["lr"])
-    updater = distributed.Updater(optimizer, CPU, "fp32", meta["accum_iter"], meta["clip_grad"])
+    updater = distributed.Updater(optimizer, CPU, "fp32", meta.get("accum_iter", 1), meta.get("clip_grad"))
     losses, rates, norms, stats = [], [], [], []
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1 if meta["criterion"] == "smooth" else 0.0)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1 if meta.get("criterion") == "smooth" else 0.0)
 
     def recorded(logits, targets):
         losses.append(criterion(logits, targets))
@@ -141,7 +141,7 @@ def test_linear_probe_trajectory(path):
     head = main_linprobe.add_probe(model)
     flags = ["--weight_decay", str(meta["optim"]["weight_decay"])]
     optimizer = main_linprobe.build_optimizer(main_linprobe.get_args_parser().parse_args(flags), head, meta["lr"])
-    updater = distributed.Updater(optimizer, CPU, "fp32")
+    updater = distributed.Updater(optimizer, CPU, "fp32", meta.get("accum_iter", 1))
     losses, history, stats = [], [], []
 
     def recorded(logits, targets):
@@ -266,7 +266,7 @@ def test_optimizer_state_of_upstream_resumes(tmp_path):
     resumed = main_pretrain.build_optimizer(args, fresh, 1e-3)
     checkpoint = distributed.Checkpoint("", args, model=fresh, optimizer=resumed)
     position = checkpoint.resume(str(tmp_path / "official.pth"))
-    assert position == distributed.Position(8, 0, None)
+    assert position == distributed.Position(8)
     imgs, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 4)
     for net, opt in ((model, optimizer), (fresh, resumed)):
         opt.zero_grad()
