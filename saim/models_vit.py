@@ -154,7 +154,7 @@ def load_encoder(model: VisionTransformer, path: str, head_std: float = 0.0) -> 
     state = distributed.load(path)
     if "model" not in state:
         raise distributed.UserError(f"{path}: has no key 'model', expected a pre-training or fine-tuning checkpoint")
-    with distributed.user_errors(f"{path}: no encoder for --model, --patch_size and --input_size"):
+    with distributed.user_errors(f"{path}: check --model, --patch_size and --input_size"):
         missing, unexpected = load_pretrained(model, state["model"])
     matched = len(model.state_dict()) - len(missing)
     distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")

@@ -24,6 +24,7 @@ from common.distributed.process import (
     run,
     seed_step,
     stop_signal,
+    sync_buffers,
     unwrap,
     user_errors,
     world_size,

@@ -299,6 +299,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def sync_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0 (batch norm statistics), as DDP does before a training step. Collective."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def amp_dtype(name: str, device: torch.device) -> torch.dtype:
     """Autocast type of --amp_dtype; auto: bf16 where the GPU has it, else fp16; fp32 (no autocast) on CPU.
 
