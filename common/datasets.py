@@ -386,6 +386,8 @@ class Loader:
     def start(self, position: Position) -> tuple[int, dict[str, list[float]]]:
         """The batch at which a run continues, and the meters there; none where the steps of the epoch changed."""
         step, rest = divmod(position.images, self.batch_size * world_size())
+        if step == len(self) and not rest:  # all of the epoch, also when its last update was incomplete
+            return step, position.own_meters()
         rest += step % self.accum_iter
         if self.sampler is None and position.images:
             log("a streamed data set cannot be entered inside an epoch; starting the epoch anew")

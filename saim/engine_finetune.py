@@ -107,7 +107,7 @@ def fit(
     n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     position = checkpoint.resume(resume, args.start_epoch)
     start, sums = loader.start(position)
-    run_log = distributed.RunLog(args.output_dir, position.epoch + start / len(loader))
+    run_log = distributed.RunLog(args.output_dir, position.epoch, start / len(loader))
     images_per_epoch = len(loader) * args.batch_size * distributed.world_size()
     best = 0.0
     for epoch in range(position.epoch, args.epochs):

@@ -187,6 +187,5 @@ def vit_nano_patch16(**kwargs) -> VisionTransformer:  # ours: the encoder of sai
     return VisionTransformer(**{"patch_size": 16, "embed_dim": 96, "depth": 4, "num_heads": 3, **kwargs})
 
 
-PUBLISHED = (vit_base_patch16, vit_large_patch16, vit_huge_patch14)
-OURS = (vit_small_patch16, vit_tiny_patch16, vit_nano_patch16)
-MODELS = {f.__name__: f for f in (*PUBLISHED, *OURS)}
+VITS = (vit_base_patch16, vit_large_patch16, vit_huge_patch14, vit_small_patch16, vit_tiny_patch16, vit_nano_patch16)
+MODELS = {f.__name__: f for f in VITS}

@@ -34,24 +34,24 @@ WINDOW = 20  # steps of the running median, as upstream
 class RunLog:
     """log.txt (one JSON object per epoch) and TensorBoard events in a run's folder; rank 0 writes.
 
-    Lines of epochs that will be trained again, and scalars from the fractional epoch `start` on, are dropped.
+    Lines from `epoch` on, and scalars from the share `done` of it on, will be written again and are dropped.
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str, start: float = 0.0):
+    def __init__(self, folder: str, epoch: int = 0, done: float = 0.0):
         self.writer: Any = None
         self.path = Path(folder) / "log.txt"
         if folder:
-            main_does(lambda: self._open(folder, start))
+            main_does(lambda: self._open(folder, epoch, done))
 
-    def _open(self, folder: str, start: float) -> None:
+    def _open(self, folder: str, epoch: int, done: float) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
         with self._written():
-            self.writer = SummaryWriter(folder, purge_step=int(start * 1000) if start else None)
+            self.writer = SummaryWriter(folder, purge_step=int((epoch + done) * 1000) or None)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if _epoch_of(line) < int(start)]
+            kept = [line for line in lines if _epoch_of(line) < epoch]
             if kept != lines:
                 self.path.write_text("".join(kept))
 

@@ -223,6 +223,14 @@ def test_tensorboard_gets_updates_only():
     assert tags.steps == [(250, {"l": 1.0}), (750, {"l": 3.0})]
 
 
+def test_a_line_of_the_epoch_to_repeat_is_dropped(tmp_path):
+    log = distributed.RunLog(str(tmp_path))
+    for epoch in range(3):
+        log.epoch({"epoch": epoch})
+    distributed.RunLog(str(tmp_path), 2, done=1.0)  # stopped in the evaluation of epoch 2
+    assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
 def test_meters_of_another_number_of_processes():
     meters = [{"loss": [1.0, 1.0]}, {"loss": [3.0, 1.0]}]
     assert distributed.Position(0, 8, meters).own_meters() == {"loss": [4.0, 2.0]}
