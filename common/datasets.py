@@ -73,8 +73,41 @@ class UnlabelledImages(Dataset):
         return default_loader(self.samples[index][0]), 0
 
 
+class ListedImages(Dataset):
+    """Images named by the lines "<path> <class index>" of a text file, relative to one of `roots`.
+
+    Raises:
+        UserError: a line is not of that form, there is none, or the first image is under no root.
+    """
+
+    def __init__(self, path: Path, *roots: Path):
+        rows = [line.rsplit(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+        bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2 or not row[1].isdecimal()), None)
+        if bad is not None or not rows:
+            raise UserError(f"{path}: line {bad or 1}: expected '<path> <class index>'")
+        root = next((root for root in roots if (root / rows[0][0]).is_file()), None)
+        if root is None:
+            raise UserError(f"{path}: {rows[0][0]} is not in {' or '.join(map(str, roots))}")
+        self.root = str(path)
+        self.samples = [(str(root / name), int(label)) for name, label in rows]
+        self.classes = list(range(max(label for _, label in self.samples) + 1))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return default_loader(path), label
+
+
 def image_dataset(
-    data_path: str, train: bool, labelled: bool = True, name: str = "", split: str = "", batch_size: int = 1
+    data_path: str,
+    train: bool,
+    labelled: bool = True,
+    name: str = "",
+    split: str = "",
+    batch_size: int = 1,
+    lists: bool = False,
 ) -> Any:
     """The training or validation images of a run.
 
@@ -83,6 +116,7 @@ def image_dataset(
         labelled: False (pre-training) also takes images without class folders, in train/ or in data_path itself.
         name: "" for folders, else a data set of timm's factory (torch/cifar10, wds/..., hfds/...) kept in data_path.
         split: the factory's split, default train or validation. batch_size: whole batches of it are streamed.
+        lists: go by the files train.txt and val.txt of data_path where both exist.
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """
@@ -91,6 +125,8 @@ def image_dataset(
     root = Path(data_path) / ("train" if train else "val")
     if not Path(data_path).is_dir():
         raise UserError(f"--data_path {data_path}: no such folder")
+    if lists and all((Path(data_path) / f"{name}.txt").is_file() for name in ("train", "val")):
+        return ListedImages(root.with_suffix(".txt"), root, Path(data_path))
     if not labelled and not root.is_dir() and len(flat := UnlabelledImages(Path(data_path))):
         return flat
     if not root.is_dir():
@@ -132,9 +168,10 @@ def check_classes(train: Any, val: Any, nb_classes: int) -> None:
         UserError: there are more classes than outputs, or the same index would mean different classes.
     """
     classes = [getattr(dataset, "classes", None) for dataset in (train, val)]
-    if classes[0] and len(classes[0]) > nb_classes:
-        raise UserError(f"--nb_classes {nb_classes}: the training images have {len(classes[0])} classes")
-    if classes[0] and classes[1] and classes[0] != classes[1]:
+    for images, found in zip(("training", "validation"), classes, strict=True):
+        if found and len(found) > nb_classes:
+            raise UserError(f"--nb_classes {nb_classes}: the {images} images have {len(found)} classes")
+    if classes[0] and classes[1] and classes[0] != classes[1] and isinstance(val, ImageFolder):
         odd = sorted(set(classes[0]) ^ set(classes[1]))
         raise UserError(f"{val.root}: its class folders differ from the training ones, first {odd[0]}")
 
@@ -312,7 +349,8 @@ class Loader:
     """Batches (images, targets) on the device, for training or evaluation.
 
     Training: order and augmentation of an epoch depend on (seed, epoch, index) alone, not on workers or history; the
-    last incomplete batch is dropped. Evaluation: in order; each image exactly once over all ranks if `distributed`.
+    last incomplete batch is dropped. Evaluation: in order; each image exactly once over all ranks, rank r of R taking
+    images r, r + R, ...
     Args:
         batch_size: per process.
         bad_images: "stop" raises on an unreadable image; "skip" takes the next one (training) or leaves it out
@@ -329,7 +367,6 @@ class Loader:
         batch_size: int,
         device: torch.device,
         train: bool = True,
-        distributed: bool = True,
         seed: int = 0,
         num_workers: int = 4,
         pin_mem: bool = True,
@@ -352,8 +389,7 @@ class Loader:
             if train:
                 sampler = _EpochSampler(dataset, world_size(), rank(), shuffle=True, seed=seed)
             else:
-                first, shards = (rank(), world_size()) if distributed else (0, 1)
-                sampler = [(0, index) for index in range(first, self.images, shards)]
+                sampler = [(0, index) for index in range(rank(), self.images, world_size())]
         self.sampler = sampler
         self.loader = DataLoader(
             samples,
@@ -452,13 +488,13 @@ def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch
 
 
 def supervised_loaders(
-    args: argparse.Namespace, transform: Callable, val_transform: Callable, device: torch.device
+    args: argparse.Namespace, transform: Callable, val_transform: Callable, device: torch.device, lists: bool = False
 ) -> tuple[Loader, Loader]:
-    """Training and validation batches of the flags, whose classes agree."""
-    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size)
-    val = image_dataset(args.data_path, False, True, args.dataset, args.val_split, args.batch_size)
+    """Training and validation batches of the flags, whose classes agree; `lists` as in `image_dataset`."""
+    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, lists)
+    val = image_dataset(args.data_path, False, True, args.dataset, args.val_split, args.batch_size, lists)
     check_classes(train, val, args.nb_classes)
     return (
         _loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),
-        _loader(args, val, val_transform, device, train=False, distributed=args.dist_eval),
+        _loader(args, val, val_transform, device, train=False),
     )

@@ -137,6 +137,5 @@ def fit(
             | {"epoch": epoch, "n_parameters": n_parameters}
         )
         start, sums = 0, {}
-        last = epoch + 1 == args.epochs
-        checkpoint.save(distributed.Position(epoch + 1), numbered=last or epoch % args.save_freq == 0)
-    distributed.log(f"{args.epochs} epochs done; checkpoint.pth and log.txt are in {args.output_dir}")
+        checkpoint.save(distributed.Position(epoch + 1))
+    distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir}")

@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument("--output_dir", default="./finetune/saim_base", help="checkpoints, log.txt, TensorBoard")
     p.add_argument("--save_freq", default=10, type=int, help="epochs between the numbered checkpoints that are kept")
     p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="share the validation images among the processes")
+    p.add_argument("--dist_eval", action="store_true", help="no effect: they are always shared")
     distributed.add_flags(p)
     return p
 
@@ -138,8 +138,9 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_checkpoint(resume, model, val_loader, updater)
     else:
+        files = distributed.Files(every=args.save_freq)
         checkpoint = distributed.Checkpoint(
-            args.output_dir, args, model=model, optimizer=optimizer, scaler=updater.scaler
+            args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler
         )
         fit(args, net, criterion, loader, val_loader, updater, schedule, checkpoint, resume, mixup)
 

@@ -106,7 +106,8 @@ def main(args: argparse.Namespace) -> None:
         f"{loader.images} images, {images_per_step * args.accum_iter} per update, lr {lr:.2e}"
     )
     # ---- loop
-    checkpoint = distributed.Checkpoint(args.output_dir, args, model=model, optimizer=optimizer, scaler=updater.scaler)
+    files = distributed.Files(every=args.save_freq)
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler)
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
     start, sums = loader.start(position)
     run_log = distributed.RunLog(args.output_dir, position.epoch, start / len(loader))
@@ -126,8 +127,7 @@ def main(args: argparse.Namespace) -> None:
             stats = train_one_epoch(net, loader, updater, schedule, epoch_log, args.seed)
         run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         start, sums = 0, {}
-        last = epoch + 1 == args.epochs
-        checkpoint.save(distributed.Position(epoch + 1), numbered=last or epoch % args.save_freq == 0)
+        checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; checkpoint.pth and log.txt are in {args.output_dir}")
 
 

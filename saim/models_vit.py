@@ -151,11 +151,9 @@ def load_encoder(model: VisionTransformer, path: str, head_std: float = 0.0) -> 
     Raises:
         distributed.UserError: the file cannot be read or holds another architecture.
     """
-    state = distributed.load(path)
-    if "model" not in state:
-        raise distributed.UserError(f"{path}: has no key 'model', expected a pre-training or fine-tuning checkpoint")
+    state = distributed.weights_of(distributed.load(path), path)
     with distributed.user_errors(f"{path}: check --model, --patch_size and --input_size"):
-        missing, unexpected = load_pretrained(model, state["model"])
+        missing, unexpected = load_pretrained(model, state)
     matched = len(model.state_dict()) - len(missing)
     distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")
     if head_std and isinstance(model.head, nn.Linear):

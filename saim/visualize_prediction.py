@@ -64,14 +64,13 @@ def load_model(args: argparse.Namespace) -> tuple[SaimViT, argparse.Namespace]:
         UserError: the file cannot be read, or is no pre-training checkpoint of this architecture.
     """
     state = distributed.load(args.checkpoint)
-    if "model" not in state:
-        raise distributed.UserError(f"{args.checkpoint}: has no key 'model', expected a pre-training checkpoint")
+    weights = distributed.weights_of(state, args.checkpoint)
     flags = model_flags(state.get("args"), args)
     if flags.model not in MODELS:
         raise distributed.UserError(f"{args.checkpoint}: holds {flags.model}, expected a pre-training checkpoint")
     model = main_pretrain.build_model(flags)
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split()).split(": ", 1)[-1][:150]  # without "Error(s) in loading ..."
         hint = "; check --model, --patch_size, --input_size and the other flags of main_pretrain.py"

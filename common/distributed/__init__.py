@@ -1,6 +1,15 @@
 """Running on one or many processes: the group and its ranks, checkpoints, meters and logs."""
 
-from common.distributed.checkpoint import Checkpoint, Position, find_checkpoint, load, load_report, load_weights
+from common.distributed.checkpoint import (
+    Checkpoint,
+    Files,
+    Position,
+    find_checkpoint,
+    load,
+    load_report,
+    load_weights,
+    weights_of,
+)
 from common.distributed.metrics import EpochLog, RunLog
 from common.distributed.process import (
     Exit,

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.distributed.metrics import EpochLog
 from common.distributed.process import (
@@ -40,6 +41,10 @@ SAFE_GLOBALS: list[Any] = [
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
 ]
+
+
+# Keys under which the five methods' authors store the weights of the network that goes on training.
+WEIGHT_KEYS = ("state_dict", "model", "module")
 
 
 class Stateful(Protocol):
@@ -79,13 +84,13 @@ def load(path: str) -> dict[str, Any]:
     except Exception as error:  # torch reports a damaged file by many types
         raise UserError(f"{path}: truncated or not a checkpoint{_others(path)}") from error
     if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict with the key 'model'")
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a checkpoint")
     return state
 
 
 def _others(path: str) -> str:
     """Names the newest other checkpoint beside a damaged one."""
-    others = [p for p in Path(path).parent.glob("checkpoint*.pth") if p != Path(path) and p.stat().st_size]
+    others = [p for p in Path(path).parent.glob("*.pth") if p != Path(path) and p.stat().st_size]
     newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
     return f"; the newest other checkpoint is {newest}" if newest else ""
 
@@ -100,22 +105,49 @@ def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
     return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
 
 
-def find_checkpoint(folder: str, resume: str) -> str:
-    """The file to continue from: the explicit `resume`, else an existing checkpoint.pth in folder, else ''."""
-    own = Path(folder) / "checkpoint.pth"
+@dataclass(frozen=True)
+class Files:
+    """How a method's authors name the files of a run and the keys of its checkpoints; the defaults are MAE's."""
+
+    latest: str = "checkpoint.pth"
+    numbered: str = "checkpoint-{epoch}.pth"  # kept, with epochs counted from 0
+    every: int = 0  # epochs between the numbered ones, the last epoch's comes in any case; 0 keeps none
+    weights: str = "model"  # key of the network's weights
+    values: dict[str, Any] = field(default_factory=dict)  # further plain values
+    epoch: int = 0  # what the key 'epoch' holds after the first epoch
+
+    def variant(self, word: str) -> str:
+        """Name of a file beside the latest one, such as checkpoint-previous.pth."""
+        return f"{Path(self.latest).stem}-{word}.pth"
+
+
+def find_checkpoint(folder: str, resume: str, latest: str = Files.latest) -> str:
+    """The file to continue from: the explicit `resume`, else an existing file `latest` in folder, else ''."""
+    own = Path(folder) / latest
     return resume or (str(own) if folder and own.exists() else "")
 
 
+def weights_of(state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
+    """The network's weights in a checkpoint read from path, without the prefix `module.` of DistributedDataParallel.
+
+    Raises:
+        UserError: no key holds weights.
+    """
+    for key in keys:
+        if isinstance(state.get(key), dict):
+            return {name.replace("module.", ""): value for name, value in state[key].items()}
+    found = ", ".join(map(str, list(state)[:8])) or "none"
+    raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {found}")
+
+
 def load_weights(model: torch.nn.Module, path: str) -> dict[str, Any]:
-    """Load the key 'model' of a checkpoint strictly, and return the whole checkpoint.
+    """Load the weights of a checkpoint strictly, and return the whole checkpoint.
 
     Raises:
         UserError: the file is damaged or its weights are not the model's.
     """
     state = load(path)
-    if "model" not in state:
-        raise UserError(f"{path}: has no key 'model', expected a checkpoint of this script")
-    _restore(model, state["model"], path, "model")
+    _restore(model, weights_of(state, path), path, "model")
     return state
 
 
@@ -141,19 +173,28 @@ class Position:
 
 
 class Checkpoint:
-    """The files checkpoint.pth, checkpoint-previous.pth and checkpoint-<epoch>.pth of a run.
+    """The checkpoint files of a run: the latest, the one that it replaced, and the numbered ones.
 
-    A file is written under another name, flushed and renamed, so an interrupted write costs nothing. The one that
-    checkpoint.pth replaces stays as checkpoint-previous.pth.
+    A file is written under another name, flushed and renamed, so an interrupted write costs nothing.
     Args:
         args: the run's flags, stored as a dict.
-        parts: objects with state_dict(), by the key under which upstream stores them (model, optimizer, scaler, ...).
+        parts: further objects with state_dict(), by the key under which upstream stores them (optimizer, ...).
     """
 
-    def __init__(self, folder: str, args: argparse.Namespace, **parts: Stateful):
+    def __init__(
+        self,
+        folder: str,
+        args: argparse.Namespace,
+        model: torch.nn.Module,
+        files: Files | None = None,
+        **parts: Stateful,
+    ):
         self.folder = Path(folder)
         self.args = args
+        self.model = model
+        self.files = files or Files()
         self.parts = parts
+        self.missing: list[str] = []  # parts that the resumed file did not hold
         self.writes = bool(folder)
         if folder:
             main_does(self._open)
@@ -166,24 +207,25 @@ class Checkpoint:
         except OSError as error:
             raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
 
-    def save(self, position: Position, name: str = "checkpoint.pth", numbered: bool = False) -> None:
-        """Write the run's state; nothing without a folder. `epoch` in the file is the last complete one, as upstream.
+    def save(self, position: Position, name: str = "") -> None:
+        """Write the run's state as the latest file, or under another name; nothing without a folder.
 
-        Collective; rank 0 writes.
-
-        Args:
-            numbered: also keep it as checkpoint-<epoch>.pth.
+        Where an epoch begins it is also kept under its number, if that is due. Collective; rank 0 writes.
         Raises:
             UserError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         if self.writes:
-            main_does(lambda: self._write(position, name, numbered))
+            main_does(lambda: self._write(position, name))
 
-    def _write(self, position: Position, name: str, numbered: bool) -> None:
-        state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"epoch": position.epoch - 1, "args": vars(self.args)}
-        state |= {"images": position.images, "meters": position.meters}
-        names = [name] + ([f"checkpoint-{position.epoch - 1}.pth"] if numbered else [])
+    def _write(self, position: Position, name: str) -> None:
+        files, done = self.files, position.epoch
+        state: dict[str, Any] = {key: part.state_dict() for key, part in self.parts.items()}
+        state |= {files.weights: self.model.state_dict(), "epoch": done - 1 + files.epoch, "args": vars(self.args)}
+        state |= {"images": position.images, "meters": position.meters, **files.values}
+        names = [name or files.latest]
+        due = files.every and ((done - 1) % files.every == 0 or done == self.args.epochs)
+        if due and done and not name and not position.images:
+            names.append(files.numbered.format(epoch=done - 1))
         for target in (self.folder / n for n in names):
             temporary = target.with_suffix(".tmp")
             try:
@@ -191,7 +233,7 @@ class Checkpoint:
                     torch.save(state, file)
                     file.flush()
                     os.fsync(file.fileno())
-                if target.name == "checkpoint.pth":
+                if target.name == files.latest:
                     self._keep_previous(target)
                 os.replace(temporary, target)
             except (OSError, RuntimeError) as error:
@@ -206,7 +248,7 @@ class Checkpoint:
         with contextlib.suppress(OSError):
             link.unlink(missing_ok=True)
             os.link(target, link)
-            os.replace(link, self.folder / "checkpoint-previous.pth")
+            os.replace(link, self.folder / self.files.variant("previous"))
 
     @contextlib.contextmanager
     def on_exit(self, epoch: int, epoch_log: EpochLog, images_per_step: int) -> Iterator[None]:
@@ -216,33 +258,36 @@ class Checkpoint:
         except Exit as end:
             bad = isinstance(end, NonFinite)
             step = epoch_log.boundary(end.step if bad else math.inf)
-            name = "checkpoint-nonfinite.pth" if bad else "checkpoint.pth"
+            name = self.files.variant("nonfinite") if bad else ""
             self.save(Position(epoch, step * images_per_step, gather(epoch_log.sums(step))), name)
             if self.writes:
-                log(f"saved epoch {epoch}, step {step} as {self.folder / name}; --resume continues from this step")
+                path = self.folder / (name or self.files.latest)
+                log(f"saved epoch {epoch}, step {step} as {path}; --resume continues from this step")
             raise
 
     def resume(self, path: str, start_epoch: int = 0) -> Position:
-        """Restore all parts from a file of ours or of upstream; an empty path starts anew at start_epoch.
+        """Restore model and parts from a file of ours or of upstream; an empty path starts anew at start_epoch.
 
         Raises:
             UserError: the file is damaged or does not fit the model.
         """
         if not path:
             return Position(start_epoch)
-        model, optimizer = self.parts["model"], self.parts.get("optimizer")
-        assert isinstance(model, torch.nn.Module)
-        state = load_weights(model, path)
+        optimizer = self.parts.get("optimizer")
+        state = load_weights(self.model, path)
         complete = "optimizer" in state and "epoch" in state
         if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice
             for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
                 group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
         for key, part in self.parts.items():
-            if complete and key != "model" and state.get(key):  # a scaler that was off left an empty state
+            if complete and state.get(key):  # a scaler that was off left an empty state
                 _restore(part, state[key], path, key)
+            else:
+                self.missing.append(key)
         if not complete:
             log(f"resumed weights only from {path}")
             return Position(start_epoch)
-        position = Position(state["epoch"] + 1, state.get("images", 0), state.get("meters", []))
+        done = state["epoch"] + 1 - self.files.epoch
+        position = Position(done, state.get("images", 0), state.get("meters", []))
         log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")
         return position

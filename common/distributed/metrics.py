@@ -35,21 +35,33 @@ class RunLog:
     """log.txt (one JSON object per epoch) and TensorBoard events in a run's folder; rank 0 writes.
 
     Lines from `epoch` on, and scalars from the share `done` of it on, will be written again and are dropped.
+    Args:
+        folder: '' writes nothing. events: folder of the TensorBoard events, if another.
+        ticks: units of TensorBoard's horizontal axis per epoch.
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a folder cannot be written.
     """
 
-    def __init__(self, folder: str, epoch: int = 0, done: float = 0.0):
+    def __init__(
+        self,
+        folder: str,
+        epoch: int = 0,
+        done: float = 0.0,
+        name: str = "log.txt",
+        events: str = "",
+        ticks: int = 1000,
+    ):
         self.writer: Any = None
-        self.path = Path(folder) / "log.txt"
+        self.path = Path(folder) / name
+        self.ticks = ticks
         if folder:
-            main_does(lambda: self._open(folder, epoch, done))
+            main_does(lambda: self._open(events or folder, epoch, done))
 
-    def _open(self, folder: str, epoch: int, done: float) -> None:
+    def _open(self, events: str, epoch: int, done: float) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
         with self._written():
-            self.writer = SummaryWriter(folder, purge_step=int((epoch + done) * 1000) or None)
+            self.writer = SummaryWriter(events, purge_step=int((epoch + done) * self.ticks) or None)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             kept = [line for line in lines if _epoch_of(line) < epoch]
             if kept != lines:
@@ -96,7 +108,7 @@ class EpochLog:
     Args:
         header: such as "Epoch: [3]".
         total: steps of the epoch. images: images per step and process, for the rate.
-        run_log, tags: TensorBoard scalars to write per update, {value name: tag}, at step int(1000 * fractional epoch).
+        run_log, tags: TensorBoard scalars to write per update, {value name: tag}.
         start, sums: position to continue from, and the sums there (`Position`).
     """
 
@@ -154,7 +166,7 @@ class EpochLog:
             means = iter(all_sum([values[name] for _, values in steps for name in self.tags]))
             for step, _ in steps:
                 scalars = {tag: next(means) / world_size() for tag in self.tags.values()}
-                self.run_log.scalars(scalars, int((step / self.total + self.epoch) * 1000))
+                self.run_log.scalars(scalars, (self.epoch * self.total + step) * self.run_log.ticks // self.total)
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Number the batches from `start` on and report while they are consumed."""

@@ -85,14 +85,15 @@ def stop_signal() -> int:
 
 # Smallest and largest values of flags that all methods share; NaN fits nowhere.
 RANGES = {
-    **dict.fromkeys(("batch_size", "epochs", "accum_iter", "save_freq", "nb_classes"), (1, math.inf)),
-    **dict.fromkeys(("input_size", "patch_size"), (1, math.inf)),
+    **dict.fromkeys(("batch_size", "batch_size_per_gpu", "epochs", "accum_iter", "nb_classes"), (1, math.inf)),
+    **dict.fromkeys(("input_size", "patch_size", "save_freq", "saveckp_freq"), (1, math.inf)),
     **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "mixup", "cutmix"), (0, 1e9)),
     **dict.fromkeys(("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"), (0, 1)),
     "clip_grad": (1e-12, math.inf),
     "layer_decay": (1e-12, 1),
     "recount": (1, math.inf),
+    "temperature": (1e-12, math.inf),
     "seed": (0, 2**32 - 1),
 }
 

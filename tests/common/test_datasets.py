@@ -144,9 +144,6 @@ def test_evaluation_sees_each_image_once_in_order(digits, monkeypatch):
         monkeypatch.setattr(datasets, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(datasets, "world_size", lambda: 3)
         shards.append(epoch_of(loader(digits, train=False, num_workers=0), 0)[1])
-        assert (
-            epoch_of(loader(digits, train=False, num_workers=0, distributed=False), 0)[1].tolist() == targets.tolist()
-        )
     assert [len(s) for s in shards] == [7, 7, 6]
     assert sorted(torch.cat(shards).tolist()) == sorted(targets.tolist())
 
@@ -159,6 +156,45 @@ def test_resume_position(digits):
     assert [bool(sums) for _, sums in starts] == [False, False, True, False, False, True, True]
     leftover = loader(digits, num_workers=0, accum_iter=4)  # 6 batches: the last two make no update
     assert leftover.start(Position(0, 48, [meters])) == (6, meters)
+
+
+def listed(folder: Path, split: str, prefix: str = "") -> list[str]:
+    """Write the list file of a split, in reverse order; returns its lines."""
+    paths = sorted((folder / split).glob("*/*.png"), reverse=True)
+    lines = [f"{prefix}{path.parent.name}/{path.name} {9 - int(path.parent.name)}" for path in paths]
+    (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+@pytest.mark.parametrize("prefix", ["", "val/"])
+def test_list_files_count_only_where_both_exist(folder, prefix):
+    def target() -> int:
+        return datasets.image_dataset(str(folder), train=False, lists=True)[0][1]
+
+    lines = listed(folder, "val", prefix)
+    assert target() == 0
+    listed(folder, "train", prefix and "train/")
+    assert datasets.image_dataset(str(folder), train=False)[0][1] == 0
+    images = datasets.image_dataset(str(folder), train=False, lists=True)
+    assert [f"{prefix}{'/'.join(path.split('/')[-2:])} {label}" for path, label in images.samples] == lines
+    datasets.check_classes(images, images, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "line 1: expected '<path> <class index>'"),
+        ("0/0000.png 0\n0/0010.png\n", "line 2: expected '<path> <class index>'"),
+        ("0/0000.png x", "line 1: expected"),
+        ("nowhere.png 0", "nowhere.png is not in"),
+    ],
+)
+def test_bad_list_files_are_named(folder, text, words):
+    listed(folder, "val")
+    (folder / "train.txt").write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        datasets.image_dataset(str(folder), train=True, lists=True)
+    assert str(folder / "train.txt") in str(error.value)
 
 
 # ---- what users are told
