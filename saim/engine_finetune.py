@@ -107,7 +107,8 @@ def fit(
     n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     position = checkpoint.resume(resume, args.start_epoch)
     start, sums = loader.start(position)
-    run_log = distributed.RunLog(args.output_dir, position.epoch, start / len(loader))
+    files = checkpoint.files
+    run_log = distributed.RunLog(args.output_dir, position.epoch, start / len(loader), files.log, files.events)
     images_per_epoch = len(loader) * args.batch_size * distributed.world_size()
     best = 0.0
     for epoch in range(position.epoch, args.epochs):
@@ -138,4 +139,4 @@ def fit(
         )
         start, sums = 0, {}
         checkpoint.save(distributed.Position(epoch + 1))
-    distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir}")
+    distributed.log(f"{args.epochs} epochs done; {files.latest} is in {args.output_dir}")

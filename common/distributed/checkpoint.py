@@ -115,6 +115,8 @@ class Files:
     weights: str = "model"  # key of the network's weights
     values: dict[str, Any] = field(default_factory=dict)  # further plain values
     epoch: int = 0  # what the key 'epoch' holds after the first epoch
+    log: str = "log.txt"
+    events: str = ""  # TensorBoard's folder, if it is another one than the run's
 
     def variant(self, word: str) -> str:
         """Name of a file beside the latest one, such as checkpoint-previous.pth."""

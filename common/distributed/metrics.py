@@ -72,7 +72,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{error.filename or self.path}: cannot be written ({error.strerror})") from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """TensorBoard scalars by tag."""
@@ -163,9 +163,9 @@ class EpochLog:
             raise NonFinite(*(bad[0] if bad else (fresh[0][0], "loss of another process", math.nan)))
         if self.run_log is not None and self.tags and fresh:
             steps = [(step, values) for step, updated, values in fresh if updated]
-            means = iter(all_sum([values[name] for _, values in steps for name in self.tags]))
-            for step, _ in steps:
-                scalars = {tag: next(means) / world_size() for tag in self.tags.values()}
+            means = iter(all_sum([values[name] for _, values in steps for name in self.tags if name in values]))
+            for step, values in steps:
+                scalars = {tag: next(means) / world_size() for name, tag in self.tags.items() if name in values}
                 self.run_log.scalars(scalars, (self.epoch * self.total + step) * self.run_log.ticks // self.total)
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:

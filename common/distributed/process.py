@@ -123,9 +123,17 @@ def run(main: Callable, args) -> None:
         dist.destroy_process_group()
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say on what a script runs, and how it resumes."""
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say on what a script runs."""
     parser.add_argument("--device", default="auto", help="auto: CUDA if present, else cpu")
+    parser.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="no effect: the environment decides")
+    parser.add_argument("--dist_on_itp", action="store_true", help="no effect: OpenMPI is recognised by itself")
+    parser.add_argument("--dist_url", default="env://", help="no effect: the rendezvous is env://")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say on what a training script runs, and how it resumes."""
+    add_launch_flags(parser)
     parser.add_argument(
         "--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on CPU"
     )
@@ -134,9 +142,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", default="", help="checkpoint to continue; default: that of --output_dir, if any")
     parser.add_argument("--start_epoch", default=0, type=int, help="first epoch when the checkpoint does not tell")
     parser.add_argument("--world_size", default=1, type=int, help="no effect: the launcher's environment decides")
-    parser.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="no effect: likewise")
-    parser.add_argument("--dist_on_itp", action="store_true", help="no effect: OpenMPI is recognised by itself")
-    parser.add_argument("--dist_url", default="env://", help="no effect: the rendezvous is env://")
 
 
 # ---- group and ranks
@@ -271,6 +276,15 @@ def gather(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def gather_to_main(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on rank 0; an empty list on the others. Collective, on the host."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def seed_step(seed: int, step: int) -> None:

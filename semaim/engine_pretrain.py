@@ -1,0 +1,101 @@
+"""One epoch of SemAIM pre-training, and where the orders and the features to predict come from."""
+
+from collections.abc import Callable
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from common import distributed, lr_sched
+from common.datasets import Loader
+from semaim.models_semaim import AimViT, calculate_similarity
+
+
+class Guide:
+    """Features to predict and maps to order by, for each batch.
+
+    predict_feature   order follows                                          features
+    none              the encoder, or its EMA; in float32                    none: pixels
+    inference         the encoder                                            the encoder's
+    ema               the EMA                                                the EMA's
+    clip, dino        cosine of the teacher's class token with its patches   the teacher's
+
+    Args:
+        model: the network in training. ema: its moving average, if there is one. teacher: maps images to tokens.
+        amp: whether the pass for pixels runs under autocast, too; features always do, as upstream.
+    """
+
+    def __init__(self, model: AimViT, ema: AimViT | None = None, teacher: nn.Module | None = None, amp: bool = False):
+        self.source = model if ema is None or model.predict_feature == "inference" else ema
+        self.teacher = teacher
+        self.features = model.predict_feature != "none"
+        self.needed = self.features or model.follows_map
+        self.amp = amp or self.features
+
+    @torch.no_grad()
+    def __call__(self, imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Images (N, 3, H, W) -> tokens (N, T, O) and maps (N, L), each None where it is not needed."""
+        if not self.needed:
+            return None, None
+        kind = imgs.device.type
+        enabled = self.amp and torch.is_autocast_enabled(kind)
+        # Casts of weights that are cached without autograd would cut the training pass off from its weights.
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=enabled, cache_enabled=False):
+            if self.teacher is not None:
+                tokens = self.teacher(imgs)
+                return tokens, calculate_similarity(tokens)
+            training = self.source.training
+            self.source.eval()
+            tokens, maps = self.source.semantic_pass(imgs, self.features)
+            self.source.train(training)
+        return tokens if self.features else None, maps
+
+
+def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor], guide: Guide | None = None) -> Tensor:
+    """Training loss, (), of one batch of the loader; labels are not used. guide: None orders by the model itself."""
+    imgs, _ = batch
+    guide = guide or Guide(distributed.unwrap(model))  # type: ignore[arg-type]
+    tokens, maps = guide(imgs)
+    return model(imgs, tokens=tokens, attention_maps=maps)[0]
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Loader,
+    updater: distributed.Updater,
+    schedule: Callable[[float], float],
+    epoch_log: distributed.EpochLog,
+    guide: Guide | None = None,
+    ema: ModelEmaV3 | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train from the position of `epoch_log` to the end of its epoch.
+
+    Args:
+        model: an `AimViT`, or what wraps it.
+        schedule: learning rate at a fractional epoch, set before each update.
+        ema: moving average of the weights, made after each update.
+        seed: the model's random draws depend on (seed, rank, step) alone.
+    Returns:
+        means over the epoch and all ranks: lr, loss, total_norm (of the gradient, before clipping).
+    Raises:
+        distributed.Exit: a stop signal, an unreadable image or a non-finite loss.
+    """
+    model.train()
+    updater.start_epoch()
+    groups = updater.optimizer.param_groups
+    if ema is not None:
+        ema.decay = lr_sched.ramp(epoch_log.epoch, 0.999, 0.9999, length=100)  # upstream engine_pretrain.py@ade770f
+    for step, batch in epoch_log.steps(loader.batches(epoch_log.epoch, epoch_log.start)):
+        if updater.is_first(step):
+            lr_sched.set_lr(groups, schedule(epoch_log.epoch + step / len(loader)))
+        distributed.seed_step(seed, epoch_log.epoch * len(loader) + step)
+        with updater.forward(model, step):
+            loss = batch_loss(model, batch, guide)
+        norm = updater.backward(loss, step)
+        if ema is not None and updater.is_last(step):
+            ema.update(distributed.unwrap(model))
+        scale = updater.scaler.get_scale() if updater.scaler.is_enabled() else None
+        epoch_log.update(step, updater.is_last(step), lr=groups[0]["lr"], loss=loss, total_norm=norm, fp16_scaler=scale)
+    means = epoch_log.means()
+    return {name: means[name] for name in ("lr", "loss", "total_norm")}

@@ -1,0 +1,21 @@
+"""Names of a run's files, as the authors chose them."""
+
+import argparse
+from pathlib import Path
+
+from common import distributed
+
+
+def run_files(args: argparse.Namespace, ending: str = "temp", every: int = 0) -> distributed.Files:
+    """<model>.<experiment>.<ending>.pth holds the weights under `state_dict`; every: as `distributed.Files`."""
+    name = f"{args.model}.{args.experiment}"
+    return distributed.Files(
+        latest=f"{name}.{ending}.pth",
+        numbered=name + ".{epoch:04d}.pth",
+        every=every,
+        weights="state_dict",
+        values={"model": args.model},
+        epoch=1,
+        log=f"{name}.log.txt",
+        events=str(Path(args.log_dir) / name) if args.log_dir else "",
+    )

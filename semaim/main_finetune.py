@@ -1,0 +1,156 @@
+"""Fine-tuning of a SemAIM encoder with labels. Recipes of the paper's rows: scripts/semaim_*.sh."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from timm.data.mixup import Mixup
+
+from common import datasets, distributed, lr_decay, lr_sched
+from semaim.engine_finetune import evaluate_checkpoint, fit
+from semaim.files import run_files
+from semaim.models_vit import MODELS, VisionTransformer, load_encoder
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("SemAIM fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=50, type=int, help="paper, ViT-B: 100")
+    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model", default="vit_large_patch16", choices=MODELS)
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    p.add_argument("--finetune", default="", help="checkpoint to start from; '' trains from scratch")
+    p.add_argument(
+        "--global_pool", action="store_true", default=True, help="classify the mean of the patches (default)"
+    )
+    p.add_argument("--cls_token", action="store_false", dest="global_pool", help="classify the class token")
+    p.add_argument("--nb_classes", default=1000, type=int)
+    # ---- optimizer
+    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
+    p.add_argument("--weight_decay", default=0.05, type=float)
+    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
+    p.add_argument("--blr", default=1e-3, type=float, help="lr = blr * images per update / 256; paper: 5e-4")
+    p.add_argument("--layer_decay", default=0.75, type=float, help="factor on the learning rate per layer; paper: 0.65")
+    p.add_argument("--min_lr", default=1e-6, type=float)
+    p.add_argument("--warmup_epochs", default=5, type=int, help="paper: 20")
+    # ---- augmentation
+    p.add_argument("--color_jitter", default=None, type=float, help="only without --aa")
+    p.add_argument("--aa", default="rand-m9-mstd0.5-inc1", type=str, help="AutoAugment policy of timm; '' none")
+    p.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    p.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
+    p.add_argument("--remode", default="pixel", type=str)
+    p.add_argument("--recount", default=1, type=int)
+    p.add_argument("--resplit", action="store_true", help="no effect, as upstream")
+    p.add_argument("--mixup", default=0, type=float, help="paper: 0.8")
+    p.add_argument("--cutmix", default=0, type=float, help="paper: 1.0")
+    p.add_argument("--cutmix_minmax", default=None, type=float, nargs="+")
+    p.add_argument("--mixup_prob", default=1.0, type=float)
+    p.add_argument("--mixup_switch_prob", default=0.5, type=float)
+    p.add_argument("--mixup_mode", default="batch", type=str, help="batch, pair or elem")
+    # ---- data, files, process
+    datasets.add_flags(p, pin_mem=True)
+    p.add_argument("--output_dir", default="./output_dir", help="checkpoint and log")
+    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard, in <model>.<experiment>")
+    p.add_argument("--experiment", default="exp", type=str, help="part of every file's name")
+    p.add_argument("--saveckp_freq", default=20, type=int, help="no effect, as upstream")
+    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    p.add_argument("--dist_eval", action="store_true", help="no effect: they are always shared")
+    p.add_argument("--dist_backend", default="nccl", help="no effect: NCCL on CUDA, gloo on CPU")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10, pin_mem=False)
+    return p
+
+
+def build_model(args: argparse.Namespace) -> VisionTransformer:
+    """The network of the flags; raises UserError for values that do not fit together."""
+    with distributed.user_errors(f"--model {args.model}"):
+        return MODELS[args.model](
+            img_size=args.input_size,
+            num_classes=args.nb_classes,
+            drop_path_rate=args.drop_path,
+            global_pool=args.global_pool,
+            **({} if args.patch_size is None else {"patch_size": args.patch_size}),
+        )
+
+
+def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.AdamW:
+    """AdamW with a learning rate that shrinks by --layer_decay per layer towards the input."""
+    depth = len(model.blocks)
+    groups = lr_decay.layer_decay_groups(model, args.weight_decay, args.layer_decay, depth, model.no_weight_decay())
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+
+def build_mixup(args: argparse.Namespace) -> Mixup | None:
+    """timm's Mixup and CutMix; None if both are off."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    # ---- data
+    with distributed.user_errors(f"--aa {args.aa} --remode {args.remode}"):
+        augment = datasets.finetune_transform(
+            args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
+        )
+    val_transform = datasets.eval_transform(args.input_size)
+    loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device, lists=True)
+    with distributed.user_errors("--mixup, --cutmix and their options"):
+        mixup = build_mixup(args)
+    # ---- model
+    model = build_model(args)
+    files = run_files(args)
+    resume = distributed.find_checkpoint(args.output_dir, args.resume, files.latest)
+    if args.finetune and not args.eval and not resume:
+        load_encoder(model, args.finetune, head_std=2e-5)
+    model.to(device)
+    net = distributed.wrap(model, device, args.compile)
+    # ---- optimizer
+    images_per_step = args.batch_size * distributed.world_size()
+    lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
+    optimizer = build_optimizer(args, model, lr)
+    schedule = partial(
+        lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
+    )
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        schedule(0.0)
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
+    # Mixup folds the smoothing into its soft targets.
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    distributed.log(
+        f"{args.model}: {n_parameters:,} parameters on {device}, {updater.dtype}; "
+        f"{loader.images} images, {images_per_step * args.accum_iter} per update, lr {lr:.2e}"
+    )
+    # ---- loop
+    if args.eval:
+        evaluate_checkpoint(resume, model, val_loader, updater)
+    else:
+        parts = {"optimizer": optimizer, "loss_scaler": updater.scaler}
+        checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
+        fit(args, net, criterion, loader, val_loader, updater, schedule, checkpoint, resume, mixup)
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

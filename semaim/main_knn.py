@@ -1,0 +1,225 @@
+"""k-nearest-neighbour classification with a frozen SemAIM encoder: weighted votes by cosine, without any training."""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import transforms
+
+from common import datasets, distributed
+from semaim.models_vit import MODELS, VisionTransformer, load_encoder
+
+CHUNK = 2**27  # similarities that are held at once
+DUMPS = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("SemAIM k-NN", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process")
+    # ---- model
+    p.add_argument("--model", default="vit_small", choices=MODELS)
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--pretrained_weights", default="", help="checkpoint of the encoder; '' takes random weights")
+    p.add_argument("--checkpoint_key", default="state_dict", help="its key of the weights; also: ema_state_dict")
+    p.add_argument("--global_pool", action="store_true", help="mean of the patches; default: the class token")
+    p.add_argument("--avgpool_patchtokens", default=0, type=int, choices=[0, 1, 2], help="no effect, as upstream")
+    p.add_argument("--method", default="moco", help="no effect, as upstream")
+    # ---- vote
+    p.add_argument("--nb_knn", default=[20, 10, 30], nargs="+", type=int, help="numbers of neighbours to try")
+    p.add_argument("--temperature", default=0.07, type=float, help="of the votes' weights, exp(cosine / temperature)")
+    p.add_argument("--nb_classes", default=1000, type=int)
+    p.add_argument("--use_cuda", action="store_true", help="keep the features on the GPU")
+    p.add_argument("--dump_features", default=None, help="folder to write the features and labels to")
+    p.add_argument("--load_features", default=None, help="folder of such files, instead of computing them")
+    # ---- data, process
+    datasets.add_flags(p)
+    p.add_argument("--dist_backend", default="nccl", help="no effect: NCCL on CUDA, gloo on CPU")
+    distributed.add_launch_flags(p)
+    p.set_defaults(data_path="/path/to/imagenet/", num_workers=10, local_rank=0)
+    return p
+
+
+def knn_transform(input_size: int) -> transforms.Compose:
+    """Shorter side to 256 (above 224: 512; below: in the same proportion), centre crop, normalise."""
+    if input_size <= 224:
+        return datasets.eval_transform(input_size)
+    resize = transforms.Resize(512, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(input_size), *datasets.tensor_and_normalize()])
+
+
+@torch.no_grad()
+def extract_features(model: nn.Module, loader: datasets.Loader, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Unit-length features (n, D) and labels (n,) of this process's images, on `device`."""
+    model.eval()
+    features, labels = [], []
+    log = distributed.EpochLog("Features:", len(loader), loader.batch_size, loader.device)
+    for _, (imgs, targets) in log.steps(loader.batches()):
+        features.append(F.normalize(model(imgs).float(), dim=1).to(device))
+        labels.append(targets.to(device))
+    return torch.cat(features), torch.cat(labels)
+
+
+def nearest(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most similar training images of each test image.
+
+    Args:
+        train_features: (n, D) and test_features: (m, D), of unit length. train_labels: (n,).
+    Returns:
+        cosines (m, k), largest first, and labels (m, k); fewer columns where n < k.
+    """
+    k = min(k, len(train_features))
+    found = []
+    for chunk in test_features.split(max(1, CHUNK // len(train_features))):
+        cosines, index = (chunk @ train_features.T).topk(k, dim=1)
+        found.append((cosines, train_labels[index]))
+    cosines, labels = zip(*found, strict=True)
+    return torch.cat(cosines), torch.cat(labels)
+
+
+def class_scores(cosines: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """Sum of exp(cosine / temperature) over each class's neighbours: (m, k) each -> (m, num_classes)."""
+    scores = cosines.new_zeros(len(cosines), num_classes)
+    return scores.scatter_add_(1, labels, (cosines / temperature).exp())
+
+
+def accuracy(scores: Tensor, targets: Tensor, k: int) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent; with k < 5 neighbours the latter counts the best k classes only."""
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, : min(5, k)]
+    hits = best == targets[:, None]
+    return 100 * hits[:, 0].double().mean().item(), 100 * hits.any(dim=1).double().mean().item()
+
+
+def knn_classifier(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int,
+    T: float,
+    num_classes: int = 1000,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy, in percent, of the vote of k neighbours; features (n, D) and (m, D) of unit length."""
+    cosines, labels = nearest(train_features, train_labels, test_features, k)
+    return accuracy(class_scores(cosines, labels, T, num_classes), test_labels, k)
+
+
+# ---- several processes: each holds a share of the training images, and compares all test images with it
+
+
+def interleave(parts: list[Tensor]) -> Tensor:
+    """The images in their order; process r of R has images r, r + R, ..."""
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for i, part in enumerate(parts):
+        whole[i :: len(parts)] = part
+    return whole
+
+
+def compute(args: argparse.Namespace, device: torch.device, keep: torch.device) -> list[Tensor]:
+    """Features and labels of this process's training images, and of all test images (as in `DUMPS`)."""
+    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split)
+    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split)
+    datasets.check_classes(train, val, args.nb_classes)
+    loaders = [
+        datasets.Loader(
+            images,
+            knn_transform(args.input_size),
+            args.batch_size_per_gpu,
+            device,
+            train=False,
+            num_workers=args.num_workers,
+            pin_mem=args.pin_mem,
+            bad_images=args.bad_images,
+        )
+        for images in (train, val)
+    ]
+    model = build_model(args).to(device)
+    own_train = extract_features(model, loaders[0], keep)
+    own_test = [x.cpu() for x in extract_features(model, loaders[1], keep)]
+    test = [interleave(list(parts)).to(keep) for parts in zip(*distributed.gather(own_test), strict=True)]
+    if args.dump_features:
+        shares = distributed.gather_to_main([x.cpu() for x in own_train])
+        distributed.main_does(lambda: dump(args.dump_features, shares, test))
+    return [*own_train, *test]
+
+
+def build_model(args: argparse.Namespace) -> VisionTransformer:
+    """The encoder of the flags with the weights of its checkpoint."""
+    with distributed.user_errors(f"--model {args.model}"):
+        model = MODELS[args.model](
+            img_size=args.input_size,
+            num_classes=0,
+            global_pool=args.global_pool,
+            **({} if args.patch_size is None else {"patch_size": args.patch_size}),
+        )
+    if args.pretrained_weights:
+        load_encoder(model, args.pretrained_weights, key=args.checkpoint_key)
+    else:
+        distributed.log("WARNING: no --pretrained_weights, the encoder is random")
+    return model
+
+
+def dump(folder: str, shares: list[list[Tensor]], test: list[Tensor]) -> None:
+    """Write the features and labels of all images as `DUMPS` in folder."""
+    train = [interleave(list(parts)) for parts in zip(*shares, strict=True)]
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, value in zip(DUMPS, [*train, *test], strict=True):
+            torch.save(value.cpu(), Path(folder) / name)
+    except (OSError, RuntimeError) as error:
+        raise distributed.UserError(f"--dump_features {folder}: cannot be written ({error})") from error
+
+
+def load_dump(folder: str, keep: torch.device) -> list[Tensor]:
+    """Read back what `dump` wrote; of the training images only this process's share."""
+    try:
+        values = [torch.load(Path(folder) / name, map_location=keep, weights_only=True) for name in DUMPS]
+        train, train_labels, test, test_labels = values
+        if len(train) != len(train_labels) or len(test) != len(test_labels) or train.shape[1] != test.shape[1]:
+            raise ValueError("the files do not belong together")
+    except Exception as error:  # torch reports a damaged file by many types
+        reason = " ".join(str(error).split())[:200]
+        raise distributed.UserError(f"--load_features {folder}: expected {', '.join(DUMPS)} ({reason})") from error
+    share = slice(distributed.rank(), None, distributed.world_size())
+    return [train[share], train_labels[share], test, test_labels]
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if args.use_cuda and device.type != "cuda":
+        raise distributed.UserError(f"--use_cuda: the device is {device}")
+    if min(args.nb_knn) < 1:
+        raise distributed.UserError(f"--nb_knn {min(args.nb_knn)}: expected at least 1")
+    torch.manual_seed(0)  # random weights are the same on all processes
+    keep = device if args.use_cuda else torch.device("cpu")
+    # ---- features
+    if args.load_features:
+        train, train_labels, test, test_labels = load_dump(args.load_features, keep)
+    else:
+        train, train_labels, test, test_labels = compute(args, device, keep)
+    images, largest = round(distributed.all_sum([len(train)])[0]), max(args.nb_knn)
+    if largest > images:
+        raise distributed.UserError(f"--nb_knn {largest}: there are only {images} training images")
+    top_label = int(max(train_labels.max(), test_labels.max()))
+    if top_label >= args.nb_classes:
+        raise distributed.UserError(f"--nb_classes {args.nb_classes}: an image is labelled {top_label}")
+    # ---- vote
+    found = [x.cpu() for x in nearest(train, train_labels, test, largest)]
+    cosines, labels = (torch.cat(parts, dim=1) for parts in zip(*distributed.gather(found), strict=True))
+    cosines, index = cosines.topk(largest, dim=1)
+    labels = labels.gather(1, index)
+    for k in args.nb_knn:
+        scores = class_scores(cosines[:, :k], labels[:, :k], args.temperature, args.nb_classes)
+        top1, top5 = accuracy(scores, test_labels.cpu(), k)
+        distributed.log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

@@ -1,0 +1,120 @@
+"""Linear probing of a SemAIM encoder. Recipes of the paper's rows: scripts/semaim_*.sh."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import nn
+from torchvision import transforms
+
+from common import datasets, distributed, lr_sched
+from semaim.engine_finetune import evaluate_checkpoint, fit
+from semaim.files import run_files
+from semaim.models_vit import MODELS, VisionTransformer, load_encoder
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("SemAIM linear probing", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=90, type=int)
+    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model", default="vit_large_patch16", choices=MODELS, help="paper: vit_base_patch16")
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
+    p.add_argument("--global_pool", action="store_true", default=True, help="probe the mean of the patches (default)")
+    p.add_argument("--cls_token", action="store_false", dest="global_pool", help="probe the class token (paper)")
+    p.add_argument("--nb_classes", default=1000, type=int)
+    # ---- optimizer
+    p.add_argument("--weight_decay", default=0, type=float)
+    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
+    p.add_argument("--blr", default=0.1, type=float, help="lr = blr * images per update / 256")
+    p.add_argument("--min_lr", default=0.0, type=float)
+    p.add_argument("--warmup_epochs", default=10, type=int, help="paper: 0")
+    # ---- data, files, process
+    datasets.add_flags(p, pin_mem=True)
+    p.add_argument("--output_dir", default="./output_dir", help="checkpoint and log")
+    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard, in <model>.<experiment>")
+    p.add_argument("--experiment", default="exp", type=str, help="part of every file's name")
+    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    p.add_argument("--dist_eval", action="store_true", help="no effect: they are always shared")
+    p.add_argument("--dist_backend", default="nccl", help="no effect: NCCL on CUDA, gloo on CPU")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10, pin_mem=False)
+    return p
+
+
+def probe_transform(input_size: int) -> transforms.Compose:
+    """Shorter side to input_size, bicubic, a random square of it and a flip."""
+    resize = transforms.Resize(input_size, interpolation=transforms.InterpolationMode.BICUBIC)
+    steps = [resize, transforms.RandomCrop(input_size), transforms.RandomHorizontalFlip()]
+    return transforms.Compose([*steps, *datasets.tensor_and_normalize()])
+
+
+def add_probe(model: VisionTransformer) -> nn.Sequential:
+    """Freeze the network and put a batch norm without parameters in front of its head; returns the new head."""
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    norm = nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6)  # statistics of each process's own images
+    head = nn.Sequential(norm, model.head)
+    model.head = head
+    return head
+
+
+def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> torch.optim.SGD:
+    """SGD with momentum on the head's parameters."""
+    return torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    # ---- data
+    augment, val_transform = probe_transform(args.input_size), datasets.eval_transform(args.input_size)
+    loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
+    # ---- model
+    with distributed.user_errors(f"--model {args.model}"):
+        model = MODELS[args.model](
+            img_size=args.input_size,
+            num_classes=args.nb_classes,
+            global_pool=args.global_pool,
+            **({} if args.patch_size is None else {"patch_size": args.patch_size}),
+        )
+    files = run_files(args, "linear")
+    resume = distributed.find_checkpoint(args.output_dir, args.resume, files.latest)
+    if args.finetune and not args.eval and not resume:
+        load_encoder(model, args.finetune, head_std=0.01)
+    head = add_probe(model)
+    model.to(device)
+    net = distributed.wrap(model, device, args.compile)
+    # ---- optimizer
+    images_per_step = args.batch_size * distributed.world_size()
+    lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
+    optimizer = build_optimizer(args, head, lr)
+    schedule = partial(
+        lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
+    )
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        schedule(0.0)
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter)
+    distributed.log(
+        f"{args.model}: {sum(p.numel() for p in head.parameters()):,} trained parameters on {device}, {updater.dtype}; "
+        f"{loader.images} images, {images_per_step * args.accum_iter} per update, lr {lr:.2e}"
+    )
+    # ---- loop
+    if args.eval:
+        evaluate_checkpoint(resume, model, val_loader, updater)
+    else:
+        parts = {"optimizer": optimizer, "loss_scaler": updater.scaler}
+        checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
+        fit(args, net, nn.CrossEntropyLoss(), loader, val_loader, updater, schedule, checkpoint, resume)
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

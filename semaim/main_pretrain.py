@@ -1,0 +1,205 @@
+"""SemAIM pre-training. Recipes of the paper's rows: scripts/semaim_*.sh."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+from torchvision import transforms
+
+from common import datasets, distributed, lr_decay, lr_sched
+from semaim.engine_pretrain import Guide, train_one_epoch
+from semaim.files import run_files
+from semaim.models_clip import ClipVisual, DinoViT, load_teacher
+from semaim.models_semaim import MODELS, AimViT
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("SemAIM pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=800, type=int)
+    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model", default="saim_base", choices=MODELS, help="saim_base is aim_base")
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--query_depth", default=12, type=int, help="decoder blocks")
+    p.add_argument("--share_weight", action="store_true", help="is refused: the two streams' blocks differ")
+    p.add_argument("--prediction_head_type", default="MLP", type=str, help="MLP or LINEAR")
+    p.add_argument("--gaussian_kernel_size", default=None, type=int, help="side of the target's blur, odd")
+    p.add_argument("--gaussian_sigma", default=None, type=float, help="its sigma; without both there is no blur")
+    p.add_argument("--loss_type", default="L2", type=str, help="L1 or L2, of pixels")
+    p.add_argument("--norm_pix_loss", action="store_true", help="standardise each target patch")
+    p.add_argument(
+        "--permutation_type",
+        default="stochastic",
+        type=str,
+        help="order: zigzag (row by row), raster (a snake), stochastic, stochastic_center, center2out, attention, "
+        "attention_guided, attention_center (paper)",
+    )
+    p.add_argument("--attention_type", default="cls", type=str, help="cls, gap or self: what the order's map compares")
+    p.add_argument("--use_ema_model", action="store_true", help="the order comes from a moving average of the encoder")
+    p.add_argument("--predict_feature", default="none", type=str, help="none (pixels), inference, ema, dino or clip")
+    p.add_argument("--teacher_path", default="", help="weights of the CLIP or DINO teacher, as published")
+    p.add_argument(
+        "--attn_impl",
+        default="auto",
+        choices=["auto", "mask", "flex", "causal"],
+        help="auto, mask and flex follow ties of the order exactly; causal breaks them by index",
+    )
+    p.add_argument("--order_amp", action="store_true", help="autocast the pass that makes the order; default: float32")
+    # ---- optimizer
+    p.add_argument("--weight_decay", default=0.05, type=float)
+    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
+    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
+    p.add_argument("--blr", default=2e-4, type=float, help="lr = blr * images per update / 256")
+    p.add_argument("--min_lr", default=0.0, type=float)
+    p.add_argument("--warmup_epochs", default=30, type=int)
+    p.add_argument("--not_use_fp16", action="store_true", help="the same as --amp_dtype fp32")
+    # ---- data, files, process
+    datasets.add_flags(p, pin_mem=False)
+    p.add_argument("--output_dir", default="./pretrain/saim_base", help="checkpoints and log")
+    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard, in <model>.<experiment>")
+    p.add_argument("--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints that are kept")
+    p.add_argument("--experiment", default="exp", type=str, help="part of every file's name")
+    distributed.add_flags(p)
+    return p
+
+
+def pretrain_transform(input_size: int) -> transforms.Compose:
+    """Random crop of 20-100 % of the image, bicubic, and a flip."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=bicubic)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
+
+
+def build_model(args: argparse.Namespace, **overrides) -> AimViT:
+    """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
+    if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
+        distributed.log("WARNING: no blur; it needs both --gaussian_kernel_size and --gaussian_sigma")
+    keywords = {
+        "img_size": args.input_size,
+        "out_dim": 512,  # upstream main_pretrain.py@ade770f: CLIP ViT-B/16's
+        "permutation_type": args.permutation_type,
+        "attention_type": args.attention_type,
+        "query_depth": args.query_depth,
+        "share_weight": args.share_weight,
+        "prediction_head_type": args.prediction_head_type,
+        "gaussian_kernel_size": args.gaussian_kernel_size,
+        "gaussian_sigma": args.gaussian_sigma,
+        "loss_type": args.loss_type,
+        "predict_feature": args.predict_feature,
+        "norm_pix_loss": args.norm_pix_loss,
+        "attn_impl": args.attn_impl,
+    }
+    if args.patch_size is not None:
+        keywords["patch_size"] = args.patch_size
+    with distributed.user_errors(f"--model {args.model}"):
+        return MODELS[args.model](**{**keywords, **overrides})
+
+
+def build_with_teacher(args: argparse.Namespace) -> tuple[AimViT, ClipVisual | DinoViT | None]:
+    """The network, and the frozen one whose features it predicts, if there is one.
+
+    Raises:
+        distributed.UserError: the teacher's file is missing or damaged, or its tokens do not fit the network's.
+    """
+    if args.predict_feature not in ("clip", "dino"):
+        return build_model(args), None
+    teacher = load_teacher(args.predict_feature, args.teacher_path, args.input_size)
+    model = build_model(args, out_dim=teacher.out_dim)
+    width = model.cls_token.shape[-1]
+    for what, its, ours in (
+        ("patches", teacher.num_patches, model.patch_embed.num_patches),
+        ("wide features", teacher.out_dim, width if args.predict_feature == "dino" else teacher.out_dim),
+    ):
+        if its != ours:
+            raise distributed.UserError(
+                f"--teacher_path {args.teacher_path}: gives {its} {what} at {args.input_size} pixels, "
+                f"--model {args.model} predicts {ours}"
+            )
+    return model, teacher
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW on two groups, without and with weight decay; the class token is decayed."""
+    groups = lr_decay.decay_groups(model, args.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # upstream main_pretrain.py@ade770f
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if args.predict_feature == "ema" and not args.use_ema_model:
+        raise distributed.UserError("--predict_feature ema: needs --use_ema_model")
+    # ---- data
+    loader = datasets.pretrain_loader(args, pretrain_transform(args.input_size), device)
+    # ---- model
+    model, teacher = build_with_teacher(args)
+    model.to(device)
+    if args.attn_impl == "flex" and device.type == "cpu":
+        raise distributed.UserError("--attn_impl flex: FlexAttention trains on CUDA only; use auto or mask")
+    if model.idle_blocks:
+        distributed.log(f"WARNING: the last {model.idle_blocks} encoder blocks are not trained at this --query_depth")
+    net = distributed.wrap(model, device, args.compile, find_unused=model.idle_blocks > 0)
+    ema = ModelEmaV3(model) if args.use_ema_model else None
+    guide = Guide(model, ema and ema.module, teacher and teacher.to(device), args.order_amp)  # type: ignore[arg-type]
+    if args.compile:
+        guide.source.semantic_pass = torch.compile(guide.source.semantic_pass)
+    # ---- optimizer
+    images_per_step = args.batch_size * distributed.world_size()
+    lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
+    optimizer = build_optimizer(args, model, lr)
+    schedule = partial(
+        lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
+    )
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        schedule(0.0)
+    precision = "fp32" if args.not_use_fp16 else args.amp_dtype
+    updater = distributed.Updater(optimizer, device, precision, args.accum_iter, args.clip_grad)
+    distributed.log(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device}, {updater.dtype}; "
+        f"{loader.images} images, {images_per_step * args.accum_iter} per update, lr {lr:.2e}"
+    )
+    # ---- loop
+    files = run_files(args, every=args.saveckp_freq)
+    parts = {"optimizer": optimizer, "loss_scaler": updater.scaler}
+    if ema is not None:
+        parts["ema_state_dict"] = ema.module
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
+    position = checkpoint.resume(
+        distributed.find_checkpoint(args.output_dir, args.resume, files.latest), args.start_epoch
+    )
+    if ema is not None and "ema_state_dict" in checkpoint.missing:
+        ema.set(model)  # from a run without it
+    start, sums = loader.start(position)
+    done = start / len(loader)
+    run_log = distributed.RunLog(args.output_dir, position.epoch, done, files.log, files.events, ticks=len(loader))
+    for epoch in range(position.epoch, args.epochs):
+        epoch_log = distributed.EpochLog(
+            f"Epoch: [{epoch}]",
+            len(loader),
+            args.batch_size,
+            device,
+            run_log=run_log,
+            tags={"loss": "loss", "lr": "lr", "total_norm": "grad_norm", "fp16_scaler": "fp16_scaler"},
+            epoch=epoch,
+            start=start,
+            sums=sums,
+        )
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+            stats = train_one_epoch(net, loader, updater, schedule, epoch_log, guide, ema, args.seed)
+        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
+        start, sums = 0, {}
+        checkpoint.save(distributed.Position(epoch + 1))
+    distributed.log(f"{args.epochs} epochs done; {files.latest} is in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
