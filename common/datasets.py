@@ -19,6 +19,7 @@ from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -108,15 +109,18 @@ def image_dataset(
     split: str = "",
     batch_size: int = 1,
     lists: bool = False,
+    direct: bool = False,
 ) -> Any:
     """The training or validation images of a run.
 
     Args:
         data_path: folder with train/ and val/, each <class>/<image>.
-        labelled: False (pre-training) also takes images without class folders, in train/ or in data_path itself.
+        labelled: False (pre-training) also takes images without class folders, and all of data_path if it has neither
+            train/ nor val/.
         name: "" for folders, else a data set of timm's factory (torch/cifar10, wds/..., hfds/...) kept in data_path.
         split: the factory's split, default train or validation. batch_size: whole batches of it are streamed.
         lists: go by the files train.txt and val.txt of data_path where both exist.
+        direct: data_path itself holds the class folders.
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """
@@ -125,10 +129,10 @@ def image_dataset(
     root = Path(data_path) / ("train" if train else "val")
     if not Path(data_path).is_dir():
         raise UserError(f"--data_path {data_path}: no such folder")
+    if direct or not (labelled or any((Path(data_path) / split).is_dir() for split in ("train", "val"))):
+        root = Path(data_path)
     if lists and all((Path(data_path) / f"{name}.txt").is_file() for name in ("train", "val")):
         return ListedImages(root.with_suffix(".txt"), root, Path(data_path))
-    if not labelled and not root.is_dir() and len(flat := UnlabelledImages(Path(data_path))):
-        return flat
     if not root.is_dir():
         raise UserError(f"--data_path {data_path}: has no folder {root.name}/, expected {root}/<class>/<image>")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -217,6 +221,9 @@ def finetune_transform(
     reprob: float = 0.25,
     remode: str = "pixel",
     recount: int = 1,
+    interpolation: str = "bicubic",
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
 ) -> Any:
     """timm's training transform: crop, flip, RandAugment, normalise, random erasing."""
     transform: Any = create_transform(
@@ -224,12 +231,12 @@ def finetune_transform(
         is_training=True,
         color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
         auto_augment=aa or None,
-        interpolation="bicubic",
+        interpolation=interpolation,
         re_prob=reprob,
         re_mode=remode,
         re_count=recount,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=mean,
+        std=std,
     )
     for step in transform.transforms:
         ops = getattr(step, "ops", None) or [op for policy in getattr(step, "policy", []) for op in policy]
@@ -239,11 +246,13 @@ def finetune_transform(
     return transform
 
 
-def eval_transform(input_size: int = 224) -> transforms.Compose:
-    """Shorter side to input_size / 0.875 (to input_size above 224), centre crop, normalise."""
-    shorter = int(input_size / (224 / 256)) if input_size <= 224 else input_size
+def eval_transform(
+    input_size: int = 224, crop_pct: float | None = None, mean=IMAGENET_MEAN, std=IMAGENET_STD
+) -> transforms.Compose:
+    """Shorter side to input_size / crop_pct, centre crop, normalise. crop_pct: default 0.875, above 224 pixels 1."""
+    shorter = int(input_size / (crop_pct or (224 / 256 if input_size <= 224 else 1)))
     resize = transforms.Resize(shorter, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(input_size), *tensor_and_normalize()])
+    return transforms.Compose([resize, transforms.CenterCrop(input_size), *tensor_and_normalize(mean, std)])
 
 
 # ---- batches
@@ -433,8 +442,8 @@ class Loader:
         step = min(step - step % self.accum_iter, len(self))
         return step, {} if rest or not step else position.own_meters()
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from number `start` on.
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
+        """The batches of an epoch from number `start` on; images are a list where the transform gives several.
 
         Raises:
             UserError: an image is unreadable and bad_images is "stop".
@@ -465,20 +474,12 @@ class Loader:
                     self.bad.append(problem)
                     log(f"{problem}: skipped, {len(self.bad)} so far")
             if images is not None:
-                yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+                yield tree_map(lambda x: x.to(self.device, non_blocking=True), (images, targets))
 
 
 def _loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:
-    return Loader(
-        dataset,
-        transform,
-        args.batch_size,
-        device,
-        num_workers=args.num_workers,
-        pin_mem=args.pin_mem,
-        bad_images=args.bad_images,
-        **kwargs,
-    )
+    options = {"num_workers": args.num_workers, "pin_mem": args.pin_mem, "bad_images": args.bad_images}
+    return Loader(dataset, transform, device=device, **{"batch_size": args.batch_size, **options, **kwargs})
 
 
 def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device) -> Loader:
@@ -488,13 +489,25 @@ def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch
 
 
 def supervised_loaders(
-    args: argparse.Namespace, transform: Callable, val_transform: Callable, device: torch.device, lists: bool = False
+    args: argparse.Namespace,
+    transform: Callable,
+    val_transform: Callable,
+    device: torch.device,
+    val_path: str = "",
+    val_batch_size: int = 0,
+    **kwargs,
 ) -> tuple[Loader, Loader]:
-    """Training and validation batches of the flags, whose classes agree; `lists` as in `image_dataset`."""
-    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, lists)
-    val = image_dataset(args.data_path, False, True, args.dataset, args.val_split, args.batch_size, lists)
+    """Training and validation batches of the flags, whose classes agree.
+
+    Args:
+        val_path: folder of the validation images, if not --data_path. val_batch_size: if not --batch_size.
+        kwargs: `lists` and `direct` as in `image_dataset`.
+    """
+    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, **kwargs)
+    path = val_path or args.data_path
+    val = image_dataset(path, False, True, args.dataset, args.val_split, args.batch_size, **kwargs)
     check_classes(train, val, args.nb_classes)
     return (
         _loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),
-        _loader(args, val, val_transform, device, train=False),
+        _loader(args, val, val_transform, device, train=False, batch_size=val_batch_size or args.batch_size),
     )

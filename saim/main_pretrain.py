@@ -54,6 +54,11 @@ def pretrain_transform(input_size: int) -> transforms.Compose:
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
 
 
+def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
+    """Training batches of the flags, and what else `batch_loss` takes: nothing."""
+    return datasets.pretrain_loader(args, pretrain_transform(args.input_size), device), {}
+
+
 def build_model(args: argparse.Namespace, **overrides) -> SaimViT:
     """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
     if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
@@ -85,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
-    loader = datasets.pretrain_loader(args, pretrain_transform(args.input_size), device)
+    loader, _ = build_data(args, device)
     # ---- model
     model = build_model(args).to(device)
     if model.idle_blocks:

@@ -23,14 +23,21 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
 
 # The authors' formulation as keyword arguments of build_model(args, ...): what a method's speed-up is measured against.
-REFERENCE: dict[str, dict[str, Any]] = {"saim": {"attn_impl": "mask"}}
+REFERENCE: dict[str, dict[str, Any]] = {"saim": {"attn_impl": "mask"}, "semaim": {"attn_impl": "authors"}}
 # The paper's flags at a batch size for one machine; flags of the command line come later and win.
-RECIPE = {"saim": "--batch_size 8 --gaussian_kernel_size 9 --gaussian_sigma 1 --norm_pix_loss"}
+RECIPE = {
+    "saim": "--batch_size 8 --gaussian_kernel_size 9 --gaussian_sigma 1 --norm_pix_loss",
+    "semaim": "--model aim_base --batch_size 8 --gaussian_kernel_size 9 --gaussian_sigma 1 --norm_pix_loss "
+    "--permutation_type attention_center --clip_grad 3",
+    "cae": "--model cae_base_patch16_224_8k_vocab --discrete_vae_weight_path random --batch_size 8 --clip_grad 3 "
+    "--drop_path 0.1 --imagenet_default_mean_and_std",
+}
 METHODS = sorted(p.parent.name for p in Path(__file__).resolve().parents[1].glob("*/main_pretrain.py"))
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -113,8 +120,10 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     return 2 * n**3 / best
 
 
-def measure(variant: Variant, args: argparse.Namespace, method: str, loader: datasets.Loader, steps: int) -> None:
-    """Add one round of steps to the variant's measurements."""
+def measure(
+    variant: Variant, args: argparse.Namespace, method: str, loader: datasets.Loader, context: dict, steps: int
+) -> None:
+    """Add one round of steps to the variant's measurements; context: of `batch_loss`."""
     main = importlib.import_module(f"{method}.main_pretrain")
     engine = importlib.import_module(f"{method}.engine_pretrain")
     device = loader.device
@@ -134,7 +143,7 @@ def measure(variant: Variant, args: argparse.Namespace, method: str, loader: dat
             batch = next(batches)
         times.append(sync(device))
         with updater.forward(net, step):
-            loss = engine.batch_loss(net, batch)
+            loss = engine.batch_loss(net, batch, **context)
         times.append(sync(device))
         loss.backward()
         times.append(sync(device))
@@ -147,13 +156,13 @@ def measure(variant: Variant, args: argparse.Namespace, method: str, loader: dat
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes(peak=True)
     variant.memory = max(variant.memory, peak - before)
     if not variant.flops:
-        sample = tuple(x[:1] for x in batch)
+        sample = tree_map(lambda x: x[:1], batch)
         with FlopCounterMode(display=False) as counter:
-            engine.batch_loss(model, sample).backward()
+            engine.batch_loss(model, sample, **context).backward()
         variant.flops = counter.get_total_flops()
 
 
-def profile(args: argparse.Namespace, method: str, loader: datasets.Loader, precision: str) -> str:
+def profile(args: argparse.Namespace, method: str, loader: datasets.Loader, context: dict, precision: str) -> str:
     """Table of the operators of one default step, most expensive first."""
     main = importlib.import_module(f"{method}.main_pretrain")
     engine = importlib.import_module(f"{method}.engine_pretrain")
@@ -164,7 +173,7 @@ def profile(args: argparse.Namespace, method: str, loader: datasets.Loader, prec
     for step in range(2):
         with torch.profiler.profile() if step else torch.autograd.profiler.record_function("warm-up") as profiler:
             with updater.forward(model, step):
-                loss = engine.batch_loss(model, batch)
+                loss = engine.batch_loss(model, batch, **context)
             updater.backward(loss, step)
     key = f"self_{loader.device.type}_time_total"
     return profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)  # type: ignore[union-attr]
@@ -176,7 +185,7 @@ def main(args: argparse.Namespace, rest: list[str]) -> None:
     device = distributed.init(flags.device)
     with tempfile.TemporaryDirectory() as folder:
         flags.data_path = args.data_path or synthetic_images(Path(folder), 4 * flags.batch_size)
-        loader = datasets.pretrain_loader(flags, module.pretrain_transform(flags.input_size), device)
+        loader, context = module.build_data(flags, device)
         variants = [Variant("default, fp32", {}, "fp32")]
         if args.method in REFERENCE:
             reference = REFERENCE[args.method]
@@ -187,10 +196,10 @@ def main(args: argparse.Namespace, rest: list[str]) -> None:
             variants.append(Variant(f"default, {precision}", {}, precision))
         for _ in range(args.rounds):
             for variant in variants:
-                measure(variant, flags, args.method, loader, args.steps)
+                measure(variant, flags, args.method, loader, context, args.steps)
         report(variants, flags, device)
         if args.profile:
-            print(profile(flags, args.method, loader, variants[-1].precision))
+            print(profile(flags, args.method, loader, context, variants[-1].precision))
 
 
 def report(variants: list[Variant], flags: argparse.Namespace, device: torch.device) -> None:

@@ -75,6 +75,7 @@ def evaluate(model: nn.Module, loader: Loader, updater: distributed.Updater) -> 
     loss, batches, top1, top5, images = distributed.all_sum(totals.tolist())
     stats = {"loss": loss / batches, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
     distributed.log("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
+    distributed.log(f"Accuracy of the network on the {images:.0f} test images: {stats['acc1']:.1f}%")
     return stats
 
 
@@ -87,8 +88,7 @@ def evaluate_checkpoint(path: str, model: nn.Module, loader: Loader, updater: di
     if not path:
         raise distributed.UserError("--eval: name the checkpoint to evaluate with --resume")
     distributed.load_weights(model, path)
-    stats = evaluate(model, loader, updater)
-    distributed.log(f"Accuracy of the network on the {loader.images} test images: {stats['acc1']:.1f}%")
+    evaluate(model, loader, updater)
 
 
 def fit(
@@ -111,7 +111,6 @@ def fit(
     files = checkpoint.files
     run_log = distributed.RunLog(args.output_dir, position.epoch, start / len(loader), files.log, files.events)
     images_per_epoch = len(loader) * args.batch_size * distributed.world_size()
-    best = 0.0
     for epoch in range(position.epoch, args.epochs):
         epoch_log = distributed.EpochLog(
             f"Epoch: [{epoch}]",
@@ -130,8 +129,8 @@ def fit(
         meters = distributed.gather(epoch_log.sums(len(loader)))
         checkpoint.save(distributed.Position(epoch, images_per_epoch, meters))
         test = evaluate(plain, val_loader, updater)
-        best = max(best, test["acc1"])
-        distributed.log(f"Max accuracy: {best:.2f}%")
+        checkpoint.best = max(checkpoint.best, test["acc1"])
+        distributed.log(f"Max accuracy: {checkpoint.best:.2f}%")
         run_log.scalars({f"perf/test_{k}": test[k] for k in ("acc1", "acc5", "loss")}, epoch)
         run_log.epoch(
             {f"train_{k}": v for k, v in stats.items()}

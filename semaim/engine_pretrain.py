@@ -94,7 +94,7 @@ def train_one_epoch(
             loss = batch_loss(model, batch, guide)
         norm = updater.backward(loss, step)
         if ema is not None and updater.is_last(step):
-            ema.update(distributed.unwrap(model))
+            updater.average(ema.module, distributed.unwrap(model), ema.decay)
         scale = updater.scaler.get_scale() if updater.scaler.is_enabled() else None
         epoch_log.update(step, updater.is_last(step), lr=groups[0]["lr"], loss=loss, total_norm=norm, fp16_scaler=scale)
     means = epoch_log.means()

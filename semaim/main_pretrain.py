@@ -78,6 +78,11 @@ def pretrain_transform(input_size: int) -> transforms.Compose:
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
 
 
+def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
+    """Training batches of the flags, and what else `batch_loss` takes: nothing."""
+    return datasets.pretrain_loader(args, pretrain_transform(args.input_size), device), {}
+
+
 def build_model(args: argparse.Namespace, **overrides) -> AimViT:
     """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
     if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
@@ -139,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
     if args.predict_feature == "ema" and not args.use_ema_model:
         raise distributed.UserError("--predict_feature ema: needs --use_ema_model")
     # ---- data
-    loader = datasets.pretrain_loader(args, pretrain_transform(args.input_size), device)
+    loader, _ = build_data(args, device)
     # ---- model
     model, teacher = build_with_teacher(args)
     model.to(device)

@@ -151,22 +151,23 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises:
         distributed.UserError: the file is missing, damaged, or holds something else.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            root = names[0].split("/")[0]
-            if f"{root}/constants.pkl" in names:  # only TorchScript archives have it
-                with distributed.user_errors(f"{path}: damaged TorchScript archive"):
-                    try:
-                        return _tensors(_ArchiveReader(archive, root).load())
-                    except (pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile) as error:
-                        raise ValueError(str(error)) from error
+    path = distributed.local_file(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                root = names[0].split("/")[0]
+                if f"{root}/constants.pkl" in names:  # only TorchScript archives have it
+                    return _tensors(_ArchiveReader(archive, root).load())
+    except Exception as error:  # unpickling raises many types for damaged files
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise distributed.UserError(f"{path}: damaged TorchScript archive ({reason})") from error
     state = distributed.load(path)
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in tensors.items()}
 
 
 def _fit_positions(table: Tensor, grid_size: int) -> Tensor:
@@ -213,7 +214,7 @@ def load_teacher(kind: str, path: str, img_size: int) -> ClipVisual | DinoViT:
     state = read_weights(path)
     try:
         model = (_clip if kind == "clip" else _dino)(state, img_size)
-    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise distributed.UserError(f"--teacher_path {path}: is no {kind} ViT like {official} ({reason})") from error
     return model.eval().requires_grad_(False)

@@ -8,6 +8,7 @@ from common.distributed.checkpoint import (
     load,
     load_report,
     load_weights,
+    local_file,
     weights_of,
 )
 from common.distributed.metrics import EpochLog, RunLog

@@ -52,22 +52,32 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+def local_file(path: str) -> str:
+    """A path as it is, or the local copy of an https address, downloaded once.
+
+    Raises:
+        UserError: the download failed.
+    """
+    if not path.startswith(("http://", "https://")):
+        return path
+    unique = hashlib.sha256(path.encode()).hexdigest()[:8]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / f"{unique}-{Path(path).name}"
+    try:
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(path, str(target), progress=is_main())
+    except OSError as error:
+        raise UserError(f"{path}: download failed ({error})") from error
+    return str(target)
+
+
 def load(path: str) -> dict[str, Any]:
     """Read a checkpoint file or https address as tensors and plain values.
 
     Raises:
         UserError: it is missing, damaged, not a checkpoint, or needs code to be executed.
     """
-    if path.startswith(("http://", "https://")):
-        unique = hashlib.sha256(path.encode()).hexdigest()[:8]
-        target = Path(torch.hub.get_dir()) / "checkpoints" / f"{unique}-{Path(path).name}"
-        try:
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(path, str(target), progress=is_main())
-        except OSError as error:
-            raise UserError(f"{path}: download failed ({error})") from error
-        path = str(target)
+    path = local_file(path)
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -112,6 +122,7 @@ class Files:
     latest: str = "checkpoint.pth"
     numbered: str = "checkpoint-{epoch}.pth"  # kept, with epochs counted from 0
     every: int = 0  # epochs between the numbered ones, the last epoch's comes in any case; 0 keeps none
+    phase: int = 0  # epochs e with (e + phase) % every == 0 are kept
     weights: str = "model"  # key of the network's weights
     values: dict[str, Any] = field(default_factory=dict)  # further plain values
     epoch: int = 0  # what the key 'epoch' holds after the first epoch
@@ -197,6 +208,7 @@ class Checkpoint:
         self.files = files or Files()
         self.parts = parts
         self.missing: list[str] = []  # parts that the resumed file did not hold
+        self.best = 0.0  # best accuracy so far, kept over a resume
         self.writes = bool(folder)
         if folder:
             main_does(self._open)
@@ -223,9 +235,9 @@ class Checkpoint:
         files, done = self.files, position.epoch
         state: dict[str, Any] = {key: part.state_dict() for key, part in self.parts.items()}
         state |= {files.weights: self.model.state_dict(), "epoch": done - 1 + files.epoch, "args": vars(self.args)}
-        state |= {"images": position.images, "meters": position.meters, **files.values}
+        state |= {"images": position.images, "meters": position.meters, "best": self.best, **files.values}
         names = [name or files.latest]
-        due = files.every and ((done - 1) % files.every == 0 or done == self.args.epochs)
+        due = files.every and ((done - 1 + files.phase) % files.every == 0 or done == self.args.epochs)
         if due and done and not name and not position.images:
             names.append(files.numbered.format(epoch=done - 1))
         for target in (self.folder / n for n in names):
@@ -277,7 +289,7 @@ class Checkpoint:
             return Position(start_epoch)
         optimizer = self.parts.get("optimizer")
         state = load_weights(self.model, path)
-        complete = "optimizer" in state and "epoch" in state
+        complete = "optimizer" in state and isinstance(state.get("epoch"), int)
         if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice
             for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
                 group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
@@ -289,6 +301,7 @@ class Checkpoint:
         if not complete:
             log(f"resumed weights only from {path}")
             return Position(start_epoch)
+        self.best = state.get("best", 0.0)
         done = state["epoch"] + 1 - self.files.epoch
         position = Position(done, state.get("images", 0), state.get("meters", []))
         log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")

@@ -421,6 +421,18 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         return None if skipped else norm
 
+    @torch.no_grad()
+    def average(self, average: nn.Module, model: nn.Module, decay: float) -> None:
+        """Move the whole state of `average` to decay * average + (1 - decay) * model; frozen where updates are."""
+        share = (1 - decay) * (1 - self._frozen)
+        pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+        for own, new in (pair for pair in pairs if not pair[0].is_floating_point()):
+            own.copy_(new)
+        own, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        share = share.to(own[0].device)
+        torch._foreach_mul_(own, 1 - share)
+        torch._foreach_add_(own, torch._foreach_mul([x.to(share.device) for x in new], share))
+
     def _check(self, norm: Tensor) -> bool:
         """Raise on a non-finite number; True if only the scaled gradients overflowed: the scaler skips the update."""
         bad = [(step, "loss", loss.item()) for step, loss in self._losses if not math.isfinite(loss.item())]

@@ -5,9 +5,10 @@
 #   OUT              the stages' folders go here; default: runs/<row> of this checkout; nodes share it
 #   GPUS             processes on this node; default: the CUDA devices that torch sees, else 1
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    default: 1 0 127.0.0.1 29500; run the same line on every node
-#   EXTRA            further flags of every stage: EXTRA="--num_workers 16 --compile"
+#   EXTRA            further flags of every training stage: EXTRA="--num_workers 16 --compile"
 #   EXTRA_<STAGE>    further flags of one stage: EXTRA_PRETRAIN="--batch_size 32"; the last of equal flags wins
-# The paper's images per update are kept: --accum_iter makes up for fewer GPUs, and for a smaller --batch_size in EXTRA.
+# The paper's images per update are kept: --accum_iter makes up for fewer GPUs, and for a smaller --batch_size in EXTRA;
+# more GPUs get a smaller --batch_size.
 # A stage that was stopped continues where it was, and a complete one returns at once: after a crash, run the same line.
 
 fail() {
@@ -40,17 +41,35 @@ show() {
     echo "${line% }"
 }
 
-# launch STAGE MAIN IMAGES_PER_UPDATE flags...: one stage of the row; its flags include --batch_size, per process
+# is_chosen STAGE: whether the stage is to run
+is_chosen() {
+    [[ " $chosen " == *" $1 "* ]]
+}
+
+# needs VARIABLE STAGE EXAMPLE: an environment variable with a file that a stage reads; a dry run takes the example
+needs() {
+    if [[ -z ${!1:-} && -z $dry_run ]] && is_chosen "$2"; then
+        fail "$2: set $1, see --help: $1=$3 bash $0"
+    fi
+    printf -v "$1" %s "${!1:-$3}"
+}
+
+# launch STAGE MAIN IMAGES_PER_UPDATE flags...: a training stage; its flags include --batch_size, per process
 launch() {
-    local stage=$1 main=$ROOT/$2 images=$3 name=EXTRA_${1^^} flags=("${@:4}") extra batch step n works=""
-    local command=(python) encoder
-    [[ " $chosen " == *" $stage "* ]] || return 0
+    local stage=$1 main=$2 images=$3 flags=("${@:4}") name=EXTRA_${1^^} processes=$((GPUS * NNODES))
+    local extra batch step n works=""
+    is_chosen "$stage" || return 0
 
     read -rd '' -a extra <<<"${EXTRA:-} ${!name:-}" || true # read "fails" at the end of the text
     batch=$(value_of --batch_size "${flags[@]}" "${extra[@]}")
     [[ $batch =~ ^[1-9][0-9]*$ ]] || fail "$stage: --batch_size $batch: expected a whole number of at least 1"
     if [[ -z $(value_of --accum_iter "${extra[@]}") ]]; then
-        step=$((GPUS * NNODES * batch))
+        if [[ -z $(value_of --batch_size "${extra[@]}") ]] &&
+            ((processes * batch > images && images % processes == 0)); then
+            batch=$((images / processes))
+            flags+=(--batch_size "$batch")
+        fi
+        step=$((processes * batch))
         for ((n = 1; n * NNODES * batch <= images; n++)); do
             if ((images % (n * NNODES * batch) == 0)); then works+=" $n"; fi
         done
@@ -59,25 +78,41 @@ launch() {
                 "$GPUS x $NNODES x $batch = $step; GPUS that work:${works:- none}"
         flags+=(--accum_iter $((images / step)))
     fi
+    execute "$stage" "$main" "${flags[@]}" --data_path "$DATA" --output_dir "$OUT/$stage" "${extra[@]}"
+}
 
+# evaluate STAGE MAIN flags...: a stage that trains nothing and prints its result; EXTRA_<STAGE> is for it, EXTRA is not
+evaluate() {
+    local name=EXTRA_${1^^} extra
+    is_chosen "$1" || return 0
+    read -rd '' -a extra <<<"${!name:-}" || true
+    execute "$@" --data_path "$DATA" "${extra[@]}"
+}
+
+# execute STAGE MAIN flags...: show the command of a stage and, unless this is a dry run, run it
+execute() {
+    local stage=$1 main=$ROOT/$2 command=(python) flag encoder
     if ((GPUS * NNODES > 1)); then
         command+=(-m torch.distributed.launch --nproc_per_node "$GPUS" --nnodes "$NNODES" --node_rank "$NODE_RANK")
         command+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     fi
-    command+=("${main#"$PWD/"}" "${flags[@]}" --data_path "$DATA" --output_dir "$OUT/$stage" "${extra[@]}")
+    command+=("${main#"$PWD/"}" "${@:3}")
     show "${command[@]}"
     [[ -z $dry_run ]] || return 0
 
-    encoder=$(value_of --finetune "${command[@]}")
-    if [[ $encoder == "$OUT/"* && ! -f $encoder && ! -f $OUT/$stage/checkpoint.pth ]]; then
-        fail "$stage: $encoder does not exist; run the stage pretrain first, or set $name=\"--finetune FILE\""
-    fi
+    for flag in --finetune --pretrained_weights; do
+        encoder=$(value_of "$flag" "$@")
+        # A stage that has a checkpoint of its own continues from that.
+        if [[ $encoder == "$OUT/"* && ! -f $encoder ]] && ! ls "$OUT/$stage/"*.pth &>/dev/null; then
+            fail "$stage: $encoder does not exist; run the stage pretrain first, or set EXTRA_${stage^^}=\"$flag FILE\""
+        fi
+    done
     "${command[@]}"
 }
 
-# ---- arguments; the stages are those of the script's launch lines
+# ---- arguments; the stages are those of the script's lines "launch ..." and "evaluate ..."
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-stages=$(sed -n 's/^launch \([a-z0-9_]*\) .*/\1/p' "$0" | xargs)
+stages=$(sed -nE 's/^(launch|evaluate) ([a-z0-9_]+) .*/\2/p' "$0" | xargs)
 chosen="" dry_run=""
 for argument in "$@"; do
     if [[ $argument == --dry_run ]]; then

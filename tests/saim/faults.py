@@ -1,4 +1,4 @@
-"""Run a script with a fault: FAULT=<name>:<when> python faults.py <script> <flags>.
+"""Run a script of a method with a fault: FAULT=<name>:<when> python faults.py <method>/<script> <flags>.
 
 kill_in_save:n   SIGKILL in the middle of the n-th file that torch.save writes
 full_disk_at:n   the file system refuses growth from the n-th file on
@@ -12,14 +12,16 @@ import resource
 import runpy
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
-from saim.models_saim import SaimViT
-from saim.models_vit import VisionTransformer
-
+NETWORKS = {
+    "saim": {"models_saim": "SaimViT", "models_vit": "VisionTransformer"},
+    "semaim": {"models_semaim": "AimViT", "models_vit": "VisionTransformer"},
+}
 fault, when = os.environ["FAULT"].split(":")
 calls = {"save": 0, "forward": 0, "eval": 0}
 plain_save = torch.save
@@ -40,7 +42,7 @@ def save(state, file):
 def patch(network: type) -> None:
     plain_forward = network.forward
 
-    def forward(self, imgs):
+    def forward(self, *args, **kwargs):
         n = calls["forward"]
         calls["forward"] += self.training
         if fault == "stop_in_eval" and calls["eval"] == int(when) and not self.training:
@@ -48,14 +50,17 @@ def patch(network: type) -> None:
         calls["eval"] += not self.training
         if fault == "signal_at" and n == int(when) and self.training:
             os.kill(os.getpid(), signal.SIGTERM)
-        out = plain_forward(self, imgs)
-        return out * float("nan") if fault == "nan_at" and n == int(when) and self.training else out
+        out = plain_forward(self, *args, **kwargs)
+        if fault != "nan_at" or n != int(when) or not self.training:
+            return out
+        return (out[0] * float("nan"), *out[1:]) if isinstance(out, tuple) else out * float("nan")
 
     network.forward = forward
 
 
 torch.save = save
-patch(SaimViT)
-patch(VisionTransformer)
 sys.argv = sys.argv[1:]
+method = Path(sys.argv[0]).parent.name
+for module, name in NETWORKS[method].items():
+    patch(getattr(import_module(f"{method}.{module}"), name))
 runpy.run_path(sys.argv[0], run_name="__main__")

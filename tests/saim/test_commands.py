@@ -2,18 +2,14 @@
 
 import argparse
 import json
-import os
 import re
 import shlex
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from saim import main_finetune, main_linprobe, main_pretrain
+from tests.commands import commands_of, fill, finish, flags, processes, start, uneven_images
 from tests.helpers import ROOT
 
 README = r"""
@@ -37,7 +33,7 @@ python -m torch.distributed.launch --nproc_per_node 32 main_linprobe.py \
     --dist_eval --data_path <imagenet-path> \
     --finetune <pretrained-ckpt> --output_dir <output-directory>
 """
-COMMANDS: dict[str, str] = dict(zip(("pretrain", "finetune", "linprobe"), README.strip().split("\n\n"), strict=True))
+COMMANDS = commands_of(README, "pretrain", "finetune", "linprobe")
 PARSERS: dict[str, argparse.ArgumentParser] = {
     "pretrain": main_pretrain.get_args_parser(),
     "finetune": main_finetune.get_args_parser(),
@@ -51,44 +47,15 @@ TOYS = {
 }
 
 
-def flags(command: str) -> list[str]:
-    """The words after the script of a shell line."""
-    return shlex.split(command.replace("\\\n", " ").split(".py ", 1)[1])
-
-
-def start(command: str, cwd: Path) -> subprocess.Popen:
-    """A shell line, `python` being this interpreter; the port comes as the launcher's own environment variable."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_MASTER_PORT": port}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(["bash", "-c", command], cwd=cwd, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    try:
-        out = process.communicate(timeout=240)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 0, out
-    return out
-
-
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory, digits) -> dict[str, str]:
     """The README commands on 2 processes with their placeholders filled, by stage; outputs go to <folder>/<stage>."""
     folder = tmp_path_factory.mktemp("commands")
-    images = folder / "images"
-    shutil.copytree(digits, images)
-    next(images.glob("val/9/*.png")).unlink()  # 19 validation images: neither 2 processes nor batches of 6 divide them
-    filled = {}
-    for stage, command in COMMANDS.items():
-        command = command.replace("--nproc_per_node 32", "--nproc_per_node 2").replace("<imagenet-path>", str(images))
-        command = command.replace("<pretrained-ckpt>", f"{folder}/pretrain/checkpoint.pth")
-        filled[stage] = command.replace("<output-directory>", f"{folder}/{stage}") + TOYS[stage]
-    return filled
+    paths = {"<imagenet-path>": uneven_images(digits, folder), "<pretrained-ckpt>": folder / "pretrain/checkpoint.pth"}
+    return {
+        stage: fill(command, {**paths, "<output-directory>": folder / stage}) + TOYS[stage]
+        for stage, command in COMMANDS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +75,7 @@ def last_line(folder: Path) -> dict[str, float]:
 @pytest.mark.parametrize("stage, lr", [("pretrain", 1.6e-3), ("finetune", 2e-3), ("linprobe", 0.8)])
 def test_readme_commands__give_the_papers_learning_rates(stage, lr):
     args = PARSERS[stage].parse_args(flags(COMMANDS[stage]))
-    assert args.blr * args.batch_size * 32 / 256 == pytest.approx(lr)
+    assert args.blr * args.batch_size * processes(COMMANDS[stage]) / 256 == pytest.approx(lr)
 
 
 def test_readme_commands__run_inside_the_method_folder(runs):

@@ -5,60 +5,20 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten
 
 from common import distributed
-from tests.helpers import ROOT
+from tests.runs import FAULTS, assert_same, command, finish, mistake, start, wait_for
 
-FAULTS = Path(__file__).with_name("faults.py")
 PRETRAIN = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
 PRETRAIN += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "1", "--blr", "1e-2", "--clip_grad", "1"]
 FINETUNE = ["--model", "vit_nano_patch16", "--input_size", "16", "--patch_size", "8", "--nb_classes", "10"]
 FINETUNE += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "0", "--mixup", "0.8", "--cutmix", "1"]
 FINETUNE += ["--finetune", ""]
-
-
-def command(processes: int, script: str, *flags: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), script, *flags]
-
-
-def start(argv: list[str], log: Path, **env: str) -> subprocess.Popen:
-    """A run in a process group of its own, its output in `log`."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    with open(log, "w") as out:
-        return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def wait_for(process: subprocess.Popen, log: Path, text: str, timeout: float = 120) -> None:
-    end = time.monotonic() + timeout
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.02)
-
-
-def finish(argv: list[str], log: Path) -> None:
-    process = start(argv, log)
-    assert process.wait(timeout=240) == 0, log.read_text()
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Bit-identical model, optimizer and scaler states, and equal logs."""
-    first, second = distributed.load(str(a / "checkpoint.pth")), distributed.load(str(b / "checkpoint.pth"))
-    for key in ("model", "optimizer", "scaler", "epoch"):
-        flat = [tree_flatten(state[key])[0] for state in (first, second)]
-        assert len(flat[0]) == len(flat[1])
-        for x, y in zip(*flat, strict=True):
-            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, key
-    assert (a / "log.txt").read_text() == (b / "log.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -389,17 +349,7 @@ def test_mistakes_are_one_line(script, flags, words, tmp_path, digits, monkeypat
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     argv = [*base, "--data_path", digits, "--output_dir", str(out), "--epochs", "3", "--num_workers", "0", *flags]
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        with pytest.raises(SystemExit) as end:
-            distributed.run(module.main, module.get_args_parser().parse_args(argv))
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    error = capsys.readouterr().err
-    assert end.value.code == 2
-    assert words in error
-    assert error.count("\n") == 1
+    assert words in mistake(module, *argv, capsys=capsys)
     assert not list(out.glob("*.pth"))
 
 

@@ -11,28 +11,13 @@ import torch
 from torch import nn
 
 from common import distributed, lr_decay, lr_sched
-from common.datasets import Loader
 from saim import engine_finetune, engine_pretrain, main_finetune, main_linprobe, main_pretrain
 from saim.models_saim import SaimViT
 from saim.models_vit import VisionTransformer
 from tests.helpers import assert_close, golden_files, load_golden
+from tests.runs import CPU, FixedLoader, RecordingLog, schedule_of
 
-CPU = torch.device("cpu")
 MAINS = {"main_pretrain": main_pretrain, "main_finetune": main_finetune, "main_linprobe": main_linprobe}
-
-
-class FixedLoader(Loader):
-    """The same batches every epoch."""
-
-    def __init__(self, *batches):  # nothing of a real loader
-        self.data = list(zip(*batches, strict=True))
-        self.batch_size = len(batches[0][0])
-
-    def __len__(self):
-        return len(self.data)
-
-    def batches(self, epoch=0, start=0):
-        return iter(self.data[start:])
 
 
 class FixedNoise(nn.Module):
@@ -46,26 +31,6 @@ class FixedNoise(nn.Module):
         loss = self.model(imgs, noise=next(self.noise))
         self.losses.append(loss.item())
         return loss
-
-
-def number(value) -> float:
-    return float("nan") if value is None else value.item() if isinstance(value, torch.Tensor) else value
-
-
-class RecordingLog(distributed.EpochLog):
-    """Keeps every recorded value in `history`."""
-
-    def __init__(self, history: list, epoch: int, steps: int):
-        super().__init__(f"Epoch: [{epoch}]", steps, images=1, device=CPU, epoch=epoch)
-        self.history = history
-
-    def update(self, step, updated=True, **values):
-        self.history.append({k: number(v) for k, v in values.items()})
-        super().update(step, updated, **values)
-
-
-def schedule_of(meta):
-    return lambda e: lr_sched.warmup_cosine(e, meta["lr"], meta["min_lr"], meta["warmup_epochs"], meta["epochs"])
 
 
 def assert_params(model, expected):

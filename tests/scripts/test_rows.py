@@ -1,4 +1,4 @@
-"""The scripts of the paper's rows: what they would launch, what they refuse, and one of them run at toy size."""
+"""The scripts of the papers' rows: what they would launch, what they refuse, and one of them run at toy size."""
 
 import argparse
 import json
@@ -7,17 +7,62 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
+from common import distributed
+from semaim.files import run_files
+from tests.commands import flags, processes
 from tests.helpers import ROOT
-from tests.saim.test_commands import COMMANDS, PARSERS, flags
+from tests.saim import test_commands as saim
+from tests.semaim import test_commands as semaim
 
-ROWS = ["saim_vit_base_300e", "saim_vit_base_800e", "saim_vit_igpt_base_300e"]
-IMAGES_PER_UPDATE = {"pretrain": 2048, "finetune": 1024, "linprobe": 2048}
-VARIABLES = ["GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA", "OUT", "EXTRA"]
-VARIABLES += [f"EXTRA_{stage.upper()}" for stage in IMAGES_PER_UPDATE]
+
+class Method(NamedTuple):
+    commands: dict[str, str]  # of the authors' README, by stage
+    parsers: dict[str, argparse.ArgumentParser]
+    files: Callable[[argparse.Namespace], distributed.Files]  # of a pre-training run
+
+
+METHODS = {
+    "saim": Method(saim.COMMANDS, saim.PARSERS, lambda args: distributed.Files()),
+    "semaim": Method(semaim.COMMANDS, semaim.PARSERS, run_files),
+}
+LARGE = {"model": "vit_large_patch16"}
+LARGE_FINETUNE = LARGE | {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "warmup_epochs": 5}
+BASE_KNN = {"model": "vit_base_patch16"}
+CLIP = {"predict_feature": "clip", "teacher_path": "/path/to/ViT-B-16.pt"}
+# By row and stage: what differs from the command of the method's README.
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "saim_vit_base_300e": {"pretrain": {"epochs": 300}},
+    "saim_vit_base_800e": {},
+    # The model of one stream has no decoder, whatever its depth.
+    "saim_vit_igpt_base_300e": {"pretrain": {"epochs": 300, "model": "vit_igpt_base"}},
+    "semaim_vit_base_400e": {"pretrain": {"epochs": 400}, "knn": BASE_KNN},
+    "semaim_vit_base_800e": {"knn": BASE_KNN},
+    "semaim_vit_base_clip_800e": {"pretrain": CLIP, "knn": BASE_KNN},
+    "semaim_vit_large_400e": {
+        "pretrain": {"model": "aim_large", "epochs": 400},
+        "finetune": LARGE_FINETUNE,
+        "linprobe": LARGE,
+    },
+    "semaim_vit_large_800e": {"pretrain": {"model": "aim_large"}, "finetune": LARGE_FINETUNE, "linprobe": LARGE},
+    "semaim_vit_large_clip_800e": {
+        "pretrain": {"model": "aim_large"} | CLIP,
+        "finetune": LARGE_FINETUNE,
+        "linprobe": LARGE,
+    },
+}
+PATHS = {"data_path", "output_dir", "log_dir", "experiment", "finetune", "pretrained_weights"}  # each user's own
+VARIABLES = ["GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA", "OUT", "TEACHER", "EXTRA"]
+VARIABLES += {f"EXTRA_{stage.upper()}" for method in METHODS.values() for stage in method.commands}
+
+
+def method_of(name: str) -> Method:
+    return METHODS[name.split("_")[0]]
 
 
 def row(name: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -37,8 +82,12 @@ def dry_run(name: str, *stages: str, **kwargs) -> dict[str, str]:
     return {re.findall(r"main_(\w+)\.py ", command)[0]: command for command in commands}
 
 
-def parse(stage: str, command: str) -> argparse.Namespace:
-    return PARSERS[stage].parse_args(flags(command))
+def parse(stage: str, command: str, name: str = "saim") -> argparse.Namespace:
+    return method_of(name).parsers[stage].parse_args(flags(command))
+
+
+def images_per_update(args: argparse.Namespace, gpus: int) -> int | None:
+    return args.batch_size * args.accum_iter * gpus if "accum_iter" in args else None
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -48,36 +97,45 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
+def test_rows__are_all_tested():
+    scripts = {path.stem for method in METHODS for path in (ROOT / "scripts").glob(f"{method}_*.sh")}
+    assert scripts == set(ROWS)
+
+
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("gpus, nodes", [(32, 1), (8, 1), (8, 4), (1, 1)])
+@pytest.mark.parametrize("gpus, nodes", [(32, 1), (8, 1), (8, 4), (1, 1), (64, 1), (8, 2)])
 def test_dry_run__keeps_the_images_per_update(name, gpus, nodes):
     commands = dry_run(name, GPUS=str(gpus), NNODES=str(nodes), NODE_RANK="0", MASTER_ADDR="node0", DATA="/imagenet")
-    assert list(commands) == list(IMAGES_PER_UPDATE)
+    readme = method_of(name).commands
+    assert list(commands) == list(readme)
     for stage, command in commands.items():
         launcher = f"-m torch.distributed.launch --nproc_per_node {gpus} --nnodes {nodes} --node_rank 0 "
         launcher += "--master_addr node0 --master_port 29500"
-        expected = f"python {launcher if gpus * nodes > 1 else ''} saim/main_{stage}.py".split()
+        expected = f"python {launcher if gpus * nodes > 1 else ''} {name.split('_')[0]}/main_{stage}.py".split()
         assert shlex.split(command)[: len(expected)] == expected
-        args = parse(stage, command)
-        assert args.batch_size * args.accum_iter * gpus * nodes == IMAGES_PER_UPDATE[stage]
-        assert (args.data_path, args.output_dir) == ("/imagenet", f"runs/{name}/{stage}")
-        assert stage == "pretrain" or args.finetune == f"runs/{name}/pretrain/checkpoint.pth"
+        args, official = parse(stage, command, name), parse(stage, readme[stage], name)
+        assert images_per_update(args, gpus * nodes) == images_per_update(official, processes(readme[stage]))
+        assert args.data_path == "/imagenet"
+        for folder in {"output_dir", "log_dir"} & set(vars(args)):
+            assert getattr(args, folder) == f"runs/{name}/{stage}"
 
 
-@pytest.mark.parametrize(
-    "name, changed",
-    [
-        ("saim_vit_base_800e", {}),
-        ("saim_vit_base_300e", {"epochs": 300}),
-        # The model of one stream has no decoder, whatever its depth.
-        ("saim_vit_igpt_base_300e", {"epochs": 300, "model": "vit_igpt_base"}),
-    ],
-)
-def test_flags__are_those_of_the_readme(name, changed):
-    for stage, command in dry_run(name, GPUS="32").items():
-        found = vars(parse(stage, command))
-        paths = {key: found[key] for key in ("data_path", "output_dir", "finetune") if key in found}
-        assert found == vars(parse(stage, COMMANDS[stage])) | paths | (changed if stage == "pretrain" else {})
+@pytest.mark.parametrize("name", ROWS)
+def test_later_stages__take_the_checkpoint_of_pre_training(name):
+    args = {stage: parse(stage, command, name) for stage, command in dry_run(name, GPUS="8", OUT="out").items()}
+    latest = method_of(name).files(args.pop("pretrain")).latest
+    assert len(args) >= 2
+    for later in args.values():
+        assert getattr(later, "finetune" if "finetune" in later else "pretrained_weights") == f"out/pretrain/{latest}"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_flags__are_those_of_the_readme(name):
+    for stage, official in method_of(name).commands.items():
+        command = dry_run(name, stage, GPUS=str(processes(official)))[stage]
+        found, expected = vars(parse(stage, command, name)), vars(parse(stage, official, name))
+        own = {key: found[key] for key in PATHS & set(found)}
+        assert found == expected | own | ROWS[name].get(stage, {})
 
 
 def test_stages__are_selected_and_keep_their_order():
@@ -118,6 +176,21 @@ def test_extra__comes_last_and_keeps_the_images_per_update():
     assert parse("linprobe", command).accum_iter == 5
 
 
+def test_extra__of_an_evaluation_is_its_own():
+    extra = {"EXTRA": "--compile", "EXTRA_KNN": "--temperature 0.1"}
+    name = "semaim_vit_base_800e"
+    commands = dry_run(name, "linprobe", "knn", GPUS="8", **extra)
+    assert parse("linprobe", commands["linprobe"], name).compile
+    assert "--compile" not in commands["knn"]
+    assert commands["knn"].endswith("--temperature 0.1")
+
+
+def test_more_gpus__get_a_smaller_batch():
+    name = "semaim_vit_base_800e"
+    args = [parse(*item, name) for item in dry_run(name, "pretrain", "finetune", "linprobe", GPUS="32").items()]
+    assert [(a.batch_size, a.accum_iter) for a in args] == [(64, 1), (32, 1), (128, 1)]
+
+
 def test_help__prints_both_headers():
     done = row("saim_vit_base_800e", "--help")
     assert done.returncode == 0
@@ -142,7 +215,11 @@ def test_help__prints_both_headers():
             "pretrain: 2048 images per update are no multiple of GPUS x NNODES x --batch_size = 6 x 1 x 64 = 384; "
             "GPUS that work: 1 2 4 8 16 32\n",
         ),
-        (["--dry_run"], {"GPUS": "64"}, "= 64 x 1 x 64 = 4096; GPUS that work: 1 2 4 8 16 32\n"),
+        (
+            ["--dry_run"],
+            {"GPUS": "64", "EXTRA_PRETRAIN": "--batch_size 64"},
+            "= 64 x 1 x 64 = 4096; GPUS that work: 1 2 4 8 16 32\n",
+        ),
         (["--dry_run"], {"NNODES": "3"}, "= 1 x 3 x 64 = 192; GPUS that work: none\n"),
         (["--dry_run", "linprobe"], {"EXTRA_LINPROBE": "--batch_size x"}, "linprobe: --batch_size x: expected a whole"),
         # A mistake in the last stage is told before the first one starts.
@@ -156,29 +233,76 @@ def test_mistakes__are_one_line(tmp_path, arguments, env, message):
     assert done.stderr.startswith("saim_vit_base_800e.sh: ")
 
 
-def test_missing_encoder__is_one_line(tmp_path):
+@pytest.fixture
+def fake(tmp_path) -> dict[str, Any]:
+    """Arguments of `row` with which `python` only writes its arguments to the file calls; it exits with $STATUS."""
     (tmp_path / "data" / "train").mkdir(parents=True)
-    done = row("saim_vit_base_800e", "linprobe", cwd=tmp_path, GPUS="1", DATA="data", OUT="out")
-    assert done.returncode == 2
-    expected = "linprobe: out/pretrain/checkpoint.pth does not exist; run the stage pretrain first, "
-    expected += 'or set EXTRA_LINPROBE="--finetune FILE"\n'
-    assert done.stderr == f"saim_vit_base_800e.sh: {expected}"
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@" >> calls\nexit ${STATUS:-0}\n')
+    python.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    return {"cwd": tmp_path, "GPUS": "2", "DATA": "data", "OUT": "it's [here]", "PATH": path}
 
 
-def test_failed_stage__stops_the_script(tmp_path):
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    fake = tmp_path / "bin" / "python"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\necho "$@" >> calls\nexit 3\n')
-    fake.chmod(0o755)
-    path = f"{fake.parent}:{os.environ['PATH']}"
-    done = row("saim_vit_base_800e", cwd=tmp_path, GPUS="2", DATA="data", PATH=path)
+def calls(fake: dict[str, Any]) -> list[str]:
+    path = fake["cwd"] / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    "name, stage, encoder, flag",
+    [
+        ("saim_vit_base_800e", "linprobe", "checkpoint.pth", "--finetune"),
+        ("semaim_vit_base_800e", "finetune", "aim_base.exp.temp.pth", "--finetune"),
+        # The teacher is not asked for: pre-training alone reads it.
+        ("semaim_vit_large_clip_800e", "knn", "aim_large.exp.temp.pth", "--pretrained_weights"),
+    ],
+)
+def test_missing_encoder__is_one_line(fake, name, stage, encoder, flag):
+    done = row(name, stage, **fake)
+    expected = f"{stage}: it's [here]/pretrain/{encoder} does not exist; run the stage pretrain first, "
+    expected += f'or set EXTRA_{stage.upper()}="{flag} FILE"\n'
+    assert (done.returncode, done.stderr) == (2, f"{name}.sh: {expected}")
+    assert not calls(fake)
+    # One that the user names is the main's to check.
+    assert row(name, stage, **{**fake, f"EXTRA_{stage.upper()}": f"{flag} other.pth"}).returncode == 0
+    assert len(calls(fake)) == 1
+
+
+@pytest.mark.parametrize(
+    "name, checkpoint",
+    [
+        ("saim_vit_base_800e", "finetune/checkpoint.pth"),
+        ("semaim_vit_base_800e", "finetune/vit_base_patch16.exp.temp.pth"),
+        ("semaim_vit_base_800e", "linprobe/vit_base_patch16.exp.linear.pth"),
+    ],
+)
+def test_encoder__is_not_needed_to_resume(fake, name, checkpoint):
+    path = fake["cwd"] / fake["OUT"] / checkpoint
+    path.parent.mkdir(parents=True)
+    path.touch()
+    done = row(name, path.parent.name, **fake)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(calls(fake)) == 1
+
+
+def test_teacher__is_told_by_its_variable(fake):
+    done = row("semaim_vit_base_clip_800e", **fake)
+    assert "pretrain: set TEACHER, see --help: TEACHER=/path/to/ViT-B-16.pt bash " in refused(done)
+    assert not calls(fake)
+    done = row("semaim_vit_base_clip_800e", "pretrain", TEACHER="my clip.pt", **fake)
+    assert done.returncode == 0
+    command = done.stdout.replace("\\\n", " ")
+    assert parse("pretrain", command, "semaim").teacher_path == "my clip.pt"
+
+
+def test_failed_stage__stops_the_script(fake):
+    done = row("saim_vit_base_800e", STATUS="3", **fake)
     assert done.returncode == 3
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 1
     # What ran is what the dry run shows.
-    shown = dry_run("saim_vit_base_800e", "pretrain", cwd=tmp_path, GPUS="2", DATA="data")["pretrain"]
-    assert f"python {calls[0]}".split() == shown.split()
+    shown = dry_run("saim_vit_base_800e", "pretrain", **fake)["pretrain"]
+    assert [f"python {call}".split() for call in calls(fake)] == [" ".join(shlex.split(shown)).split()]
 
 
 def test_row__runs_and_resumes_at_toy_size(tmp_path, digits):
@@ -195,7 +319,7 @@ def test_row__runs_and_resumes_at_toy_size(tmp_path, digits):
     }
     done = row("saim_vit_base_300e", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in IMAGES_PER_UPDATE:
+    for stage in saim.COMMANDS:
         lines = (tmp_path / "out" / stage / "log.txt").read_text().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == [0]
     again = row("saim_vit_base_300e", "finetune", cwd=tmp_path, **env)
