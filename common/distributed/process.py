@@ -430,8 +430,9 @@ class Updater:
             own.copy_(new)
         own, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         share = share.to(own[0].device)
-        torch._foreach_mul_(own, 1 - share)
-        torch._foreach_add_(own, torch._foreach_mul([x.to(share.device) for x in new], share))
+        torch._foreach_mul_(own, 1 - share)  # type: ignore[reportPrivateImportUsage]
+        moved = torch._foreach_mul([x.to(share.device) for x in new], share)  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(own, moved)  # type: ignore[reportPrivateImportUsage]
 
     def _check(self, norm: Tensor) -> bool:
         """Raise on a non-finite number; True if only the scaled gradients overflowed: the scaler skips the update."""
