@@ -44,7 +44,9 @@ class GaussianConv2d(nn.Module):
 
     def forward(self, imgs: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        return F.conv2d(imgs, self.weight, padding=self.weight.shape[-1] // 2, groups=self.weight.shape[0])
+        return F.conv2d(
+            imgs, self.weight.to(imgs.dtype), padding=self.weight.shape[-1] // 2, groups=self.weight.shape[0]
+        )
 
 
 def gather_rows(x: Tensor, order: Tensor | None) -> Tensor:

@@ -23,9 +23,17 @@ class Guide:
     Args:
         model: the network in training. ema: its moving average, if there is one. teacher: maps images to tokens.
         amp: whether the pass for pixels runs under autocast, too; features always do, as upstream.
+    Raises:
+        ValueError: predict_feature needs a teacher, or an average, that is not given.
     """
 
     def __init__(self, model: AimViT, ema: AimViT | None = None, teacher: nn.Module | None = None, amp: bool = False):
+        if (model.predict_feature in ("clip", "dino")) != (teacher is not None):
+            raise ValueError(
+                f"predict_feature {model.predict_feature!r} and teacher {type(teacher).__name__} do not fit"
+            )
+        if model.predict_feature == "ema" and ema is None:
+            raise ValueError("predict_feature 'ema' needs a moving average")
         self.source = model if ema is None or model.predict_feature == "inference" else ema
         self.teacher = teacher
         self.features = model.predict_feature != "none"

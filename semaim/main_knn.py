@@ -75,7 +75,7 @@ def nearest(train_features: Tensor, train_labels: Tensor, test_features: Tensor,
     """
     k = min(k, len(train_features))
     found = []
-    for chunk in test_features.split(max(1, CHUNK // len(train_features))):
+    for chunk in test_features.split(max(1, CHUNK // max(1, len(train_features)))):
         cosines, index = (chunk @ train_features.T).topk(k, dim=1)
         found.append((cosines, train_labels[index]))
     cosines, labels = zip(*found, strict=True)
@@ -180,9 +180,11 @@ def load_dump(folder: str, keep: torch.device) -> list[Tensor]:
     """Read back what `dump` wrote; of the training images only this process's share."""
     try:
         values = [torch.load(Path(folder) / name, map_location=keep, weights_only=True) for name in DUMPS]
-        train, train_labels, test, test_labels = values
+        train, train_labels, test, test_labels = (x.long() if i % 2 else x.float() for i, x in enumerate(values))
         if len(train) != len(train_labels) or len(test) != len(test_labels) or train.shape[1] != test.shape[1]:
             raise ValueError("the files do not belong together")
+        if min(len(train), len(test)) == 0 or min(train_labels.min(), test_labels.min()) < 0:
+            raise ValueError("images are missing, or a label is negative")
     except Exception as error:  # torch reports a damaged file by many types
         reason = " ".join(str(error).split())[:200]
         raise distributed.UserError(f"--load_features {folder}: expected {', '.join(DUMPS)} ({reason})") from error
@@ -208,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
     images, largest = round(distributed.all_sum([len(train)])[0]), max(args.nb_knn)
     if largest > images:
         raise distributed.UserError(f"--nb_knn {largest}: there are only {images} training images")
-    top_label = int(max(train_labels.max(), test_labels.max()))
+    top_label = int(max(labels.max() for labels in (train_labels, test_labels) if len(labels)))
     if top_label >= args.nb_classes:
         raise distributed.UserError(f"--nb_classes {args.nb_classes}: an image is labelled {top_label}")
     # ---- vote

@@ -65,7 +65,9 @@ class GaussianConv2d(nn.Module):
 
     def forward(self, imgs: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        return F.conv2d(imgs, self.weight, padding=self.weight.shape[-1] // 2, groups=self.weight.shape[0])
+        return F.conv2d(
+            imgs, self.weight.to(imgs.dtype), padding=self.weight.shape[-1] // 2, groups=self.weight.shape[0]
+        )
 
 
 # same as saim/models_saim.py
@@ -292,9 +294,16 @@ class AimViT(nn.Module):
         Returns:
             (N, L), long for zigzag and float32 else.
         Raises:
-            ValueError: the order follows a map, and none is given.
+            ValueError: the order follows a map, and none is given; or an argument has another shape.
         """
         n, length, rule = len(x), x.shape[1], self.permutation_type
+        for name, given, shape in (
+            ("attention_maps", attention_maps, (n, length)),
+            ("noise", noise, (n, length)),
+            ("center_noise", center_noise, (2, n)),
+        ):
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} is {tuple(given.shape)}, expected {shape}")
         w = math.isqrt(length)
         index = torch.arange(length, device=x.device)
         row, column = index // w, index % w

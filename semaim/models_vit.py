@@ -131,7 +131,7 @@ def load_encoder(model: VisionTransformer, path: str, head_std: float = 0.0, key
         distributed.UserError: the file cannot be read or holds another architecture.
     """
     state = distributed.weights_of(distributed.load(path), path, *([(key,)] if key else []))
-    with distributed.user_errors(f"{path}: check --model, --patch_size and --input_size"):
+    with distributed.user_errors(f"{path}: check --model, --patch_size and --input_size, and --global_pool"):
         missing, unexpected = load_pretrained(model, state)
     matched = len(model.state_dict()) - len(missing)
     distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")

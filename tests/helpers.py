@@ -45,15 +45,6 @@ class Golden:
         return kwargs
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For modules that import it: tiny networks wait longer for a second thread than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def golden_files(method: str, prefix: str, suffix: str = ".npz"):
     """Parametrize `path` over every golden of a kind; a kind without files fails instead of vanishing."""
     paths = sorted((GOLDEN_DIR / method).glob(f"{prefix}*{suffix}"))
@@ -98,3 +89,26 @@ def assert_gradients(model: nn.Module, expected: dict[str, Tensor], without: lis
             assert (grad - ref).abs().max() <= 1e-4 * ref.abs().max() + 1e-6, name
     for name in without:
         assert params[name].grad is None, name
+
+
+def blocks_in(stats: dict, stack: str) -> int:
+    """How many blocks a stack has in a table of parameters by name."""
+    return len({name.removeprefix(f"{stack}.").split(".")[0] for name in stats if name.startswith(f"{stack}.")})
+
+
+def assert_drawn_alike(model: nn.Module, stats: dict[str, dict]) -> None:
+    """Fresh weights as in a table of one other draw: constants exactly, the rest by mean, spread and bounds."""
+    state = model.state_dict()
+    for name, ref in stats.items():
+        value = state[name].double()
+        assert list(value.shape) == ref["shape"], name
+        if ref["max"] - ref["min"] < 1e-6:
+            assert_close(value, np.full(ref["shape"], ref["mean"]), rtol=1e-6, atol=0, what=name)
+            continue
+        n, std = value.numel(), value.std().item()
+        noise = 2**0.5 / n**0.5  # of two means, in deviations; of two small samples' deviations less than that
+        assert std == pytest.approx(ref["std"], rel=max(0.05, 4 * noise)), name
+        assert abs(value.mean().item() - ref["mean"]) <= 6 * noise * ref["std"] + 5e-4 * abs(ref["mean"]), name
+        if max(-ref["min"], ref["max"]) < 2.2 * ref["std"]:  # a distribution that is cut, or uniform
+            assert value.aminmax()[0].item() == pytest.approx(ref["min"], rel=0.03), name
+            assert value.aminmax()[1].item() == pytest.approx(ref["max"], rel=0.03), name

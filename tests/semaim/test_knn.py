@@ -15,7 +15,6 @@ from tests.helpers import (
     assert_close,
     golden_files,
     load_golden,
-    one_thread,  # noqa: F401 - used by every test
 )
 from tests.runs import mistake, run_main
 

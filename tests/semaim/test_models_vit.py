@@ -149,7 +149,7 @@ def test_load_encoder__draws_the_head_anew(tmp_path, std):
 )
 def test_load_encoder__refuses_other_architectures(tmp_path, kwargs, words):
     path = file_of({"state_dict": pretrained(**kwargs).state_dict()}, tmp_path)
-    with pytest.raises(UserError, match=f"check --model, --patch_size and --input_size: .*{words}"):
+    with pytest.raises(UserError, match=f"check --model, --patch_size and --input_size, and --global_pool: .*{words}"):
         load_encoder(VisionTransformer(**SIZES, num_classes=3), path)
 
 

@@ -11,7 +11,6 @@ import torch
 from common import distributed
 from semaim import main_finetune, main_knn, main_linprobe, main_pretrain
 from semaim.models_semaim import AimViT
-from tests.helpers import one_thread  # noqa: F401 - used by every test
 from tests.runs import FAULTS, assert_same, command, finish, kept_signals, mistake, run_main, start
 
 SMALL = ["--input_size", "16", "--patch_size", "4", "--num_workers", "0"]

@@ -25,7 +25,6 @@ from tests.helpers import (
     assert_close,
     golden_files,
     load_golden,
-    one_thread,  # noqa: F401 - used by every test
     without_key_bias,
 )
 from tests.runs import CPU, FixedLoader, RecordingLog, schedule_of
