@@ -82,7 +82,10 @@ class ListedImages(Dataset):
     """
 
     def __init__(self, path: Path, *roots: Path):
-        rows = [line.rsplit(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+        try:
+            rows = [line.rsplit(maxsplit=1) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is no UTF-8 text, expected lines '<path> <class index>'") from error
         bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2 or not row[1].isdecimal()), None)
         if bad is not None or not rows:
             raise UserError(f"{path}: line {bad or 1}: expected '<path> <class index>'")
@@ -439,7 +442,9 @@ class Loader:
             return 0, {}
         if rest:
             log(f"{position.images} images are no whole number of updates of this run; continuing at the one before")
-        step = min(step - step % self.accum_iter, len(self))
+        rest += step > len(self)
+        step = min(step, len(self) - 1 if rest else len(self))  # at least one batch, for the epoch's means
+        step -= step % self.accum_iter
         return step, {} if rest or not step else position.own_meters()
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, Tensor]]:

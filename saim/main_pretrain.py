@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler)
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
     start, sums = loader.start(position)
-    run_log = distributed.RunLog(args.output_dir, position.epoch, start / len(loader))
+    run_log = checkpoint.run_log(position.epoch, start / len(loader))
     for epoch in range(position.epoch, args.epochs):
         epoch_log = distributed.EpochLog(
             f"Epoch: [{epoch}]",

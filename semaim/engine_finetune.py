@@ -108,8 +108,7 @@ def fit(
     n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     position = checkpoint.resume(resume, args.start_epoch)
     start, sums = loader.start(position)
-    files = checkpoint.files
-    run_log = distributed.RunLog(args.output_dir, position.epoch, start / len(loader), files.log, files.events)
+    run_log = checkpoint.run_log(position.epoch, start / len(loader))
     images_per_epoch = len(loader) * args.batch_size * distributed.world_size()
     for epoch in range(position.epoch, args.epochs):
         epoch_log = distributed.EpochLog(
@@ -139,4 +138,4 @@ def fit(
         )
         start, sums = 0, {}
         checkpoint.save(distributed.Position(epoch + 1))
-    distributed.log(f"{args.epochs} epochs done; {files.latest} is in {args.output_dir}")
+    distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir or 'no folder'}")

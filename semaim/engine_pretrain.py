@@ -1,5 +1,6 @@
 """One epoch of SemAIM pre-training, and where the orders and the features to predict come from."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,14 +16,14 @@ class Guide:
     """Features to predict and maps to order by, for each batch.
 
     predict_feature   order follows                                          features
-    none              the encoder, or its EMA; in float32                    none: pixels
+    none              the encoder, or its EMA                                none: pixels
     inference         the encoder                                            the encoder's
     ema               the EMA                                                the EMA's
     clip, dino        cosine of the teacher's class token with its patches   the teacher's
 
     Args:
         model: the network in training. ema: its moving average, if there is one. teacher: maps images to tokens.
-        amp: whether the pass for pixels runs under autocast, too; features always do, as upstream.
+        amp: whether the pass runs under the caller's autocast; else in float32.
     Raises:
         ValueError: predict_feature needs a teacher, or an average, that is not given.
     """
@@ -38,7 +39,7 @@ class Guide:
         self.teacher = teacher
         self.features = model.predict_feature != "none"
         self.needed = self.features or model.follows_map
-        self.amp = amp or self.features
+        self.amp = amp
 
     @torch.no_grad()
     def __call__(self, imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -106,4 +107,4 @@ def train_one_epoch(
         scale = updater.scaler.get_scale() if updater.scaler.is_enabled() else None
         epoch_log.update(step, updater.is_last(step), lr=groups[0]["lr"], loss=loss, total_norm=norm, fp16_scaler=scale)
     means = epoch_log.means()
-    return {name: means[name] for name in ("lr", "loss", "total_norm")}
+    return {name: means.get(name, math.nan) for name in ("lr", "loss", "total_norm")}  # nan: no update was made

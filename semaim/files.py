@@ -7,11 +7,17 @@ from common import distributed
 
 
 def run_files(args: argparse.Namespace, ending: str = "temp", every: int = 0) -> distributed.Files:
-    """<model>.<experiment>.<ending>.pth holds the weights under `state_dict`; every: as `distributed.Files`."""
+    """<model>.<experiment>.<ending>.pth holds the weights under `state_dict`; every: as `distributed.Files`.
+
+    Raises:
+        distributed.UserError: the experiment's name is no part of a file name.
+    """
+    if "/" in args.experiment:
+        raise distributed.UserError(f"--experiment {args.experiment}: expected a part of file names, without /")
     name = f"{args.model}.{args.experiment}"
     return distributed.Files(
         latest=f"{name}.{ending}.pth",
-        numbered=name + ".{epoch:04d}.pth",
+        numbered=name.replace("{", "{{").replace("}", "}}") + ".{epoch:04d}.pth",
         every=every,
         weights="state_dict",
         values={"model": args.model},

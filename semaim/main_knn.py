@@ -8,7 +8,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import transforms
 
 from common import datasets, distributed
@@ -54,14 +54,21 @@ def knn_transform(input_size: int) -> transforms.Compose:
 
 
 @torch.no_grad()
-def extract_features(model: nn.Module, loader: datasets.Loader, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Unit-length features (n, D) and labels (n,) of this process's images, on `device`."""
+def extract_features(model: VisionTransformer, loader: datasets.Loader, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Unit-length features (n, D) and labels (n,) of this process's images, on `device`.
+
+    Raises:
+        distributed.UserError: a feature is not finite.
+    """
     model.eval()
-    features, labels = [], []
+    features = [torch.empty(0, model.embed_dim, device=device)]
+    labels = [torch.empty(0, dtype=torch.long, device=device)]
     log = distributed.EpochLog("Features:", len(loader), loader.batch_size, loader.device)
     for _, (imgs, targets) in log.steps(loader.batches()):
         features.append(F.normalize(model(imgs).float(), dim=1).to(device))
         labels.append(targets.to(device))
+    if not all(bool(batch.isfinite().all()) for batch in features):
+        raise distributed.UserError("the encoder's features are not finite")
     return torch.cat(features), torch.cat(labels)
 
 
@@ -107,15 +114,18 @@ def knn_classifier(
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy, in percent, of the vote of k neighbours; features (n, D) and (m, D) of unit length."""
     cosines, labels = nearest(train_features, train_labels, test_features, k)
-    return accuracy(class_scores(cosines, labels, T, num_classes), test_labels, k)
+    return accuracy(class_scores(cosines - cosines[:, :1], labels, T, num_classes), test_labels, k)
 
 
 # ---- several processes: each holds a share of the training images, and compares all test images with it
 
 
 def interleave(parts: list[Tensor]) -> Tensor:
-    """The images in their order; process r of R has images r, r + R, ..."""
-    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    """The images in their order; process r of R has images r, r + R, ..., unless some were skipped."""
+    total, count = sum(map(len, parts)), len(parts)
+    if [len(part) for part in parts] != [len(range(i, total, count)) for i in range(count)]:
+        return torch.cat(parts)
+    whole = parts[0].new_empty(total, *parts[0].shape[1:])
     for i, part in enumerate(parts):
         whole[i :: len(parts)] = part
     return whole
@@ -219,7 +229,8 @@ def main(args: argparse.Namespace) -> None:
     cosines, index = cosines.topk(largest, dim=1)
     labels = labels.gather(1, index)
     for k in args.nb_knn:
-        scores = class_scores(cosines[:, :k], labels[:, :k], args.temperature, args.nb_classes)
+        relative = cosines[:, :k] - cosines[:, :1]  # the same winners, and no overflow at low temperatures
+        scores = class_scores(relative, labels[:, :k], args.temperature, args.nb_classes)
         top1, top5 = accuracy(scores, test_labels.cpu(), k)
         distributed.log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
 

@@ -52,7 +52,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=["auto", "mask", "flex", "causal"],
         help="auto, mask and flex follow ties of the order exactly; causal breaks them by index",
     )
-    p.add_argument("--order_amp", action="store_true", help="autocast the pass that makes the order; default: float32")
+    p.add_argument(
+        "--order_amp", action="store_true", help="autocast the pass that makes order and features; default: float32"
+    )
     # ---- optimizer
     p.add_argument("--weight_decay", default=0.05, type=float)
     p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
@@ -184,8 +186,7 @@ def main(args: argparse.Namespace) -> None:
     if ema is not None and "ema_state_dict" in checkpoint.missing:
         ema.set(model)  # from a run without it
     start, sums = loader.start(position)
-    done = start / len(loader)
-    run_log = distributed.RunLog(args.output_dir, position.epoch, done, files.log, files.events, ticks=len(loader))
+    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
     for epoch in range(position.epoch, args.epochs):
         epoch_log = distributed.EpochLog(
             f"Epoch: [{epoch}]",
@@ -203,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
         run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         start, sums = 0, {}
         checkpoint.save(distributed.Position(epoch + 1))
-    distributed.log(f"{args.epochs} epochs done; {files.latest} is in {args.output_dir}")
+    distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir or 'no folder'}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.distributed.metrics import EpochLog
+from common.distributed.metrics import EpochLog, RunLog
 from common.distributed.process import (
     Exit,
     NonFinite,
@@ -209,6 +209,7 @@ class Checkpoint:
         self.parts = parts
         self.missing: list[str] = []  # parts that the resumed file did not hold
         self.best = 0.0  # best accuracy so far, kept over a resume
+        self._log_bytes: int | None = None  # of the log, when the resumed file was written
         self.writes = bool(folder)
         if folder:
             main_does(self._open)
@@ -236,6 +237,8 @@ class Checkpoint:
         state: dict[str, Any] = {key: part.state_dict() for key, part in self.parts.items()}
         state |= {files.weights: self.model.state_dict(), "epoch": done - 1 + files.epoch, "args": vars(self.args)}
         state |= {"images": position.images, "meters": position.meters, "best": self.best, **files.values}
+        log_file = self.folder / files.log
+        state["log_bytes"] = log_file.stat().st_size if log_file.exists() else 0
         names = [name or files.latest]
         due = files.every and ((done - 1 + files.phase) % files.every == 0 or done == self.args.epochs)
         if due and done and not name and not position.images:
@@ -302,7 +305,14 @@ class Checkpoint:
             log(f"resumed weights only from {path}")
             return Position(start_epoch)
         self.best = state.get("best", 0.0)
+        if Path(path).resolve().parent == self.folder.resolve():
+            self._log_bytes = state.get("log_bytes")
         done = state["epoch"] + 1 - self.files.epoch
         position = Position(done, state.get("images", 0), state.get("meters", []))
         log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")
         return position
+
+    def run_log(self, epoch: int, done: float, ticks: int = 1000) -> RunLog:
+        """The run's logs, continued from the share `done` of `epoch`; what the resumed run wrote later is cut off."""
+        folder = str(self.folder) if self.writes else ""
+        return RunLog(folder, self.files.log, self.files.events, (epoch + done) * ticks, ticks, self._log_bytes)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import resource
 import statistics
 import sys
@@ -32,12 +33,13 @@ WINDOW = 20  # steps of the running median, as upstream
 
 
 class RunLog:
-    """log.txt (one JSON object per epoch) and TensorBoard events in a run's folder; rank 0 writes.
+    """log.txt (one JSON object per epoch) and TensorBoard events of a run; rank 0 writes.
 
-    Lines from `epoch` on, and scalars from the share `done` of it on, will be written again and are dropped.
     Args:
-        folder: '' writes nothing. events: folder of the TensorBoard events, if another.
+        folder: of the log; '' writes none. events: of the TensorBoard events, if another.
+        start: where TensorBoard's curves continue; what is there from then on is dropped.
         ticks: units of TensorBoard's horizontal axis per epoch.
+        keep: bytes of an existing log to keep; None keeps all.
     Raises:
         UserError: a folder cannot be written.
     """
@@ -45,27 +47,25 @@ class RunLog:
     def __init__(
         self,
         folder: str,
-        epoch: int = 0,
-        done: float = 0.0,
         name: str = "log.txt",
         events: str = "",
+        start: float = 0.0,
         ticks: int = 1000,
+        keep: int | None = None,
     ):
         self.writer: Any = None
-        self.path = Path(folder) / name
+        self.path = Path(folder) / name if folder else None
         self.ticks = ticks
-        if folder:
-            main_does(lambda: self._open(events or folder, epoch, done))
+        if folder or events:
+            main_does(lambda: self._open(events or folder, start, keep))
 
-    def _open(self, events: str, epoch: int, done: float) -> None:
+    def _open(self, events: str, start: float, keep: int | None) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
         with self._written():
-            self.writer = SummaryWriter(events, purge_step=int((epoch + done) * self.ticks) or None)
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if _epoch_of(line) < epoch]
-            if kept != lines:
-                self.path.write_text("".join(kept))
+            self.writer = SummaryWriter(events, purge_step=int(start) or None)
+            if self.path is not None and keep is not None and self.path.exists() and self.path.stat().st_size > keep:
+                os.truncate(self.path, keep)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -85,19 +85,13 @@ class RunLog:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
 
         def append() -> None:
-            if self.writer is not None:
+            if self.path is not None:
                 with self._written(), open(self.path, "a") as file:
                     file.write(json.dumps(finite) + "\n")
+            if self.writer is not None:
                 self.writer.flush()
 
         main_does(append)
-
-
-def _epoch_of(line: str) -> float:
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a torn line: drop it
 
 
 class EpochLog:

@@ -85,7 +85,7 @@ def stop_signal() -> int:
 
 # Smallest and largest values of flags that all methods share; NaN fits nowhere.
 RANGES = {
-    **dict.fromkeys(("batch_size", "batch_size_per_gpu", "epochs", "accum_iter", "nb_classes"), (1, math.inf)),
+    **dict.fromkeys(("batch_size", "batch_size_per_gpu", "epochs", "accum_iter"), (1, math.inf)),
     **dict.fromkeys(("input_size", "patch_size", "save_freq", "saveckp_freq"), (1, math.inf)),
     **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "mixup", "cutmix"), (0, 1e9)),
@@ -93,6 +93,7 @@ RANGES = {
     "clip_grad": (1e-12, math.inf),
     "layer_decay": (1e-12, 1),
     "recount": (1, math.inf),
+    "nb_classes": (0, 1e7),
     "temperature": (1e-12, math.inf),
     "seed": (0, 2**32 - 1),
 }
@@ -105,6 +106,9 @@ def check_ranges(args) -> None:
         if value is not None and not low <= value <= high:
             expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
             raise UserError(f"--{name} {value}: expected {expected}")
+    minmax = getattr(args, "cutmix_minmax", None)
+    if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1):
+        raise UserError(f"--cutmix_minmax {' '.join(map(str, minmax))}: expected two shares, 0 to 1, increasing")
 
 
 def run(main: Callable, args) -> None:
@@ -119,6 +123,11 @@ def run(main: Callable, args) -> None:
             where = f"[rank {rank()}] " if world_size() > 1 else ""
             print(f"{where}{Path(sys.argv[0]).name}: {end}", file=sys.stderr, flush=True)
         sys.exit(end.status)
+    except RuntimeError as error:
+        if world_size() == 1 or "Connection closed by peer" not in str(error):
+            raise
+        print(f"[rank {rank()}] another process ended; see its message", file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -37,7 +37,7 @@ def reference(tmp_path_factory, digits):
     return get
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_kill_at_random_instants(tmp_path, digits, reference, processes):
     flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "24"]
     argv = command(processes, "saim/main_pretrain.py", *flags)
@@ -63,7 +63,7 @@ def test_kill_inside_a_checkpoint_write(tmp_path, digits, reference):
     assert_same(tmp_path, reference(1))
 
 
-STOPS = [(1, signal.SIGTERM), pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow), (2, signal.SIGTERM)]
+STOPS = [pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow), (2, signal.SIGTERM)]
 
 
 @pytest.mark.parametrize(("processes", "signum"), STOPS)
@@ -185,12 +185,18 @@ def test_tensorboard_gets_updates_only():
     assert tags.steps == [(250, {"l": 1.0}), (750, {"l": 3.0})]
 
 
-def test_a_line_of_the_epoch_to_repeat_is_dropped(tmp_path):
-    log = distributed.RunLog(str(tmp_path))
+def test_a_resumed_run_cuts_off_what_it_will_log_again(tmp_path):
+    other = '{"epoch": 7}\n'  # another run's, in the same file
+    (tmp_path / "log.txt").write_text(other)
+    checkpoint = save_good(tmp_path)
+    log = checkpoint.run_log(0, 0.0)
     for epoch in range(3):
         log.epoch({"epoch": epoch})
-    distributed.RunLog(str(tmp_path), 2, done=1.0)  # stopped in the evaluation of epoch 2
-    assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+        if epoch == 1:
+            checkpoint.save(distributed.Position(2))
+    checkpoint.resume(str(tmp_path / "checkpoint.pth"))
+    checkpoint.run_log(2, 0.0)
+    assert (tmp_path / "log.txt").read_text() == other + '{"epoch": 0}\n{"epoch": 1}\n'
 
 
 def test_meters_of_another_number_of_processes():
@@ -329,7 +335,7 @@ BAD = [
     ("main_finetune", ["--batch_size", "7"], "--batch_size 7: Mixup and CutMix need an even number"),
     ("main_finetune", ["--drop_path", "1.5"], "--drop_path 1.5: expected 0 to 1"),
     ("main_finetune", ["--smoothing", "2"], "--smoothing 2.0: expected 0 to 1"),
-    ("main_finetune", ["--cutmix_minmax", "0.5"], "--mixup, --cutmix and their options: not understood"),
+    ("main_finetune", ["--cutmix_minmax", "0.5"], "--cutmix_minmax 0.5: expected two shares"),
     ("main_finetune", ["--remode", "foo"], "--remode foo"),
     ("main_finetune", ["--dataset", "digits"], "--dataset digits: expected one of torch/..."),
     ("main_finetune", ["--aa", "nonsense"], "--aa nonsense"),

@@ -260,14 +260,14 @@ def broken(digits, tmp_path) -> dict[str, str]:
 COMMON_ERRORS = [
     ("missing", ["--checkpoint", "{missing}"], "no such checkpoint file"),
     ("text", ["--checkpoint", "{text}"], "not a checkpoint"),
-    ("no_weights", ["--checkpoint", "{weightless}"], "has no key 'model'"),
+    ("no_weights", ["--checkpoint", "{weightless}"], "holds no weights under"),
     ("other_image_size", ["--input_size", "18"], "not a multiple of the patch size"),
     ("no_image", ["--data_path", "", "--images", "{noimage.png}"], "noimage.png: unreadable image"),
     ("unwritable", ["--output_dir", "{file}"], "--output_dir .*: cannot be written"),
 ]
 IMAGE_ERRORS = [  # read by one function for both scripts
     ("missing_image", ["--data_path", "", "--images", "{missing}"], "missing.pth: unreadable image"),
-    ("no_images", ["--data_path", "{empty}"], "has no folder val/"),
+    ("no_images", ["--data_path", "{empty}"], "has no class folders and no images"),
     ("neither", ["--data_path", ""], "expected either --images"),
     ("both", ["--images", "{noimage.png}"], "expected either --images"),
     ("no_number", ["--num_images", "0"], "--num_images 0"),
