@@ -63,7 +63,11 @@ def test_kill_inside_a_checkpoint_write(tmp_path, digits, reference):
     assert_same(tmp_path, reference(1))
 
 
-STOPS = [pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow), (2, signal.SIGTERM)]
+STOPS = [
+    pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
+    (2, signal.SIGTERM),
+]
 
 
 @pytest.mark.parametrize(("processes", "signum"), STOPS)
