@@ -59,6 +59,13 @@ def load_golden(path: Path | None) -> Any:
     return json.loads(path.read_text()) if path.suffix == ".json" else Golden(path)
 
 
+def tolerance(ref: Golden, part: str = "") -> dict[str, Any]:
+    """rtol and atol of a golden of CAE's, or of the named part of it."""
+    given = ref.meta.get("tolerances", {})
+    given = given.get(part, given) if isinstance(given, dict) else {}
+    return {"rtol": 1e-4, "atol": 1e-5} | {k: v for k, v in given.items() if k in ("rtol", "atol")}
+
+
 def assert_close(actual, expected, rtol: float, atol: float, what: str = "") -> None:
     """|actual - expected| <= atol + rtol |expected|, whatever the two types; NaN equals NaN."""
     actual = actual.detach().cpu().numpy() if isinstance(actual, Tensor) else np.asarray(actual)

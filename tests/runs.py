@@ -91,6 +91,24 @@ def mistake(module: ModuleType, *flags: str, capsys: Any) -> str:
     return error
 
 
+def spoil(monkeypatch: Any, network: type, when: int, stop: bool) -> None:
+    """Before the training output number `when` is computed a signal arrives, or that output is NaN."""
+    plain, calls = network.forward, []  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        now = self.training and len(calls) == when
+        calls.extend([None] * self.training)
+        if now and stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        out = plain(self, *args, **kwargs)
+        if not now or stop:
+            return out
+        return (out[0] * float("nan"), *out[1:]) if isinstance(out, tuple) else out * float("nan")
+
+    monkeypatch.setattr(network, "forward", forward)
+    monkeypatch.setattr("common.distributed.process._received", [])
+
+
 # ---- scripts in processes of their own
 
 

@@ -203,6 +203,7 @@ class Checkpoint:
         **parts: Stateful,
     ):
         self.folder = Path(folder)
+        self.log_folder = folder  # '' writes no log
         self.args = args
         self.model = model
         self.files = files or Files()
@@ -314,5 +315,6 @@ class Checkpoint:
 
     def run_log(self, epoch: int, done: float, ticks: int = 1000) -> RunLog:
         """The run's logs, continued from the share `done` of `epoch`; what the resumed run wrote later is cut off."""
-        folder = str(self.folder) if self.writes else ""
-        return RunLog(folder, self.files.log, self.files.events, (epoch + done) * ticks, ticks, self._log_bytes)
+        return RunLog(
+            self.log_folder, self.files.log, self.files.events, (epoch + done) * ticks, ticks, self._log_bytes
+        )

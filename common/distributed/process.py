@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 # ---- exits
@@ -85,7 +86,7 @@ def stop_signal() -> int:
 
 # Smallest and largest values of flags that all methods share; NaN fits nowhere.
 RANGES = {
-    **dict.fromkeys(("batch_size", "batch_size_per_gpu", "epochs", "accum_iter"), (1, math.inf)),
+    **dict.fromkeys(("batch_size", "batch_size_per_gpu", "epochs", "accum_iter", "update_freq"), (1, math.inf)),
     **dict.fromkeys(("input_size", "patch_size", "save_freq", "saveckp_freq"), (1, math.inf)),
     **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "mixup", "cutmix"), (0, 1e9)),
@@ -93,6 +94,7 @@ RANGES = {
     "clip_grad": (1e-12, math.inf),
     "layer_decay": (1e-12, 1),
     "recount": (1, math.inf),
+    **dict.fromkeys(("crop_min_size", "crop_max_size"), (1e-6, 1)),
     "nb_classes": (0, 1e7),
     "temperature": (1e-12, math.inf),
     "seed": (0, 2**32 - 1),
@@ -373,6 +375,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.guard_on_device = device.type == "cuda" and fused and not self.scaler.is_enabled()
+        self.second_order = getattr(optimizer, "is_second_order", False)  # such as timm's Adahessian
         self._frozen = torch.zeros((), device=device)  # 1 from the first non-finite norm on
         self._losses: list[tuple[int, Tensor]] = []
         optimizer.zero_grad(set_to_none=True)
@@ -392,7 +395,9 @@ class Updater:
     def forward(self, model: nn.Module, step: int) -> Iterator[None]:
         """Context of a micro-step's forward pass: autocast, and no gradient exchange before the update's last one."""
         exchange = self.is_last(step) or not isinstance(model, DistributedDataParallel)
-        with contextlib.nullcontext() if exchange else model.no_sync(), self.autocast():  # type: ignore[operator]
+        # The fused attention kernels have no second derivative.
+        kernels = sdpa_kernel(SDPBackend.MATH) if self.second_order else contextlib.nullcontext()
+        with contextlib.nullcontext() if exchange else model.no_sync(), self.autocast(), kernels:  # type: ignore[operator]
             yield
 
     def start_epoch(self) -> None:
@@ -409,7 +414,7 @@ class Updater:
             NonFinite: before the update, where the values can be read without stalling the device.
         """
         self._losses.append((step, loss.detach()))
-        self.scaler.scale(loss / self.accum_iter).backward()
+        self.scaler.scale(loss / self.accum_iter).backward(create_graph=self.second_order)
         if not self.is_last(step):
             return None
         self.scaler.unscale_(self.optimizer)

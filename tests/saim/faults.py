@@ -21,6 +21,7 @@ import torch
 NETWORKS = {
     "saim": {"models_saim": "SaimViT", "models_vit": "VisionTransformer"},
     "semaim": {"models_semaim": "AimViT", "models_vit": "VisionTransformer"},
+    "cae": {"models_cae": "ContextAutoencoderViT", "models_vit": "VisionTransformer"},
 }
 fault, when = os.environ["FAULT"].split(":")
 calls = {"save": 0, "forward": 0, "eval": 0}

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from cae.files import run_files as cae_files
 from common import distributed
 from semaim.files import run_files
+from tests.cae import test_commands as cae
 from tests.commands import flags, processes
 from tests.helpers import ROOT
 from tests.saim import test_commands as saim
@@ -25,15 +27,29 @@ class Method(NamedTuple):
     commands: dict[str, str]  # of the authors' README, by stage
     parsers: dict[str, argparse.ArgumentParser]
     files: Callable[[argparse.Namespace], distributed.Files]  # of a pre-training run
+    mains: dict[str, str] = {}  # by stage, where main_<stage>.py is not its script
+    nodes: int = 1  # on which the README runs its commands, where they do not tell
 
 
 METHODS = {
     "saim": Method(saim.COMMANDS, saim.PARSERS, lambda args: distributed.Files()),
     "semaim": Method(semaim.COMMANDS, semaim.PARSERS, run_files),
+    "cae": Method(
+        cae.COMMANDS,
+        cae.PARSERS,
+        lambda args: cae_files(args, args.save_ckpt_freq),
+        mains={"linear": "linprobe"},
+        nodes=cae.NODES,
+    ),
 }
 LARGE = {"model": "vit_large_patch16"}
 LARGE_FINETUNE = LARGE | {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "warmup_epochs": 5}
 BASE_KNN = {"model": "vit_base_patch16"}
+# No effect, a name of the user's own, and a script that is run again shall go on.
+CAE = {"sincos_pos_emb": False, "exp_name": "", "auto_resume": True}
+CAE_LARGE = {"model": "cae_large_patch16_224", "layer_scale_init_value": 1e-5}
+CAE_LARGE_DECODER = {"decoder_embed_dim": 1024, "decoder_num_heads": 16, "fix_init_weight": True}
+CAE_LARGE_DECODER |= {"decoder_layer_scale_init_value": 1e-5}
 CLIP = {"predict_feature": "clip", "teacher_path": "/path/to/ViT-B-16.pt"}
 # By row and stage: what differs from the command of the method's README.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
@@ -55,9 +71,25 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "finetune": LARGE_FINETUNE,
         "linprobe": LARGE,
     },
+    "cae_base_300e": {"pretrain": CAE | {"epochs": 300, "warmup_epochs": 10}},
+    "cae_base_800e": {"pretrain": CAE},
+    "cae_base_1600e": {"pretrain": CAE | {"epochs": 1600, "warmup_epochs": 40}},
+    "cae_large_1600e": {
+        "pretrain": CAE
+        | CAE_LARGE
+        | CAE_LARGE_DECODER
+        | {"model": "cae_large_patch16_224_8k_vocab", "epochs": 1600, "warmup_epochs": 40},
+        "linear": CAE_LARGE | {"save_freq": 90},
+        "attentive": CAE_LARGE,
+        # 32 GPUs x 64 x 2: on 32 GPUs, as in the README's command, two micro-steps make up for the smaller batch.
+        "finetune": CAE_LARGE
+        | {"epochs": 50, "lr": 2e-3, "layer_decay": 0.75, "drop_path": 0.2, "batch_size": 64, "update_freq": 2},
+    },
 }
 PATHS = {"data_path", "output_dir", "log_dir", "experiment", "finetune", "pretrained_weights"}  # each user's own
-VARIABLES = ["GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA", "OUT", "TEACHER", "EXTRA"]
+PATHS |= {"discrete_vae_weight_path"}
+VARIABLES = ["GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA", "OUT", "EXTRA"]
+VARIABLES += ["TEACHER", "TOKENIZER"]
 VARIABLES += {f"EXTRA_{stage.upper()}" for method in METHODS.values() for stage in method.commands}
 
 
@@ -79,7 +111,9 @@ def dry_run(name: str, *stages: str, **kwargs) -> dict[str, str]:
     done = row(name, "--dry_run", *stages, **kwargs)
     assert (done.returncode, done.stderr) == (0, "")
     commands = done.stdout.replace("\\\n", " ").splitlines()
-    return {re.findall(r"main_(\w+)\.py ", command)[0]: command for command in commands}
+    names: dict[str, str] = {main: stage for stage, main in method_of(name).mains.items()}
+    mains: list[str] = [re.findall(r"main_(\w+)\.py ", command)[0] for command in commands]
+    return {names.get(main, main): command for main, command in zip(mains, commands, strict=True)}
 
 
 def parse(stage: str, command: str, name: str = "saim") -> argparse.Namespace:
@@ -87,7 +121,8 @@ def parse(stage: str, command: str, name: str = "saim") -> argparse.Namespace:
 
 
 def images_per_update(args: argparse.Namespace, gpus: int) -> int | None:
-    return args.batch_size * args.accum_iter * gpus if "accum_iter" in args else None
+    accum = getattr(args, "accum_iter", getattr(args, "update_freq", None))
+    return None if accum is None else args.batch_size * accum * gpus
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -106,18 +141,22 @@ def test_rows__are_all_tested():
 @pytest.mark.parametrize("gpus, nodes", [(32, 1), (8, 1), (8, 4), (1, 1), (64, 1), (8, 2)])
 def test_dry_run__keeps_the_images_per_update(name, gpus, nodes):
     commands = dry_run(name, GPUS=str(gpus), NNODES=str(nodes), NODE_RANK="0", MASTER_ADDR="node0", DATA="/imagenet")
-    readme = method_of(name).commands
+    method = method_of(name)
+    readme = method.commands
     assert list(commands) == list(readme)
     for stage, command in commands.items():
         launcher = f"-m torch.distributed.launch --nproc_per_node {gpus} --nnodes {nodes} --node_rank 0 "
         launcher += "--master_addr node0 --master_port 29500"
-        expected = f"python {launcher if gpus * nodes > 1 else ''} {name.split('_')[0]}/main_{stage}.py".split()
+        main = f"{name.split('_')[0]}/main_{method.mains.get(stage, stage)}.py"
+        expected = f"python {launcher if gpus * nodes > 1 else ''} {main}".split()
         assert shlex.split(command)[: len(expected)] == expected
         args, official = parse(stage, command, name), parse(stage, readme[stage], name)
-        assert images_per_update(args, gpus * nodes) == images_per_update(official, processes(readme[stage]))
+        processes_of_readme = processes(readme[stage]) * method.nodes
+        assert images_per_update(args, gpus * nodes) == images_per_update(official, processes_of_readme)
         assert args.data_path == "/imagenet"
-        for folder in {"output_dir", "log_dir"} & set(vars(args)):
-            assert getattr(args, folder) == f"runs/{name}/{stage}"
+        own = f"runs/{name}/{stage}"
+        assert getattr(args, "output_dir", own) == own
+        assert getattr(args, "log_dir", own) in (own, None)  # None: with the checkpoints
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -132,7 +171,7 @@ def test_later_stages__take_the_checkpoint_of_pre_training(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_flags__are_those_of_the_readme(name):
     for stage, official in method_of(name).commands.items():
-        command = dry_run(name, stage, GPUS=str(processes(official)))[stage]
+        command = dry_run(name, stage, GPUS=str(processes(official) * method_of(name).nodes))[stage]
         found, expected = vars(parse(stage, command, name)), vars(parse(stage, official, name))
         own = {key: found[key] for key in PATHS & set(found)}
         assert found == expected | own | ROWS[name].get(stage, {})

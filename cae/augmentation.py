@@ -1,0 +1,97 @@
+"""CAE's pre-training augmentation: one crop of an image seen twice, by the encoder and by the tokenizer, and a mask."""
+
+import math
+import random
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+from common import datasets
+
+Mode = transforms.InterpolationMode
+INTERPOLATIONS = {"bicubic": Mode.BICUBIC, "lanczos": Mode.LANCZOS, "hamming": Mode.HAMMING, "bilinear": Mode.BILINEAR}
+HALF = (0.5, 0.5, 0.5)
+
+
+def interpolation_of(name: str) -> Mode:
+    """A resampling by name; `random` draws bilinear or bicubic at each call.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name == "random":
+        return random.choice((Mode.BILINEAR, Mode.BICUBIC))
+    if name not in INTERPOLATIONS:
+        raise ValueError(f"interpolation {name}: expected one of {', '.join(INTERPOLATIONS)}, random")
+    return INTERPOLATIONS[name]
+
+
+def crop_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """A random box of the given share of the area and aspect ratio; after ten misses the central one.
+
+    Returns:
+        top, left, height, width. Draws come from Python's generator.
+    """
+    for _ in range(10):
+        area = random.uniform(*scale) * width * height
+        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if w <= width and h <= height:
+            top = random.randint(0, height - h)
+            return top, random.randint(0, width - w), h, w
+    shape = width / height
+    w = round(height * ratio[1]) if shape > ratio[1] else width
+    h = round(width / ratio[0]) if shape < ratio[0] else height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+class PretrainAugmentation:
+    """A PIL image -> (image for the encoder, image for the tokenizer, mask), float, float and bool tensors.
+
+    Args:
+        input_size, interpolation: of the encoder's image. second_...: of the tokenizer's.
+        scale: share of the area that the crop covers.
+        color_jitter: strength in brightness, contrast and saturation; 0 leaves colours alone.
+        mean, std: of the encoder's image.
+        tokenizer_view: maps pixels in [0, 1] to what the tokenizer takes.
+        masking: a masking generator.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        second_size: int,
+        tokenizer_view: Callable[[Tensor], Tensor],
+        masking: Callable,
+        interpolation: str = "bicubic",
+        second_interpolation: str = "lanczos",
+        scale: tuple[float, float] = (0.08, 1.0),
+        color_jitter: float = 0.0,
+        mean=datasets.IMAGENET_MEAN,
+        std=datasets.IMAGENET_STD,
+    ):
+        for name in (interpolation, second_interpolation):
+            interpolation_of(name)  # complain now
+        self.sizes = ((input_size, interpolation), (second_size, second_interpolation))
+        self.scale = scale
+        jitter = [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter > 0 else []
+        self.before = transforms.Compose([*jitter, transforms.RandomHorizontalFlip()])
+        self.normalize = transforms.Normalize(mean, std)
+        self.tokenizer_view = tokenizer_view
+        self.masking = masking
+
+    def __call__(self, img: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
+        img = self.before(img)
+        top, left, height, width = crop_box(img.width, img.height, self.scale)
+        views = [
+            TF.to_tensor(TF.resized_crop(img, top, left, height, width, [size, size], interpolation_of(name)))  # type: ignore[arg-type]
+            for size, name in self.sizes
+        ]
+        mask = torch.from_numpy(self.masking()).flatten().bool()
+        return self.normalize(views[0]), self.tokenizer_view(views[1]), mask

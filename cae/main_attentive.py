@@ -1,0 +1,43 @@
+"""Attentive probing of a CAE encoder: a query token gathers frozen features by cross-attention (paper sec. 4.2)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
+from cae import main_finetune
+from common import distributed
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The flags of fine-tuning, with the augmentation off, and those of the probe."""
+    p = main_finetune.get_args_parser()
+    p.prog = "CAE attentive probing"
+    p.add_argument("--linear_type", default="standard", choices=["standard", "attentive"], help="paper: attentive")
+    p.add_argument(
+        "--eval_bn",
+        default="batch",
+        choices=["batch", "running"],
+        help="statistics of the attentive probe's batch norm in evaluations; paper's table: batch",
+    )
+    p.set_defaults(aa="")
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    probe = args.enable_linear_eval
+    model = main_finetune.build_model(args, lin_probe=probe, linear_type=args.linear_type)
+    if probe:
+        main_finetune.freeze(model, "query_token", "attentive_blocks", "head")
+    head_std = 0.01 if probe else 0.0
+    main_finetune.run(args, model, head_std, f"{args.exp_name}_", is_train=args.eval_bn == "batch")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

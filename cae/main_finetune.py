@@ -1,0 +1,285 @@
+"""Fine-tuning of a CAE encoder with labels. Recipes of the paper's rows: scripts/cae_*.sh."""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from timm.data.mixup import Mixup
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+from torchvision import transforms
+
+from cae import optim
+from cae.augmentation import HALF
+from cae.engine_finetune import evaluate_checkpoint, fit
+from cae.files import resume_path, run_files
+from cae.models_vit import MODELS, VisionTransformer, load_encoder
+from common import datasets, distributed, lr_decay, lr_sched
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("CAE fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=30, type=int, help="paper, base: 100")
+    p.add_argument("--update_freq", "--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model", default="deit_base_patch16_224", help=", ".join(MODELS))
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--rel_pos_bias", action="store_true", default=True, help="relative position biases (default)")
+    p.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias")
+    p.add_argument("--sin_pos_emb", action="store_true", default=True, help="fixed sin-cos positions (default)")
+    p.add_argument("--disable_sin_pos_emb", action="store_false", dest="sin_pos_emb")
+    p.add_argument("--abs_pos_emb", action="store_true", help="learned positions")
+    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="large: 1e-5; 0 has none")
+    p.add_argument("--drop", default=0.0, type=float, help="dropout")
+    p.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
+    p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    p.add_argument("--use_mean_pooling", action="store_true", default=True, help="classify the patches' mean (default)")
+    p.add_argument("--use_cls", action="store_false", dest="use_mean_pooling", help="classify the class token")
+    p.add_argument(
+        "--new_cls_norm", action="store_true", help="with --use_cls: do not load the final norm, as upstream"
+    )
+    p.add_argument("--init_scale", default=0.001, type=float, help="factor on the initial head")
+    p.add_argument("--finetune", default="", help="checkpoint to start from; '' trains from scratch")
+    p.add_argument("--model_key", default="model|module|state_dict", type=str, help="its keys of the weights, in order")
+    p.add_argument("--model_prefix", default="", type=str, help="prefix of the weights' names in it")
+    p.add_argument("--enable_linear_eval", action="store_true", help="train the head, and fc_norm, only")
+    p.add_argument("--model_ema", action="store_true", help="keep a moving average of the weights in the checkpoints")
+    p.add_argument("--model_ema_decay", default=0.9999, type=float)
+    p.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory")
+    # ---- optimizer
+    optim.add_flags(p)
+    p.add_argument("--lr", default=5e-4, type=float, help="absolute; paper, base: 8e-3 at 4096 images per update")
+    p.add_argument("--layer_decay", default=0.9, type=float, help="factor on the learning rate per layer; paper: 0.65")
+    p.add_argument("--warmup_lr", default=1e-6, type=float, help="no effect: the warm-up starts at 0, as upstream")
+    p.add_argument("--min_lr", default=1e-6, type=float)
+    p.add_argument("--warmup_epochs", default=5, type=int)
+    p.add_argument("--warmup_steps", default=-1, type=int, help="updates of the warm-up, instead of epochs")
+    p.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+    # ---- augmentation
+    p.add_argument("--color_jitter", default=0.4, type=float, help="only without --aa")
+    p.add_argument("--aa", default="rand-m9-mstd0.5-inc1", type=str, help="AutoAugment policy of timm; '' none")
+    p.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    p.add_argument("--train_interpolation", default="bicubic", type=str, help="bicubic, bilinear, lanczos or random")
+    p.add_argument("--crop_pct", default=None, type=float, help="evaluation: share of the side that is seen")
+    p.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
+    p.add_argument("--remode", default="pixel", type=str)
+    p.add_argument("--recount", default=1, type=int)
+    p.add_argument("--resplit", action="store_true", help="no effect, as upstream")
+    p.add_argument("--mixup", default=0, type=float, help="paper: 0.8")
+    p.add_argument("--cutmix", default=0, type=float, help="paper: 1.0")
+    p.add_argument("--cutmix_minmax", default=None, type=float, nargs="+")
+    p.add_argument("--mixup_prob", default=1.0, type=float)
+    p.add_argument("--mixup_switch_prob", default=0.5, type=float)
+    p.add_argument("--mixup_mode", default="batch", type=str, help="batch, pair or elem")
+    p.add_argument("--imagenet_default_mean_and_std", action="store_true", help="instead of 0.5 and 0.5")
+    # ---- data, files, process
+    datasets.add_flags(p)
+    p.add_argument("--eval_data_path", default=None, type=str, help="validation images; default: in --data_path")
+    p.add_argument("--nb_classes", default=0, type=int, help="must be given: the data set's number of classes")
+    p.add_argument(
+        "--data_set",
+        default="IMNET",
+        choices=["CIFAR", "IMNET", "IMNET100", "image_folder"],
+        help="IMNET: train/ and val/ in --data_path; image_folder: --data_path and --eval_data_path hold classes",
+    )
+    p.add_argument("--output_dir", default="", help="checkpoints, log.txt; '' writes nothing")
+    p.add_argument("--log_dir", default=None, help="TensorBoard; default: --output_dir")
+    p.add_argument("--save_ckpt_freq", default=5, type=int, help="epochs between the numbered checkpoints")
+    p.add_argument("--save_ckpt", action="store_true", default=True)
+    p.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
+    p.add_argument("--exp_name", default="", help="prefix of the numbered checkpoints of attentive probing")
+    p.add_argument("--auto_resume", action="store_true", default=True, help="continue what is in --output_dir")
+    p.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
+    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    p.add_argument("--dist_eval", action="store_true", help="no effect: validation images are always shared")
+    p.add_argument("--disable_eval_during_finetuning", action="store_true")
+    p.add_argument("--enable_deepspeed", action="store_true", help="is refused")
+    p.add_argument("--enable_multi_print", action="store_true", help="no effect: process 0 prints")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10)
+    return p
+
+
+def build_model(args: argparse.Namespace, **overrides) -> VisionTransformer:
+    """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
+    if args.model not in MODELS:
+        raise distributed.UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    keywords = {
+        "img_size": args.input_size,
+        "num_classes": args.nb_classes,
+        "drop_rate": args.drop,
+        "attn_drop_rate": args.attn_drop_rate,
+        "drop_path_rate": args.drop_path,
+        "init_values": args.layer_scale_init_value,
+        "use_rel_pos_bias": args.rel_pos_bias,
+        "use_mean_pooling": args.use_mean_pooling,
+        "sin_pos_emb": args.sin_pos_emb,
+        "abs_pos_emb": args.abs_pos_emb,
+        "init_scale": args.init_scale,
+    }
+    if args.patch_size is not None:
+        keywords["patch_size"] = args.patch_size
+    with distributed.user_errors(f"--model {args.model}"):
+        return MODELS[args.model](**{**keywords, **overrides})
+
+
+def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.Optimizer:
+    """--opt with a learning rate that shrinks by --layer_decay per layer towards the input.
+
+    As upstream: without any weight decay all layers learn at the same rate.
+    """
+    skip = model.no_weight_decay()
+    if args.disable_weight_decay_on_rel_pos_bias:
+        skip |= {n for n, _ in model.named_parameters() if "relative_position_bias_table" in n}
+    if args.weight_decay == 0 or args.layer_decay == 1:
+        groups = optim.param_groups(model, args.weight_decay, skip)
+    else:
+        groups = lr_decay.layer_decay_groups(model, args.weight_decay, args.layer_decay, len(model.blocks), skip)
+    return optim.create_optimizer(args, groups, lr)
+
+
+def build_mixup(args: argparse.Namespace) -> Mixup | None:
+    """timm's Mixup and CutMix; None if both are off."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )
+
+
+def build_transforms(args: argparse.Namespace):
+    """Training and evaluation transforms of the flags."""
+    normal = args.imagenet_default_mean_and_std
+    mean, std = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if normal else (HALF, HALF)
+    with distributed.user_errors(f"--aa {args.aa} --remode {args.remode} --train_interpolation"):
+        augment = datasets.finetune_transform(
+            args.input_size,
+            args.color_jitter,
+            args.aa,
+            args.reprob,
+            args.remode,
+            args.recount,
+            args.train_interpolation,
+            mean,
+            std,
+        )
+    if args.input_size <= 32:  # as upstream
+        augment.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+    crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
+    return augment, datasets.eval_transform(args.input_size, crop_pct, mean, std)
+
+
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, datasets.Loader]:
+    """Training and validation batches of the flags."""
+    if args.data_set == "IMNET100":
+        raise distributed.UserError("--data_set IMNET100: has no definition upstream; use IMNET or image_folder")
+    if args.data_set == "image_folder" and not args.eval_data_path:
+        raise distributed.UserError("--data_set image_folder: needs --eval_data_path")
+    if args.nb_classes < 1:
+        raise distributed.UserError(f"--nb_classes {args.nb_classes}: expected the data set's number of classes")
+    if args.data_set == "CIFAR":
+        args.dataset = args.dataset or "torch/cifar100"
+    return datasets.supervised_loaders(
+        args,
+        *build_transforms(args),
+        device,
+        val_path=args.eval_data_path or "",
+        val_batch_size=int(1.5 * args.batch_size),
+        direct=args.data_set == "image_folder",
+    )
+
+
+def freeze(model: nn.Module, *trained: str) -> None:
+    """Train the named parts only."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.split(".")[0] in trained)
+
+
+def run(args: argparse.Namespace, model: VisionTransformer, head_std: float = 0.0, prefix: str = "", **kwargs) -> None:
+    """Load, train, evaluate as the flags say, on a device that is initialised.
+
+    Args:
+        model: with its frozen parts frozen. head_std: as in `load_encoder`.
+        prefix: of the numbered checkpoints. kwargs: of the forward pass in evaluations.
+    """
+    device = distributed.init(args.device)
+    if args.enable_deepspeed:
+        raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
+    args.accum_iter = args.update_freq
+    # ---- data
+    loader, val_loader = build_loaders(args, device)
+    with distributed.user_errors("--mixup, --cutmix and their options"):
+        mixup = build_mixup(args)
+    # ---- model
+    resume = resume_path(args)
+    if args.finetune and not args.eval and not resume:
+        keys = tuple(args.model_key.split("|"))
+        load_encoder(model, args.finetune, head_std, keys, args.model_prefix, keep_norm=not args.new_cls_norm)
+    model.to(device)
+    net = distributed.wrap(model, device, args.compile)
+    place = torch.device("cpu") if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None
+    # ---- optimizer
+    images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
+    optimizer = build_optimizer(args, model, args.lr)
+    updates = max(1, len(loader) // args.accum_iter)
+    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
+        lr = lr_sched.cosine_table(
+            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
+        )
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    decay = lr_sched.cosine_table(args.weight_decay, end, args.epochs, updates)
+
+    def rates(epoch: int, step: int) -> tuple[float, float]:
+        update = epoch * updates + min(step // args.accum_iter, updates - 1)
+        return float(lr[update]), float(decay[update])
+
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
+    # Mixup folds the smoothing into its soft targets.
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    distributed.log(
+        f"{args.model}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; "
+        f"{loader.images} images, {images_per_update} per update, lr {args.lr:.2e}"
+    )
+    # ---- loop
+    if args.eval:
+        evaluate_checkpoint(resume, model, val_loader, updater, **kwargs)
+        return
+    files = run_files(args, args.save_ckpt_freq, prefix)
+    parts = {"optimizer": optimizer, "scaler": updater.scaler}
+    if ema is not None:
+        parts["model_ema"] = ema.module
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
+    checkpoint.writes = checkpoint.writes and args.save_ckpt
+    val = None if args.disable_eval_during_finetuning else val_loader
+    best = files.variant("best")
+    fit(args, net, criterion, loader, val, updater, rates, checkpoint, resume, mixup, ema, best_name=best, **kwargs)
+
+
+def main(args: argparse.Namespace) -> None:
+    distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    model = build_model(args)
+    if args.enable_linear_eval:
+        freeze(model, "head", "fc_norm")
+    run(args, model, head_std=0.01 if args.enable_linear_eval else 0.0)
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

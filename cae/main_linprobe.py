@@ -1,0 +1,126 @@
+"""Linear probing of a CAE encoder. Recipes of the paper's rows: scripts/cae_*.sh."""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import nn
+
+from cae.engine_finetune import evaluate_checkpoint, fit
+from cae.files import resume_path, run_files
+from cae.main_finetune import build_model
+from cae.models_vit import MODELS, VisionTransformer, load_encoder
+from common import datasets, distributed, lr_decay, lr_sched
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("CAE linear probing", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=90, type=int)
+    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model", default="vit_large_patch16", help=", ".join(MODELS))
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--rel_pos_bias", action="store_true", default=True, help="relative position biases (default)")
+    p.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="paper")
+    p.add_argument("--sin_pos_emb", action="store_true", default=True, help="fixed sin-cos positions (default)")
+    p.add_argument("--disable_sin_pos_emb", action="store_false", dest="sin_pos_emb")
+    p.add_argument("--abs_pos_emb", action="store_true", help="learned positions")
+    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="large: 1e-5; 0 has none")
+    p.add_argument("--drop", default=0.0, type=float, help="dropout")
+    p.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
+    p.add_argument("--drop_path", default=0, type=float, help="stochastic depth of the last block")
+    p.add_argument("--use_mean_pooling", action="store_true", default=True, help="leave out the final norm (default)")
+    p.add_argument(
+        "--use_cls", action="store_false", dest="use_mean_pooling", help="probe the normed class token: paper"
+    )
+    p.add_argument("--enable_linear_eval", action="store_true", help="probe the class token: paper")
+    p.add_argument("--linear_type", default="standard", help="no effect, as upstream")
+    p.add_argument("--init_scale", default=0.001, type=float, help="factor on the initial head")
+    p.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
+    p.add_argument("--nb_classes", default=1000, type=int)
+    # ---- optimizer
+    p.add_argument("--weight_decay", default=0, type=float)
+    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
+    p.add_argument("--blr", default=0.1, type=float, help="lr = blr * images per update / 256")
+    p.add_argument("--min_lr", default=0.0, type=float)
+    p.add_argument("--warmup_epochs", default=10, type=int)
+    # ---- data, files, process
+    datasets.add_flags(p)
+    p.add_argument("--output_dir", default="./output_dir", help="checkpoints, log.txt; '' writes nothing")
+    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard")
+    p.add_argument("--save_freq", default=50, type=int, help="epochs between the numbered checkpoints")
+    p.add_argument("--exp_name", default="", help="no effect, as upstream")
+    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    p.add_argument("--dist_eval", action="store_true", help="no effect: validation images are always shared")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10, auto_resume=True)
+    return p
+
+
+# same as saim/main_linprobe.py
+def add_probe(model: VisionTransformer) -> nn.Sequential:
+    """Freeze the network and put a batch norm without parameters in front of its head; returns the new head."""
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    norm = nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6)  # statistics of each process's own images
+    head = nn.Sequential(norm, model.head)
+    model.head = head
+    return head
+
+
+def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> lr_decay.LARS:
+    """LARS on the head's parameters."""
+    return lr_decay.LARS(head.parameters(), lr=lr, weight_decay=args.weight_decay)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if args.batch_size < 2:
+        raise distributed.UserError(f"--batch_size {args.batch_size}: the probe's batch norm needs at least 2 images")
+    # ---- data
+    augment, val_transform = datasets.probe_transform(args.input_size), datasets.eval_transform(args.input_size)
+    loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
+    # ---- model
+    model = build_model(args, lin_probe=args.enable_linear_eval)
+    resume = resume_path(args)
+    if args.finetune and not args.eval and not resume:
+        load_encoder(model, args.finetune, head_std=0.01, resize_positions=True)
+    head = add_probe(model)
+    model.to(device)
+    net = distributed.wrap(model, device, args.compile)
+    # ---- optimizer
+    images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
+    lr = args.blr * images_per_update / 256 if args.lr is None else args.lr
+    optimizer = build_optimizer(args, head, lr)
+
+    def rates(epoch: int, step: int) -> tuple[float, float]:
+        at = epoch + step / len(loader)
+        return lr_sched.warmup_cosine(at, lr, args.min_lr, args.warmup_epochs, args.epochs), args.weight_decay
+
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        rates(0, 0)
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter)
+    distributed.log(
+        f"{args.model}: {sum(p.numel() for p in head.parameters()):,} trained parameters on {device}, {updater.dtype}; "
+        f"{loader.images} images, {images_per_update} per update (paper: 16384), lr {lr:.2e}"
+    )
+    # ---- loop
+    if args.eval:
+        evaluate_checkpoint(resume, model, val_loader, updater)
+        return
+    files = run_files(args, args.save_freq, phase=0)
+    parts = {"optimizer": optimizer, "scaler": updater.scaler}
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
+    criterion, logged = nn.CrossEntropyLoss(), ("lr", "loss")
+    fit(args, net, criterion, loader, val_loader, updater, rates, checkpoint, resume, logged=logged)
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

@@ -1,0 +1,258 @@
+"""CAE pre-training. Recipes of the paper's rows: scripts/cae_*.sh."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import Tensor, nn
+from torchvision import transforms
+
+from cae import optim
+from cae.augmentation import HALF, PretrainAugmentation
+from cae.engine_pretrain import train_one_epoch
+from cae.files import resume_path, run_files
+from cae.masking_generator import MaskingGenerator, RandomMaskingGenerator
+from cae.models_cae import MODELS, ContextAutoencoderViT
+from cae.models_dalle import DalleTokenizer, map_pixels
+from cae.models_dvae import DiscreteVAE, load_tokenizer
+from common import datasets, distributed, lr_sched
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("CAE pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=300, type=int)
+    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model_type", default="cae", choices=["cae", "caev2"], help="caev2 is not supported")
+    p.add_argument("--model", default="deit_base_patch16_224", help=", ".join(MODELS))
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
+    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="of the encoder; large: 1e-5; 0 has none")
+    p.add_argument("--drop_path", default=0, type=float, help="stochastic depth of the last blocks")
+    p.add_argument("--regressor_depth", default=4, type=int)
+    p.add_argument("--decoder_depth", default=4, type=int)
+    p.add_argument("--decoder_embed_dim", default=768, type=int, help="width of regressor and decoder")
+    p.add_argument("--decoder_num_heads", default=12, type=int, help="of regressor and decoder")
+    p.add_argument("--decoder_num_classes", default=8192, type=int, help="visual tokens")
+    p.add_argument("--decoder_layer_scale_init_value", default=0.1, type=float, help="of regressor and decoder")
+    p.add_argument("--fix_init_weight", action="store_true", help="initial weights shrink with the depth")
+    p.add_argument("--base_momentum", default=None, type=float, help="targets from a moving average of the encoder")
+    p.add_argument("--align_loss_weight", default=2, type=float, help="of the alignment loss")
+    p.add_argument("--num_out_dim", default=512, type=int, help="no effect: of caev2")
+    p.add_argument("--latent_alignment_loss_weight", default=0, type=float, help="no effect: of caev2")
+    for flag in ("--sincos_pos_emb", "--abs_pos_emb", "--rel_pos_bias"):
+        p.add_argument(flag, action="store_true", help="no effect: positions are sin-cos, as upstream")
+    # ---- tokenizer and masks
+    p.add_argument("--discrete_vae_type", default="dall-e", type=str, help="dall-e, or customized: main_tokenizer.py's")
+    p.add_argument(
+        "--discrete_vae_weight_path",
+        default=None,
+        type=str,
+        help="folder of DALL-E's encoder.pkl (or converted), a customized checkpoint, or random: to measure speed",
+    )
+    p.add_argument("--dvae_num_layers", default=3, type=int, help="of a customized tokenizer that does not tell")
+    p.add_argument("--second_input_size", default=112, type=int, help="side of the tokenizer's image in pixels")
+    p.add_argument("--mask_generator", default="block", type=str, help="block or random")
+    p.add_argument("--num_mask_patches", default=98, type=int, help="block: masked patches")
+    p.add_argument("--max_mask_patches_per_block", default=None, type=int)
+    p.add_argument("--min_mask_patches_per_block", default=16, type=int)
+    p.add_argument("--ratio_mask_patches", default=None, type=float, help="random: share of masked patches")
+    # ---- optimizer
+    optim.add_flags(p)
+    p.add_argument("--lr", default=5e-4, type=float, help="absolute; paper: 1.5e-3 at 2048 images per update")
+    p.add_argument("--warmup_lr", default=1e-6, type=float, help="no effect: the warm-up starts at 0, as upstream")
+    p.add_argument("--min_lr", default=1e-5, type=float)
+    p.add_argument("--warmup_epochs", default=5, type=int)
+    p.add_argument("--warmup_steps", default=-1, type=int, help="updates of the warm-up, instead of epochs")
+    # ---- augmentation
+    p.add_argument("--train_interpolation", default="bicubic", type=str, help="of the encoder's image")
+    p.add_argument("--second_interpolation", default="lanczos", type=str, help="of the tokenizer's image")
+    p.add_argument("--crop_min_size", default=0.08, type=float, help="smallest share of the image in a crop")
+    p.add_argument("--crop_max_size", default=1.0, type=float)
+    p.add_argument("--color_jitter", default=0, type=float)
+    p.add_argument("--imagenet_default_mean_and_std", action="store_true", help="instead of 0.5 and 0.5")
+    # ---- data, files, process
+    datasets.add_flags(p)
+    p.add_argument("--output_dir", default="", help="checkpoints, log.txt; '' writes nothing")
+    p.add_argument("--log_dir", default=None, help="TensorBoard; default: --output_dir")
+    p.add_argument("--save_ckpt_freq", default=50, type=int, help="epochs between the numbered checkpoints")
+    p.add_argument("--exp_name", default="", help="prefix of the numbered checkpoints")
+    p.add_argument("--auto_resume", action="store_true", default=True, help="continue what is in --output_dir")
+    p.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
+    p.add_argument("--enable_multi_print", action="store_true", help="no effect: process 0 prints")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10)
+    return p
+
+
+def build_model(args: argparse.Namespace, **overrides) -> ContextAutoencoderViT:
+    """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
+    if args.model not in MODELS:
+        raise distributed.UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    keywords = {
+        "img_size": args.input_size,
+        "drop_path_rate": args.drop_path,
+        "init_values": args.layer_scale_init_value,
+        "decoder_num_classes": args.decoder_num_classes,
+        "decoder_embed_dim": args.decoder_embed_dim,
+        "regressor_depth": args.regressor_depth,
+        "decoder_depth": args.decoder_depth,
+        "decoder_num_heads": args.decoder_num_heads,
+        "decoder_layer_scale_init_value": args.decoder_layer_scale_init_value,
+        "fix_init_weight": args.fix_init_weight,
+        "base_momentum": args.base_momentum,
+        "model_type": args.model_type,
+    }
+    if args.patch_size is not None:
+        keywords["patch_size"] = args.patch_size
+    with distributed.user_errors(f"--model {args.model}"):
+        return MODELS[args.model](**{**keywords, **overrides})
+
+
+def build_masking(args: argparse.Namespace) -> MaskingGenerator | RandomMaskingGenerator:
+    """The masking generator of the flags."""
+    if args.mask_generator == "random":
+        if args.ratio_mask_patches is None:
+            raise distributed.UserError("--mask_generator random: needs --ratio_mask_patches, such as 0.5")
+        with distributed.user_errors(f"--ratio_mask_patches {args.ratio_mask_patches}"):
+            return RandomMaskingGenerator(grid_of(args), args.ratio_mask_patches)
+    if args.mask_generator != "block":
+        raise distributed.UserError(f"--mask_generator {args.mask_generator}: expected block or random")
+    smallest, largest = args.min_mask_patches_per_block, args.max_mask_patches_per_block
+    with distributed.user_errors(f"--num_mask_patches {args.num_mask_patches} and the sizes of blocks"):
+        masking = MaskingGenerator(grid_of(args), args.num_mask_patches, smallest, largest)
+        masking()  # settings that no mask can meet end here
+        return masking
+
+
+def mean_and_std(args: argparse.Namespace):
+    """Of the encoder's images."""
+    return (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if args.imagenet_default_mean_and_std else (HALF, HALF)
+
+
+def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
+    """Training batches of the flags, and what else `batch_loss` takes: tokenizer, align_weight, num_masked.
+
+    Raises:
+        distributed.UserError: a value does not fit, or the tokenizer gives other tokens than the model predicts.
+    """
+    tokenizer = build_tokenizer(args)
+    masking = build_masking(args)
+    with distributed.user_errors("--train_interpolation, --second_interpolation"):
+        augment = PretrainAugmentation(
+            args.input_size,
+            args.second_input_size,
+            tokenizer_view(tokenizer),
+            masking,
+            args.train_interpolation,
+            args.second_interpolation,
+            (args.crop_min_size, args.crop_max_size),
+            args.color_jitter,
+            *mean_and_std(args),
+        )
+    context = {"tokenizer": tokenizer.to(device), "align_weight": args.align_loss_weight}
+    return datasets.pretrain_loader(args, augment, device), context | {"num_masked": masking.num_masked}
+
+
+def grid_of(args: argparse.Namespace) -> int:
+    """Side of the patch grid."""
+    return args.input_size // (args.patch_size or 16)
+
+
+def build_tokenizer(args: argparse.Namespace, with_decoder: bool = False) -> DalleTokenizer | DiscreteVAE:
+    """The frozen tokenizer of the flags. with_decoder: also able to make pictures of tokens.
+
+    Raises:
+        distributed.UserError: its weights cannot be read, or it gives other tokens than the model predicts.
+    """
+    path, size = args.discrete_vae_weight_path, args.second_input_size
+    if path == "random":
+        tokenizer = DalleTokenizer(with_decoder=with_decoder)
+    else:
+        tokenizer = load_tokenizer(args.discrete_vae_type, path, size, args.dvae_num_layers, with_decoder)
+    own = tokenizer.grid_size if isinstance(tokenizer, DiscreteVAE) else size / 8
+    grid, tokens = grid_of(args), args.decoder_num_classes
+    if (own, tokenizer.num_tokens) != (grid, tokens):
+        raise distributed.UserError(
+            f"--second_input_size {size}: the tokenizer gives {own:g} x {own:g} of {tokenizer.num_tokens} tokens, "
+            f"the model predicts {grid} x {grid} of {tokens}; see --decoder_num_classes"
+        )
+    return tokenizer
+
+
+def tokenizer_view(tokenizer: DalleTokenizer | DiscreteVAE) -> Callable[[Tensor], Tensor]:
+    """What a tokenizer makes of pixels in [0, 1] before it looks at them."""
+    return map_pixels if isinstance(tokenizer, DalleTokenizer) else transforms.Normalize(HALF, HALF)
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """--opt on two groups, with and without weight decay; class and mask token are decayed."""
+    return optim.create_optimizer(args, optim.param_groups(model, args.weight_decay), lr)
+
+
+def build_rates(args: argparse.Namespace, updates: int):
+    """Learning rate and weight decay by update: warm-up and cosine, and cosine; `updates` per epoch."""
+    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
+        lr = lr_sched.cosine_table(
+            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
+        )
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    weight_decay = lr_sched.cosine_table(args.weight_decay, end, args.epochs, updates)
+    return lambda update: (float(lr[update]), float(weight_decay[update]))
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    # ---- model
+    model = build_model(args).to(device)
+    net = distributed.wrap(model, device, args.compile)
+    # ---- data
+    loader, context = build_data(args, device)
+    # ---- optimizer
+    images_per_step = args.batch_size * distributed.world_size()
+    optimizer = build_optimizer(args, model, args.lr)
+    rates = build_rates(args, len(loader) // args.accum_iter)
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    distributed.log(
+        f"{args.model}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; "
+        f"{loader.images} images, {images_per_step * args.accum_iter} per update (paper: 2048), lr {args.lr:.2e}"
+    )
+    # ---- loop
+    files = run_files(args, args.save_ckpt_freq, f"{args.exp_name}_")
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler)
+    position = checkpoint.resume(resume_path(args), args.start_epoch)
+    start, sums = loader.start(position)
+    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
+    tags = {"loss": "loss/loss", "mlm_acc": "loss/mlm_acc", "loss_main": "loss_main/loss"}
+    tags |= {"loss_align": "loss_align/loss"}
+    tags |= {name: f"opt/{name}" for name in ("loss_scale", "lr", "min_lr", "weight_decay", "grad_norm")}
+    for epoch in range(position.epoch, args.epochs):
+        epoch_log = distributed.EpochLog(
+            f"Epoch: [{epoch}]",
+            len(loader),
+            args.batch_size,
+            device,
+            run_log=run_log,
+            tags=tags,
+            epoch=epoch,
+            start=start,
+            sums=sums,
+        )
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+            stats = train_one_epoch(net, loader, updater, rates, epoch_log, seed=args.seed, **context)
+        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch, "n_parameters": n_parameters})
+        start, sums = 0, {}
+        checkpoint.save(distributed.Position(epoch + 1))
+    distributed.log(f"{args.epochs} epochs done; {files.latest} is in {args.output_dir or 'no folder'}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

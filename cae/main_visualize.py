@@ -1,0 +1,143 @@
+"""What a pre-trained CAE sees and predicts: image | masked | tokenizer's own picture | picture of the predicted tokens.
+
+The visible patches keep their true visual tokens; the masked ones get the most likely tokens that the model predicts.
+
+Legend: B images, N = G² patches, p patch side.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+from cae import figures, main_pretrain
+from cae.models_cae import ContextAutoencoderViT
+from common import distributed
+
+GREY = 0.5
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("CAE predictions", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--checkpoint", required=True, help="of main_pretrain.py")
+    # ---- flags of main_pretrain.py; default: as stored in the checkpoint
+    p.add_argument("--model")
+    p.add_argument("--input_size", type=int, help="image side in pixels")
+    p.add_argument("--patch_size", type=int, help="patch side in pixels")
+    p.add_argument("--discrete_vae_type", help="dall-e or customized")
+    p.add_argument("--discrete_vae_weight_path", help="the tokenizer's weights, with its decoder")
+    p.add_argument("--second_input_size", type=int, help="side of the tokenizer's image in pixels")
+    p.add_argument("--mask_generator", help="block or random")
+    p.add_argument("--num_mask_patches", type=int)
+    p.add_argument("--ratio_mask_patches", type=float)
+    # ---- images, files, process
+    figures.add_flags(p)
+    p.set_defaults(num_images=6)
+    p.add_argument("--seed", default=0, type=int, help="of the masks and the choice of images")
+    return p
+
+
+def pretrain_flags(stored: Any, given: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the pre-training run: main_pretrain.py's defaults, under those stored, under those given."""
+    flags = main_pretrain.get_args_parser().parse_args([])
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
+    for source in (stored, vars(given)):
+        flags.__dict__.update({k: v for k, v in source.items() if v is not None})
+    return flags
+
+
+def load_model(path: str, args: argparse.Namespace) -> tuple[ContextAutoencoderViT, argparse.Namespace]:
+    """The network of a checkpoint with its weights, and the flags of its run.
+
+    Raises:
+        UserError: the file cannot be read, or is no pre-training checkpoint of this architecture.
+    """
+    state = distributed.load(path)
+    flags = pretrain_flags(state.get("args"), args)
+    model = main_pretrain.build_model(flags)
+    with distributed.user_errors(f"{path}: does not fit {flags.model}; check the flags of main_pretrain.py"):
+        model.load_state_dict(distributed.weights_of(state, path))
+    return model.eval(), flags
+
+
+@torch.inference_mode()
+def predict(model: ContextAutoencoderViT, imgs: Tensor, masks: Tensor, ids: Tensor) -> tuple[Tensor, float]:
+    """Fill the masked patches with the most likely tokens.
+
+    Args:
+        imgs: (B, 3, H, W), normalised. masks: (B, N) bool, True = masked. ids: (B, ...), the N true tokens.
+    Returns:
+        tokens, shaped like ids, and the share of the masked ones that is right.
+    """
+    logits, _, _ = model(imgs, masks)
+    filled = ids.flatten(1).clone()
+    filled[masks] = logits.argmax(dim=1)  # both walk the masked patches image by image, in order
+    right = (filled == ids.flatten(1))[masks].float().mean().item()
+    return filled.view_as(ids), right
+
+
+def to_pixels(pictures: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
+    return (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw(columns: dict[str, np.ndarray]) -> Figure:
+    """One row per image, one column per title."""
+    rows = len(next(iter(columns.values())))
+    fig = Figure(figsize=(1.6 * len(columns), 1.6 * rows + 0.3), layout="constrained", dpi=160)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr]
+    axes = fig.subplots(rows, len(columns), squeeze=False)
+    for column, (title, panels) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for ax, panel in zip(column, panels, strict=True):
+            ax.imshow(panel)
+            ax.axis("off")
+    return fig
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002 - the mask generators draw from the global ones
+    # ---- model
+    model, flags = load_model(args.checkpoint, args)
+    model.to(device)
+    tokenizer = main_pretrain.build_tokenizer(flags, with_decoder=True).to(device)
+    # ---- data
+    paths = figures.chosen_images(args)
+    pixels = torch.stack(
+        [TF.to_tensor(image) for image in figures.to_pixels(figures.read_images(paths, flags.input_size))]
+    )
+    imgs = transforms.Normalize(*main_pretrain.mean_and_std(flags))(pixels).to(device)
+    size = [flags.second_input_size] * 2
+    small = TF.resize(pixels, size, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    ids = tokenizer.get_codebook_indices(main_pretrain.tokenizer_view(tokenizer)(small).to(device))
+    masking = main_pretrain.build_masking(flags)
+    masks = torch.from_numpy(np.stack([masking() for _ in paths])).flatten(1).bool()
+    # ---- picture
+    filled, right = predict(model, imgs, masks.to(device), ids)
+    grid, p = model.encoder.patch_embed.grid_size, model.encoder.patch_embed.patch_size
+    hidden = masks.view(-1, 1, grid, grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
+    columns = {
+        "image": to_pixels(pixels),
+        "masked": to_pixels(pixels.masked_fill(hidden, GREY)),
+        "tokenizer": to_pixels(tokenizer.pictures(ids)),
+        "predicted tokens": to_pixels(tokenizer.pictures(filled)),
+    }
+    with figures.writing(args.output_dir) as folder:
+        draw(columns).savefig(folder / "reconstruction.png")
+    distributed.log(f"{right:.1%} of the masked tokens are right; wrote {folder / 'reconstruction.png'}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

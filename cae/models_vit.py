@@ -1,0 +1,380 @@
+"""Vision Transformer for fine-tuning CAE's encoder and for linear and attentive probing, and how it is loaded.
+
+Legend: B batch, N patches, T = N + 1 tokens, C width, h heads, G side of the patch grid, K classes.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.interpolate import make_interp_spline
+from torch import Tensor, nn
+
+from cae.blocks import (
+    Block,
+    CrossAttention,
+    LayerNorm,
+    PatchEmbed,
+    add_relative_positions,
+    init_truncated,
+    relative_position_bias,
+    rescale_by_depth,
+    sincos_pos_embed,
+)
+from common import distributed
+
+
+class AttentiveBlock(nn.Module):
+    """Cross-attention from query tokens to all tokens of an image; no residual, no MLP."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, norm_layer: Callable[[int], nn.Module]):
+        super().__init__()
+        self.norm_q = norm_layer(dim)
+        self.norm_k = norm_layer(dim)
+        self.norm_v = norm_layer(dim)
+        self.cross_attn = CrossAttention(dim, num_heads, qkv_bias)
+
+    def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+        """q (B, 1, C), kv (B, T, C) -> (B, 1, C)."""
+        return self.cross_attn(self.norm_q(q), self.norm_k(kv), self.norm_v(kv))
+
+
+class ProbeBatchNorm(nn.BatchNorm1d):
+    """Batch norm without parameters whose statistics are chosen by the caller, not by the module's mode."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, affine=False)
+
+    def forward(self, input: Tensor, is_train: bool = True) -> Tensor:
+        """(B, C) -> (B, C). is_train: use the batch's statistics and add them to the running ones; else use those.
+
+        A single image has no statistics of its own: it takes the running ones.
+        """
+        is_train = is_train and len(input) > 1
+        if is_train:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, None, None, is_train, self.momentum or 0.0, self.eps
+        )
+
+
+class RelativePositionBias(nn.Module):
+    """Relative position bias that all blocks share."""
+
+    def __init__(self, window_size: tuple[int, int], num_heads: int):
+        super().__init__()
+        add_relative_positions(self, window_size, num_heads)
+
+    def forward(self) -> Tensor:
+        """(h, T, T)"""
+        return relative_position_bias(self)
+
+
+class VisionTransformer(nn.Module):
+    """ViT classifier.
+
+    Args:
+        init_values: initial layer scale; 0 has none.
+        use_rel_pos_bias: a relative position bias in every block. use_shared_rel_pos_bias: one for all.
+        use_mean_pooling: classify the mean of the patch tokens (after `fc_norm`), not the class token (after `norm`).
+        sin_pos_emb: fixed sin-cos positions. abs_pos_emb: learned ones instead.
+        init_scale: factor on the initial head.
+        lin_probe: classify frozen features: the class token after `norm`, or, with linear_type "attentive", what a
+            query token gathers from all tokens, after a batch norm.
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    norm: nn.Module
+    fc_norm: nn.Module
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        init_values: float = 0.0,
+        use_rel_pos_bias: bool = False,
+        use_shared_rel_pos_bias: bool = False,
+        use_mean_pooling: bool = True,
+        sin_pos_emb: bool = True,
+        abs_pos_emb: bool = False,
+        init_scale: float = 0.001,
+        lin_probe: bool = False,
+        linear_type: str = "standard",
+    ):
+        super().__init__()
+        if linear_type not in ("standard", "attentive"):
+            raise ValueError(f"linear_type is {linear_type!r}, expected standard or attentive")
+        self.embed_dim = embed_dim
+        self.use_mean_pooling = use_mean_pooling
+        self.lin_probe = lin_probe
+        self.attentive = lin_probe and linear_type == "attentive"
+        # Registration order is upstream's: optimizer states refer to parameters by position.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        grid = (self.patch_embed.grid_size, self.patch_embed.grid_size)
+        self.pos_embed = None
+        if abs_pos_emb:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        elif sin_pos_emb:
+            self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, grid), requires_grad=False)
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        window = grid if use_rel_pos_bias else None
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                drop_rate,
+                attn_drop_rate,
+                rate,
+                init_values,
+                norm_layer,
+                window,
+            )
+            for rate in rates
+        )
+        if not use_mean_pooling:
+            self.norm = norm_layer(embed_dim)
+        if self.attentive:
+            self.query_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.attentive_blocks = nn.ModuleList([AttentiveBlock(embed_dim, num_heads, qkv_bias, norm_layer)])
+            self.fc_norm = ProbeBatchNorm(embed_dim)
+        elif use_mean_pooling and not lin_probe:
+            self.fc_norm = norm_layer(embed_dim)
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.apply(init_truncated)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if abs_pos_emb and self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        rescale_by_depth([(b.attn.proj, b.mlp.fc2) for b in self.blocks])  # type: ignore[union-attr]
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.data.mul_(init_scale)
+            self.head.bias.data.mul_(init_scale)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters exempt from weight decay besides the 1-D ones."""
+        return {"pos_embed", "cls_token"}
+
+    def tokens(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """(B, 3, H, W) -> the given rows of the tokens (B, T, C) after the last block."""
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        x = self.pos_drop(x)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        for block in self.blocks[:-1]:
+            x = block(x, bias)
+        return self.blocks[-1](x, bias, rows)
+
+    def forward_features(self, x: Tensor, is_train: bool = True) -> Tensor:
+        """(B, 3, H, W) -> features (B, C), the input of the head. is_train: as `ProbeBatchNorm`."""
+        if self.attentive:
+            tokens = self.tokens(x) if self.use_mean_pooling else self.norm(self.tokens(x))
+            q = self.attentive_blocks[0](self.query_token.expand(len(x), -1, -1), tokens)
+            return self.fc_norm(q[:, 0], is_train)
+        # Only the rows that are read leave the last block; keys and values come from all.
+        if self.use_mean_pooling and not self.lin_probe:
+            return self.fc_norm(self.tokens(x, slice(1, None)).mean(dim=1))
+        token = self.tokens(x, slice(0, 1))[:, 0]
+        return token if self.use_mean_pooling else self.norm(token)
+
+    def forward(self, x: Tensor, is_train: bool = True) -> Tensor:
+        """(B, 3, H, W) -> logits (B, K)."""
+        return self.head(self.forward_features(x, is_train))
+
+
+# ---- checkpoints
+
+
+def _spline(knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Matrix (targets, knots) of not-a-knot cubic interpolation; targets beyond the knots take the outermost value."""
+    spline = make_interp_spline(knots, np.eye(len(knots)), k=3)
+    return spline(targets.clip(knots[0], knots[-1]))
+
+
+def resize_relative_positions(table: Tensor, grid_size: int) -> Tensor:
+    """Resize a table of relative position biases ((2G-1)² + 3, h) to another grid; the last 3 rows are kept.
+
+    Old distances are placed in geometric progression, dense in the middle, and interpolated by cubic splines.
+    """
+    source, target = math.isqrt(len(table) - 3), 2 * grid_size - 1
+    if source == target:
+        return table
+    low, high, q = 1.01, 1.5, 1.01
+    while high - low > 1e-6:  # bisection for the ratio at which the old distances span the new grid
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q ** (source // 2)) / (1 - q) > target // 2 else (q, high)
+    distances = np.cumsum(q ** np.arange(source // 2))
+    knots = np.concatenate([-distances[::-1], [0.0], distances])
+    weights = _spline(knots, np.arange(target, dtype=np.float64) - target // 2)
+    old = table[:-3].double().numpy().reshape(source, source, -1)
+    new = np.einsum("ai,bj,ijh->abh", weights, weights, old).reshape(target**2, -1)
+    return torch.cat([torch.from_numpy(new).to(table.dtype), table[-3:]])
+
+
+def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
+    """Resize the patch part of a position table (1, 1+G², C) to grid_size² cells, bicubic; the class row is kept."""
+    old = round((pos_embed.shape[1] - 1) ** 0.5)
+    if old == grid_size:
+        return pos_embed
+    patches = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a pre-training state dict of either revision, or all of any other, without prefixes."""
+    prefix = re.compile(r"^(module\.)?encoder\.")
+    encoder = {prefix.sub("", key): value for key, value in state.items() if prefix.match(key)}
+    return encoder or {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_pretrained(
+    model: VisionTransformer, state: dict[str, Tensor], resize_positions: bool = False, keep_norm: bool = True
+) -> tuple[list[str], list[str]]:
+    """Load an encoder from the state dict of a pre-training, fine-tuning or probing checkpoint, name by name.
+
+    Relative position biases of another grid are resized; a head of another shape is dropped. The encoder's final norm
+    becomes `fc_norm` where the model pools, and `norm` where it classifies the class token.
+    Args:
+        resize_positions: resize positions of another grid, bicubic (linear probing); else the model's own stay.
+        keep_norm: False leaves `norm` of a model for fine-tuning by the class token as it is, as upstream.
+    Returns:
+        the missing keys and the unexpected ones.
+    Raises:
+        ValueError: encoder weights are missing or have other shapes.
+    """
+    state, own = encoder_weights(state), model.state_dict()
+    for key in [key for key in state if key.startswith("attentive_blocks.")]:  # of the earlier revision
+        value = state.pop(key)
+        if ".norm2_cross." not in key:
+            state[re.sub(r"\.norm1_([qkv])\.", r".norm_\1.", key)] = value
+    if "fc_norm.weight" in own and "norm.weight" in state:
+        state |= {f"fc_{key}": state.pop(key) for key in ("norm.weight", "norm.bias")}
+    elif not keep_norm and not model.lin_probe:
+        state = {key: value for key, value in state.items() if not key.startswith("norm.")}
+    if "rel_pos_bias.relative_position_bias_table" in state and model.rel_pos_bias is None:
+        shared = state.pop("rel_pos_bias.relative_position_bias_table")
+        state |= {f"blocks.{i}.attn.relative_position_bias_table": shared for i in range(len(model.blocks))}
+    grid = model.patch_embed.grid_size
+    for key in list(state):
+        if key.endswith("relative_position_index") or (
+            key.startswith("head.") and (key not in own or state[key].shape != own[key].shape)
+        ):
+            del state[key]
+        elif key.endswith("relative_position_bias_table") and key in own:
+            state[key] = resize_relative_positions(state[key], grid)
+    if "pos_embed" in state and "pos_embed" in own:
+        if resize_positions:
+            state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid)
+        elif state["pos_embed"].shape != own["pos_embed"].shape:
+            del state["pos_embed"]
+    missing = [key for key in own if key not in state]
+    lacking = [key for key in missing if key.startswith(("cls_token", "patch_embed.", "blocks."))]
+    lacking = [key for key in lacking if "relative_position" not in key]
+    if lacking:
+        raise ValueError(f"{len(lacking)} encoder weights are missing, first {lacking[0]}")
+    for key in own:
+        if key in state and own[key].shape != state[key].shape:
+            raise ValueError(f"{key} is {tuple(state[key].shape)}, the model expects {tuple(own[key].shape)}")
+    deeper = [key for key in state if key.startswith("blocks.") and key not in own and "relative_position" not in key]
+    if deeper:
+        raise ValueError(f"the checkpoint has more blocks than the model's {len(model.blocks)}: {deeper[0]}")
+    result = model.load_state_dict(state, strict=False)
+    return result.missing_keys, result.unexpected_keys
+
+
+def load_encoder(
+    model: VisionTransformer,
+    path: str,
+    head_std: float = 0.0,
+    keys: tuple[str, ...] = ("model", "module", "state_dict"),
+    prefix: str = "",
+    **kwargs,
+) -> None:
+    """Load an encoder from a checkpoint file as `load_pretrained` does, and say what matched.
+
+    Args:
+        head_std: the head is drawn anew from a normal of this width, cut at 2 (0 leaves it).
+        keys: the first of these keys that the file has holds the weights, else the file itself does.
+        prefix: of the weights' names. kwargs: as in `load_pretrained`.
+    Raises:
+        distributed.UserError: the file cannot be read or holds another architecture.
+    """
+    state = distributed.load(path)
+    bare = state and all(isinstance(value, Tensor) for value in state.values())
+    weights = state if bare else distributed.weights_of(state, path, keys)
+    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    with distributed.user_errors(f"{path}: check --model, --input_size and --patch_size"):
+        missing, unexpected = load_pretrained(model, weights, **kwargs)
+    matched = len(model.state_dict()) - len(missing)
+    distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")
+    if head_std and isinstance(model.head, nn.Linear):
+        nn.init.trunc_normal_(model.head.weight, std=head_std)
+        nn.init.zeros_(model.head.bias)
+
+
+def cae_tiny_patch16_224(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"embed_dim": 192, "depth": 12, "num_heads": 12, **kwargs})
+
+
+def cae_small_patch16_224(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"embed_dim": 384, "depth": 12, "num_heads": 12, **kwargs})
+
+
+def cae_base_patch16_224(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
+
+
+def cae_base_patch16_384(**kwargs) -> VisionTransformer:
+    return cae_base_patch16_224(**{"img_size": 384, **kwargs})
+
+
+def cae_large_patch16_224(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"embed_dim": 1024, "depth": 24, "num_heads": 16, **kwargs})
+
+
+def cae_large_patch16_384(**kwargs) -> VisionTransformer:
+    return cae_large_patch16_224(**{"img_size": 384, **kwargs})
+
+
+def cae_large_patch16_512(**kwargs) -> VisionTransformer:
+    return cae_large_patch16_224(**{"img_size": 512, **kwargs})
+
+
+def cae_nano(**kwargs) -> VisionTransformer:  # ours: the encoder of the pre-training cae_nano
+    return VisionTransformer(**{"embed_dim": 96, "depth": 4, "num_heads": 3, **kwargs})
+
+
+MODELS = {
+    f.__name__: f
+    for f in (
+        cae_tiny_patch16_224,
+        cae_small_patch16_224,
+        cae_base_patch16_224,
+        cae_base_patch16_384,
+        cae_large_patch16_224,
+        cae_large_patch16_384,
+        cae_large_patch16_512,
+        cae_nano,
+    )
+}

@@ -1,0 +1,95 @@
+"""CAE's optimizers by name: timm's and torch's, with apex's names mapped to the same updates where apex is absent."""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim.lamb import Lamb
+from timm.optim.lookahead import Lookahead
+from timm.optim.nvnovograd import NvNovoGrad
+from torch import nn
+
+from common import distributed, lr_decay
+
+NAMES = (
+    *("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "radam", "adamp", "sgdp", "adadelta", "adafactor"),
+    *("adahessian", "rmsprop", "rmsproptf", "novograd", "nvnovograd"),
+    *("fusedsgd", "fusedmomentum", "fusedadam", "fusedadamw", "fusedlamb", "fusednovograd"),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the optimizer itself."""
+    parser.add_argument("--opt", default="adamw", type=str, help=", ".join(NAMES) + "; with prefix lookahead_")
+    parser.add_argument("--opt_eps", default=1e-8, type=float, help="epsilon, where the optimizer has one")
+    parser.add_argument("--opt_betas", default=None, type=float, nargs="+", help="default: the optimizer's own")
+    parser.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
+    parser.add_argument("--momentum", default=0.9, type=float, help="of SGD and RMSprop")
+    parser.add_argument("--weight_decay", default=0.05, type=float)
+    parser.add_argument("--weight_decay_end", default=None, type=float, help="cosine to this value; default: constant")
+
+
+def _has_apex() -> bool:
+    try:
+        import apex.optimizers  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def _instead_of_apex(name: str, groups: Iterable, kwargs: dict) -> torch.optim.Optimizer:
+    """The same update as apex's optimizer of that name."""
+    lr, decay, momentum = kwargs["lr"], kwargs["weight_decay"], kwargs["momentum"]
+    adam = {"lr": lr, "weight_decay": decay, "eps": kwargs["eps"]}
+    betas = kwargs.get("betas")
+    if name in ("fusedsgd", "fusedmomentum"):
+        nesterov = name == "fusedsgd"
+        return torch.optim.SGD(groups, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
+    if name == "fusednovograd":
+        return NvNovoGrad(groups, **adam, betas=betas or (0.95, 0.98))
+    if name == "fusedlamb":
+        return Lamb(groups, **adam, betas=betas or (0.9, 0.999), max_grad_norm=1.0)
+    family = {"fusedadam": torch.optim.Adam, "fusedadamw": torch.optim.AdamW}[name]
+    return family(groups, **adam, betas=betas or (0.9, 0.999), fused=True)
+
+
+def create_optimizer(args: argparse.Namespace, groups: Iterable, lr: float) -> torch.optim.Optimizer:
+    """The optimizer of --opt over parameter groups.
+
+    Raises:
+        distributed.UserError: the name is unknown, or a value does not suit the optimizer.
+    """
+    name = args.opt.lower().removeprefix("lookahead_")
+    if name not in NAMES:
+        raise distributed.UserError(f"--opt {args.opt}: expected one of {', '.join(NAMES)}")
+    kwargs = {"lr": lr, "weight_decay": args.weight_decay, "momentum": args.momentum, "eps": args.opt_eps}
+    if args.opt_betas is not None:
+        kwargs["betas"] = tuple(args.opt_betas)
+    with distributed.user_errors(f"--opt {args.opt} and its flags"):
+        if args.opt.lower() == "adamw":
+            del kwargs["momentum"]
+            return torch.optim.AdamW(groups, **kwargs, fused=True)
+        if name.startswith("fused") and not _has_apex():
+            optimizer = _instead_of_apex(name, groups, kwargs)
+            distributed.log(f"--opt {args.opt}: apex is not installed, {type(optimizer).__module__} runs instead")
+            return optimizer if name == args.opt.lower() else Lookahead(optimizer)
+        if "sgd" in name or name in ("nesterov", "momentum"):
+            del kwargs["eps"]
+        name = (
+            args.opt.lower().replace("nesterov", "sgd").replace("nvnovograd", "novograd")
+        )  # timm has one of the latter
+        return create_optimizer_v2(groups, name, **kwargs)  # type: ignore[arg-type]
+
+
+def param_groups(model: nn.Module, weight_decay: float, skip: Iterable[str] = ()) -> list[dict]:
+    """Two optimizer groups of the trainable parameters, with weight decay and without, in the order of appearance.
+
+    Without any weight decay: one group of all parameters, frozen ones too, as upstream.
+    """
+    if weight_decay == 0:
+        return [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    plain, decayed = lr_decay.decay_groups(model, weight_decay, set(skip))
+    named = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    first_is_plain = lr_decay.exempt(*next(iter(named)), set(skip))
+    return [plain, decayed] if first_is_plain else [decayed, plain]
