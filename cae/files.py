@@ -8,7 +8,13 @@ from common import distributed
 
 
 def run_files(args: argparse.Namespace, every: int, prefix: str = "", phase: int = 1) -> distributed.Files:
-    """checkpoint.pth, and <prefix>checkpoint-<epoch>.pth; every, phase: as in `distributed.Files`."""
+    """checkpoint.pth, and <prefix>checkpoint-<epoch>.pth; every, phase: as in `distributed.Files`.
+
+    Raises:
+        distributed.UserError: the prefix is no part of a file name.
+    """
+    if "/" in prefix:
+        raise distributed.UserError(f"--exp_name {args.exp_name}: expected a part of file names, without /")
     numbered = prefix.replace("{", "{{").replace("}", "}}") + "checkpoint-{epoch}.pth"
     return distributed.Files(numbered=numbered, every=every, phase=phase, events=args.log_dir or "")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from torch import nn
 
 from cae import main_finetune
 from common import distributed
@@ -35,8 +36,10 @@ def main(args: argparse.Namespace) -> None:
     model = main_finetune.build_model(args, lin_probe=probe, linear_type=args.linear_type)
     if probe:
         main_finetune.freeze(model, "query_token", "attentive_blocks", "head")
-    head_std = 0.01 if probe else 0.0
-    main_finetune.run(args, model, head_std, f"{args.exp_name}_", is_train=args.eval_bn == "batch")
+        assert isinstance(model.head, nn.Linear)
+        nn.init.normal_(model.head.weight, std=0.01)
+        nn.init.zeros_(model.head.bias)
+    main_finetune.run(args, model, prefix=f"{args.exp_name}_", is_train=args.eval_bn == "batch")
 
 
 if __name__ == "__main__":

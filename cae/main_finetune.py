@@ -109,6 +109,8 @@ def build_model(args: argparse.Namespace, **overrides) -> VisionTransformer:
     """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
     if args.model not in MODELS:
         raise distributed.UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    if args.model.endswith(("_384", "_512")) and not args.model.endswith(f"_{args.input_size}"):
+        raise distributed.UserError(f"--model {args.model}: expected --input_size {args.model[-3:]}")
     keywords = {
         "img_size": args.input_size,
         "num_classes": args.nb_classes,
@@ -229,6 +231,8 @@ def run(args: argparse.Namespace, model: VisionTransformer, head_std: float = 0.
     if args.finetune and not args.eval and not resume:
         keys = tuple(args.model_key.split("|"))
         load_encoder(model, args.finetune, head_std, keys, args.model_prefix, keep_norm=not args.new_cls_norm)
+    elif args.finetune and resume:
+        distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     model.to(device)
     net = distributed.wrap(model, device, args.compile)
     place = torch.device("cpu") if args.model_ema_force_cpu else None
@@ -278,6 +282,8 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     if args.enable_linear_eval:
         freeze(model, "head", "fc_norm")
+        if args.aa == get_args_parser().get_default("aa"):
+            args.aa = ""  # as upstream
     run(args, model, head_std=0.01 if args.enable_linear_eval else 0.0)
 
 

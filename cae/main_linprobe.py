@@ -92,6 +92,8 @@ def main(args: argparse.Namespace) -> None:
     resume = resume_path(args)
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=0.01, resize_positions=True)
+    elif args.finetune and resume:
+        distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     head = add_probe(model)
     model.to(device)
     net = distributed.wrap(model, device, args.compile)
@@ -115,6 +117,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_checkpoint(resume, model, val_loader, updater)
         return
+    if args.log_dir == get_args_parser().get_default("log_dir"):
+        args.log_dir = args.output_dir
     files = run_files(args, args.save_freq, phase=0)
     parts = {"optimizer": optimizer, "scaler": updater.scaler}
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)

@@ -143,6 +143,10 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
     """
     tokenizer = build_tokenizer(args)
     masking = build_masking(args)
+    if args.crop_min_size > args.crop_max_size:
+        raise distributed.UserError(
+            f"--crop_min_size {args.crop_min_size}: is above --crop_max_size {args.crop_max_size}"
+        )
     with distributed.user_errors("--train_interpolation, --second_interpolation"):
         augment = PretrainAugmentation(
             args.input_size,

@@ -166,6 +166,7 @@ class VisionTransformer(nn.Module):
         if abs_pos_emb and self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         rescale_by_depth([(b.attn.proj, b.mlp.fc2) for b in self.blocks])  # type: ignore[union-attr]
+        self.register_load_state_dict_pre_hook(lambda _module, state, *_: rename_revision_a(state))
         if isinstance(self.head, nn.Linear):
             self.head.weight.data.mul_(init_scale)
             self.head.bias.data.mul_(init_scale)
@@ -248,6 +249,14 @@ def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return encoder or {key.removeprefix("module."): value for key, value in state.items()}
 
 
+def rename_revision_a(state: dict[str, Tensor], *_) -> None:
+    """Give the attentive probe of the authors' earlier revision its names of today, in place."""
+    for key in [key for key in state if key.startswith("attentive_blocks.")]:
+        value = state.pop(key)
+        if ".norm2_cross." not in key:
+            state[re.sub(r"\.norm1_([qkv])\.", r".norm_\1.", key)] = value
+
+
 def load_pretrained(
     model: VisionTransformer, state: dict[str, Tensor], resize_positions: bool = False, keep_norm: bool = True
 ) -> tuple[list[str], list[str]]:
@@ -264,10 +273,11 @@ def load_pretrained(
         ValueError: encoder weights are missing or have other shapes.
     """
     state, own = encoder_weights(state), model.state_dict()
-    for key in [key for key in state if key.startswith("attentive_blocks.")]:  # of the earlier revision
-        value = state.pop(key)
-        if ".norm2_cross." not in key:
-            state[re.sub(r"\.norm1_([qkv])\.", r".norm_\1.", key)] = value
+    rename_revision_a(state)
+    if model.lin_probe and "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
+        state |= {
+            key: state.pop(f"fc_{key}") for key in ("norm.weight", "norm.bias")
+        }  # of a fine-tuned model that pools
     if "fc_norm.weight" in own and "norm.weight" in state:
         state |= {f"fc_{key}": state.pop(key) for key in ("norm.weight", "norm.bias")}
     elif not keep_norm and not model.lin_probe:

@@ -426,7 +426,8 @@ class Updater:
         skipped = False
         if self.guard_on_device:
             self._frozen = torch.maximum(self._frozen, (~norm.isfinite()).float())
-            self.optimizer.found_inf = self._frozen  # type: ignore[attr-defined]  # read by fused optimizers
+            inner = getattr(self.optimizer, "base_optimizer", self.optimizer)  # of Lookahead
+            inner.found_inf = self._frozen  # type: ignore[attr-defined]  # read by fused optimizers
         else:
             skipped = self._check(norm)
         self._losses.clear()

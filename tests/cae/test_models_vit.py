@@ -398,7 +398,7 @@ TUNED: list[dict[str, Any]] = [{"use_rel_pos_bias": True}, {"use_mean_pooling": 
 @pytest.mark.parametrize("source", TUNED, ids=str)
 @pytest.mark.parametrize("target", TUNED, ids=str)
 def test_load_encoder__takes_fine_tuned_and_probed_files(tmp_path, source, target, classes, capsys):
-    """Every kind of downstream checkpoint starts every kind; a norm of tokens also serves as that of their mean."""
+    """Every kind of downstream checkpoint starts every kind; norms of tokens and of their mean serve for each other."""
     tuned = small(seed=1, **source)
     if source == PROBE:
         add_probe(tuned)
@@ -409,7 +409,8 @@ def test_load_encoder__takes_fine_tuned_and_probed_files(tmp_path, source, targe
     for key in [k for k in own if k.startswith(("blocks.", "patch_embed.", "cls_token")) and k in state]:
         assert torch.equal(own[key], state[key]), key
     for new in ("norm.weight", "fc_norm.weight"):
-        given = [state[key] for key in (new, "norm.weight") if key in state]
+        others = ("norm.weight", "fc_norm.weight") if model.lin_probe else ("norm.weight",)
+        given = [state[key] for key in (new, *others) if key in state]
         if new in own and given:
             assert torch.equal(own[new], given[0]), new
         elif new in own:
