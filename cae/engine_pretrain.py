@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from cae.models_cae import cae_loss
+from cae.models_cae import cae_loss, split_patches
 from common import distributed, lr_sched
 from common.datasets import Loader
 
@@ -49,7 +49,7 @@ def batch_losses(
     with torch.no_grad(), torch.autocast(imgs.device.type, enabled=False):
         ids = tokenizer.get_codebook_indices(token_imgs).flatten(1)  # (B, N)
     num_masked = int(masks[0].sum()) if num_masked is None else num_masked
-    masked = masks.int().argsort(dim=1, stable=True)[:, masks.shape[1] - num_masked :]
+    _, masked = split_patches(masks, num_masked)
     labels = ids.gather(1, masked).flatten()
     logits, predicted, target = model(imgs, masks, num_masked=num_masked)
     with torch.autocast(imgs.device.type, enabled=False):

@@ -1,5 +1,4 @@
-# same as saim/figures.py
-"""What both visualizers need: choosing and reading images, pixels for the eye, writing files."""
+"""Choosing and reading images, pixels for the eye, writing files."""
 
 import argparse
 import contextlib
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import default_loader
 
@@ -18,6 +16,7 @@ from common import datasets
 from common.distributed import UserError
 
 
+# same as saim/figures.py
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which images to draw, on what device and where to."""
     parser.add_argument("--images", nargs="+", default=[], help="image files")
@@ -27,6 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto: CUDA if present, else cpu")
 
 
+# same as saim/figures.py
 def spread(samples: list[tuple[str, int]], number: int, seed: int) -> list[str]:
     """Draw `number` paths of (path, class) samples, from every class in turn; sorted."""
     seen: Counter[int] = Counter()
@@ -38,6 +38,7 @@ def spread(samples: list[tuple[str, int]], number: int, seed: int) -> list[str]:
     return sorted(path for _, path in turns[:number])
 
 
+# same as saim/figures.py
 def chosen_images(args: argparse.Namespace) -> list[str]:
     """The image files of the flags.
 
@@ -54,6 +55,7 @@ def chosen_images(args: argparse.Namespace) -> list[str]:
     return spread(dataset.samples, args.num_images, args.seed)
 
 
+# same as saim/figures.py
 def read_images(paths: list[str], input_size: int) -> Tensor:
     """Images through the validation transform, (N, 3, input_size, input_size).
 
@@ -71,6 +73,7 @@ def read_images(paths: list[str], input_size: int) -> Tensor:
     return torch.stack(images)
 
 
+# same as saim/figures.py
 def to_pixels(imgs: Tensor) -> np.ndarray:
     """Undo the normalisation: (N, 3, H, W) -> (N, H, W, 3) uint8."""
     mean, std = (imgs.new_tensor(x)[:, None, None] for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
@@ -78,19 +81,7 @@ def to_pixels(imgs: Tensor) -> np.ndarray:
     return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def enlarge(panel: np.ndarray, factor: int) -> np.ndarray:
-    """Repeat every pixel of (H, W, ...) factor x factor times."""
-    return panel.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def save_row(path: Path, panels: list[np.ndarray], least: int = 128, gap: int = 4) -> None:
-    """Write equally large panels (H, W, 3) side by side, enlarged to at least `least` pixels, white between them."""
-    factor = -(-least // len(panels[0]))
-    panels = [enlarge(panel, factor) for panel in panels]
-    white = np.full((len(panels[0]), gap, 3), 255, np.uint8)
-    Image.fromarray(np.hstack([part for panel in panels for part in (white, panel)][1:])).save(path)
-
-
+# same as saim/figures.py
 @contextlib.contextmanager
 def writing(folder: str) -> Iterator[Path]:
     """Create folder for the files that are written inside.

@@ -29,7 +29,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    distributed.init(args.device)
+    device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
     probe = args.enable_linear_eval
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
         assert isinstance(model.head, nn.Linear)
         nn.init.normal_(model.head.weight, std=0.01)
         nn.init.zeros_(model.head.bias)
-    main_finetune.run(args, model, prefix=f"{args.exp_name}_", is_train=args.eval_bn == "batch")
+    main_finetune.run(args, model, device, prefix=f"{args.exp_name}_", is_train=args.eval_bn == "batch")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from cae.augmentation import HALF
 from cae.engine_finetune import evaluate_checkpoint, fit
 from cae.files import resume_path, run_files
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
-from common import datasets, distributed, lr_decay, lr_sched
+from common import datasets, distributed, lr_decay
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -211,14 +211,20 @@ def freeze(model: nn.Module, *trained: str) -> None:
         param.requires_grad_(name.split(".")[0] in trained)
 
 
-def run(args: argparse.Namespace, model: VisionTransformer, head_std: float = 0.0, prefix: str = "", **kwargs) -> None:
-    """Load, train, evaluate as the flags say, on a device that is initialised.
+def run(
+    args: argparse.Namespace,
+    model: VisionTransformer,
+    device: torch.device,
+    head_std: float = 0.0,
+    prefix: str = "",
+    **kwargs,
+) -> None:
+    """Load, train, evaluate as the flags say.
 
     Args:
         model: with its frozen parts frozen. head_std: as in `load_encoder`.
         prefix: of the numbered checkpoints. kwargs: of the forward pass in evaluations.
     """
-    device = distributed.init(args.device)
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
     args.accum_iter = args.update_freq
@@ -241,16 +247,10 @@ def run(args: argparse.Namespace, model: VisionTransformer, head_std: float = 0.
     images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)
     updates = max(1, len(loader) // args.accum_iter)
-    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
-        lr = lr_sched.cosine_table(
-            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
-        )
-    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    decay = lr_sched.cosine_table(args.weight_decay, end, args.epochs, updates)
+    by_update = optim.build_rates(args, updates)
 
     def rates(epoch: int, step: int) -> tuple[float, float]:
-        update = epoch * updates + min(step // args.accum_iter, updates - 1)
-        return float(lr[update]), float(decay[update])
+        return by_update(epoch * updates + min(step // args.accum_iter, updates - 1))
 
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     # Mixup folds the smoothing into its soft targets.
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace, model: VisionTransformer, head_std: float = 0.
 
 
 def main(args: argparse.Namespace) -> None:
-    distributed.init(args.device)
+    device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
     model = build_model(args)
@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
         freeze(model, "head", "fc_norm")
         if args.aa == get_args_parser().get_default("aa"):
             args.aa = ""  # as upstream
-    run(args, model, head_std=0.01 if args.enable_linear_eval else 0.0)
+    run(args, model, device, head_std=0.01 if args.enable_linear_eval else 0.0)
 
 
 if __name__ == "__main__":

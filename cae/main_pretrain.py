@@ -18,8 +18,8 @@ from cae.files import resume_path, run_files
 from cae.masking_generator import MaskingGenerator, RandomMaskingGenerator
 from cae.models_cae import MODELS, ContextAutoencoderViT
 from cae.models_dalle import DalleTokenizer, map_pixels
-from cae.models_dvae import DiscreteVAE, load_tokenizer
-from common import datasets, distributed, lr_sched
+from cae.models_dvae import MEAN, STD, DiscreteVAE, load_tokenizer
+from common import datasets, distributed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -191,23 +191,12 @@ def build_tokenizer(args: argparse.Namespace, with_decoder: bool = False) -> Dal
 
 def tokenizer_view(tokenizer: DalleTokenizer | DiscreteVAE) -> Callable[[Tensor], Tensor]:
     """What a tokenizer makes of pixels in [0, 1] before it looks at them."""
-    return map_pixels if isinstance(tokenizer, DalleTokenizer) else transforms.Normalize(HALF, HALF)
+    return map_pixels if isinstance(tokenizer, DalleTokenizer) else transforms.Normalize(MEAN, STD)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """--opt on two groups, with and without weight decay; class and mask token are decayed."""
     return optim.create_optimizer(args, optim.param_groups(model, args.weight_decay), lr)
-
-
-def build_rates(args: argparse.Namespace, updates: int):
-    """Learning rate and weight decay by update: warm-up and cosine, and cosine; `updates` per epoch."""
-    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
-        lr = lr_sched.cosine_table(
-            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
-        )
-    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    weight_decay = lr_sched.cosine_table(args.weight_decay, end, args.epochs, updates)
-    return lambda update: (float(lr[update]), float(weight_decay[update]))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -222,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)
-    rates = build_rates(args, len(loader) // args.accum_iter)
+    rates = optim.build_rates(args, len(loader) // args.accum_iter)
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     distributed.log(

@@ -41,6 +41,17 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, x) if x.ndim == 2 else x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def split_patches(mask: Tensor, num_masked: int) -> tuple[Tensor, Tensor]:
+    """Indices (B, V) of the visible and (B, M) of the masked patches, in their order in the image.
+
+    Args:
+        mask: (B, N) bool, True = masked; num_masked of every row.
+    """
+    order = mask.int().argsort(dim=1, stable=True)
+    visible, masked = order.tensor_split([mask.shape[1] - num_masked], dim=1)
+    return visible, masked
+
+
 def truncated_(tensor: Tensor) -> Tensor:
     """Normal of 0.02 cut at one deviation (as upstream)."""
     return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
@@ -310,8 +321,7 @@ class ContextAutoencoderViT(nn.Module):
                 raise ValueError(
                     f"the masks hide {counts.tolist()} of {expected[1]} patches, expected equally many, not none or all"
                 )
-        order = mask.int().argsort(dim=1, stable=True)  # visible patches first, then the masked ones
-        visible, masked = order.tensor_split([mask.shape[1] - num_masked], dim=1)
+        visible, masked = split_patches(mask, num_masked)
         patches = self.encoder.patch_embed(x)
         latents = self._to_regressor(self.encoder(patches, visible))
         with torch.no_grad():
@@ -319,7 +329,7 @@ class ContextAutoencoderViT(nn.Module):
             own = patches if self.base_momentum is None else self.alignment_encoder.patch_embed(x)
             target = self._to_regressor(self.alignment_encoder(own.detach(), masked))[:, 1:]
         self._update_teacher()
-        pos = rows_at(self.rd_pos_embed[0, 1:], order)
+        pos = rows_at(self.rd_pos_embed[0, 1:], torch.cat([visible, masked], dim=1))
         q = self.mask_token.expand(len(x), num_masked, -1)
         predicted = self.regresser(q, latents[:, 1:], pos)
         logits = self.decoder(predicted + pos[:, visible.shape[1] :])

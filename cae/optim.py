@@ -1,7 +1,7 @@
 """CAE's optimizers by name: timm's and torch's, with apex's names mapped to the same updates where apex is absent."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2
@@ -10,7 +10,7 @@ from timm.optim.lookahead import Lookahead
 from timm.optim.nvnovograd import NvNovoGrad
 from torch import nn
 
-from common import distributed, lr_decay
+from common import distributed, lr_decay, lr_sched
 
 NAMES = (
     *("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "radam", "adamp", "sgdp", "adadelta", "adafactor"),
@@ -93,3 +93,14 @@ def param_groups(model: nn.Module, weight_decay: float, skip: Iterable[str] = ()
     named = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
     first_is_plain = lr_decay.exempt(*next(iter(named)), set(skip))
     return [plain, decayed] if first_is_plain else [decayed, plain]
+
+
+def build_rates(args: argparse.Namespace, updates: int) -> Callable[[int], tuple[float, float]]:
+    """Learning rate and weight decay by update: warm-up and cosine, and cosine; `updates` per epoch."""
+    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
+        lr = lr_sched.cosine_table(
+            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
+        )
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    weight_decay = lr_sched.cosine_table(args.weight_decay, end, args.epochs, updates)
+    return lambda update: (float(lr[update]), float(weight_decay[update]))

@@ -76,6 +76,11 @@ def gather_rows(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def additive(visible: Tensor) -> Tensor:
+    """Bool mask (N, Tq, Tk), True = visible -> (N, 1, Tq, Tk) of 0 and -inf."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -math.inf)[:, None]
+
+
 # ---- orders
 
 
@@ -364,8 +369,7 @@ class AimViT(nn.Module):
         permutation = self.permutation(x, attention_maps, noise, center_noise)
         content, query = self.visibility(permutation)
         query = torch.cat([content[:, :1], query], dim=1)
-        masks = [torch.zeros(m.shape, device=x.device).masked_fill(~m, -math.inf)[:, None] for m in (content, query)]
-        return masks[0], masks[1], permutation
+        return additive(content), additive(query), permutation
 
     def _plan(self, permutation: Tensor) -> tuple[Tensor | None, Visible, Visible]:
         """The order in which to sort the patches (None: image order), and what the two streams may see then."""
@@ -377,11 +381,8 @@ class AimViT(nn.Module):
             unique = unique or (ranks is not None and bool((ranks.diff(dim=1) > 0).all()))
             impl = "causal" if unique else "mask"
         if impl == "authors":
-            content, query = (
-                torch.zeros(m.shape, device=m.device).masked_fill(~m, -math.inf)[:, None]
-                for m in self.visibility(permutation)
-            )
-            return None, content, query
+            content, query = self.visibility(permutation)
+            return None, additive(content), additive(query)
         if impl == "mask":
             content, query = self.visibility(permutation)
             return None, content[:, None], query[:, None]

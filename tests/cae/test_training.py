@@ -16,7 +16,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torchvision import transforms
 
-from cae import engine_finetune, engine_pretrain, main_attentive, main_finetune, main_linprobe, main_pretrain
+from cae import engine_finetune, engine_pretrain, main_attentive, main_finetune, main_linprobe, main_pretrain, optim
 from cae.augmentation import HALF
 from cae.files import resume_path, run_files
 from cae.models_cae import ContextAutoencoderViT
@@ -100,7 +100,7 @@ def test_pretraining_trajectory(path):
     assert_groups(ref, model, optimizer)
     accum = hyper.get("update_freq", hyper.get("accum_iter", 1))
     per_epoch = hyper["niter_per_ep"]
-    rates = main_pretrain.build_rates(args, per_epoch)
+    rates = optim.build_rates(args, per_epoch)
     for i, name in enumerate(("lr_schedule", "wd_schedule")):
         if f"out/{name}" in ref:
             expected = ref[f"out/{name}"]
@@ -661,17 +661,17 @@ def test_resume_path(tmp_path):
 
 def test_rates_of_flags():
     args = main_pretrain.get_args_parser().parse_args(["--epochs", "4", "--warmup_epochs", "1", "--lr", "0.1"])
-    rates = main_pretrain.build_rates(args, 3)
+    rates = optim.build_rates(args, 3)
     assert rates(0) == (0.0, 0.05)
     assert rates(2)[0] == rates(3)[0] == 0.1
     args.warmup_steps, args.weight_decay_end = 2, 0.2
-    rates = main_pretrain.build_rates(args, 3)
+    rates = optim.build_rates(args, 3)
     assert [rates(i)[0] for i in (0, 1, 2)] == [0.0, 0.1, 0.1]
     assert rates(0)[1] == pytest.approx(0.05)
     assert rates(11)[1] > 0.19
     args.warmup_steps, args.warmup_epochs = -1, 5
     with pytest.raises(distributed.UserError, match="--epochs, --warmup_epochs and --warmup_steps: "):
-        main_pretrain.build_rates(args, 3)
+        optim.build_rates(args, 3)
 
 
 def test_masks_of_flags():
