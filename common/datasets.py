@@ -20,7 +20,15 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    default_collate,
+    get_worker_info,
+)
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
@@ -77,18 +85,22 @@ class UnlabelledImages(Dataset):
 class ListedImages(Dataset):
     """Images named by the lines "<path> <class index>" of a text file, relative to one of `roots`.
 
+    Args:
+        labelled: False takes lines "<path>", class 0.
     Raises:
         UserError: a line is not of that form, there is none, or the first image is under no root.
     """
 
-    def __init__(self, path: Path, *roots: Path):
+    def __init__(self, path: Path, *roots: Path, labelled: bool = True):
+        form = "'<path> <class index>'" if labelled else "'<path>'"
         try:
-            rows = [line.rsplit(maxsplit=1) for line in path.read_text("utf-8").splitlines() if line.strip()]
+            lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is no UTF-8 text, expected lines '<path> <class index>'") from error
+            raise UserError(f"{path}: is no UTF-8 text, expected lines {form}") from error
+        rows = [line.rsplit(maxsplit=1) if labelled else [line, "0"] for line in lines]
         bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2 or not row[1].isdecimal()), None)
         if bad is not None or not rows:
-            raise UserError(f"{path}: line {bad or 1}: expected '<path> <class index>'")
+            raise UserError(f"{path}: line {bad or 1}: expected {form}")
         root = next((root for root in roots if (root / rows[0][0]).is_file()), None)
         if root is None:
             raise UserError(f"{path}: {rows[0][0]} is not in {' or '.join(map(str, roots))}")
@@ -207,6 +219,14 @@ def _posterize(img: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
     return posterize(img, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(img.mode, img.size)
 
 
+def repair_posterize(policy: Any) -> Any:
+    """Let a timm augmentation policy keep 0 bits of an image; returns it."""
+    for op in getattr(policy, "ops", None) or [op for part in getattr(policy, "policy", []) for op in part]:
+        if isinstance(op, AugmentOp) and op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    return policy
+
+
 def tensor_and_normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD) -> list[Callable]:
     return [transforms.ToTensor(), transforms.Normalize(mean, std)]
 
@@ -242,10 +262,7 @@ def finetune_transform(
         std=std,
     )
     for step in transform.transforms:
-        ops = getattr(step, "ops", None) or [op for policy in getattr(step, "policy", []) for op in policy]
-        for op in ops:
-            if isinstance(op, AugmentOp) and op.aug_fn is posterize:
-                op.aug_fn = _posterize
+        repair_posterize(step)
     return transform
 
 
@@ -284,7 +301,7 @@ class Sample(NamedTuple):
 
 
 class _Samples(Dataset):
-    """Decoded, augmented samples; keys are (epoch, index), and random draws depend on (seed, epoch, index)."""
+    """Decoded, augmented samples; keys are those of `_EpochSampler`, and random draws depend on (seed, *key)."""
 
     def __init__(self, base: Any, transform: Callable, seed: int, replace_bad: bool):
         self.base, self.transform, self.seed, self.replace_bad = base, transform, seed, replace_bad
@@ -299,8 +316,8 @@ class _Samples(Dataset):
         samples = getattr(self.base, "samples", None)
         return samples[index][0] if samples else f"image {index} of {type(self.base).__name__}"
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, first = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        first = key[1]
         problems: list[str] = []
         for index in range(first, first + (MAX_BAD_IN_A_ROW if self.replace_bad else 1)):
             index %= len(self.base)
@@ -310,7 +327,7 @@ class _Samples(Dataset):
                 reason = " ".join(str(error).split()) or type(error).__name__
                 problems.append(f"{self._name(index)}: unreadable image ({reason})")
                 continue
-            with seeded(self.seed, epoch, first):
+            with seeded(self.seed, *key):
                 return Sample(self.transform(image), target, problems)
         return Sample(None, -1, problems)
 
@@ -328,13 +345,19 @@ class _Stream(IterableDataset):
                 yield Sample(self.transform(image), target, [])
 
 
-class _EpochSampler(DistributedSampler):
-    """DistributedSampler that yields (epoch, index) and can start inside an epoch."""
+class _EpochSampler(Sampler):
+    """Yields (epoch, index), or (epoch, index, copy) of a sampler that tells copies; can start inside an epoch."""
 
-    first = 0
+    def __init__(self, sampler: Any):
+        self.sampler, self.epoch, self.first = sampler, 0, 0
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), self.first, None))
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        self.sampler.set_epoch(self.epoch)
+        for index in itertools.islice(self.sampler, self.first, None):
+            yield (self.epoch, *index) if isinstance(index, tuple) else (self.epoch, index)
 
 
 def _collate(samples: list[Sample]) -> tuple[Any, Tensor, list[str]]:
@@ -360,14 +383,16 @@ def _end_workers(iterators: list[Any]) -> None:
 class Loader:
     """Batches (images, targets) on the device, for training or evaluation.
 
-    Training: order and augmentation of an epoch depend on (seed, epoch, index) alone, not on workers or history; the
-    last incomplete batch is dropped. Evaluation: in order; each image exactly once over all ranks, rank r of R taking
+    Training: order and augmentation of an epoch depend on (seed, epoch, index) alone, not on workers or history.
+    Evaluation: in order; each image exactly once over all ranks, rank r of R taking
     images r, r + R, ...
     Args:
         batch_size: per process.
         bad_images: "stop" raises on an unreadable image; "skip" takes the next one (training) or leaves it out
             (evaluation), and counts.
         accum_iter: a stop signal waits for the end of an update of that many batches.
+        sampler: of the training images, in place of a `DistributedSampler`; yields indices, or (index, copy).
+        drop_last: leave out an epoch's last batch where it is smaller.
     Raises:
         UserError: the training images do not fill one batch.
     """
@@ -384,22 +409,25 @@ class Loader:
         pin_mem: bool = True,
         bad_images: str = "stop",
         accum_iter: int = 1,
+        sampler: Any = None,
+        drop_last: bool = True,
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
         self.batch_size = batch_size
+        self.drop_last = drop_last or not train or isinstance(dataset, IterableDataset)
         streamed = isinstance(dataset, IterableDataset)
         if streamed:  # its reader shares the images out to ranks and workers
             dataset.set_loader_cfg(num_workers=num_workers)  # type: ignore[attr-defined]
         size: int = len(dataset)  # type: ignore[arg-type]
         self.images = size * (world_size() if streamed else 1)
         self.bad: list[str] = []  # unreadable images met so far, by this rank
-        sampler: Any = None
         if streamed:
+            sampler = None
             samples: Dataset = _Stream(dataset, transform, seed)
         else:
             samples = _Samples(dataset, transform, seed, replace_bad=train and bad_images == "skip")
             if train:
-                sampler = _EpochSampler(dataset, world_size(), rank(), shuffle=True, seed=seed)
+                sampler = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
             else:
                 sampler = [(0, index) for index in range(rank(), self.images, world_size())]
         self.sampler = sampler
@@ -410,7 +438,7 @@ class Loader:
             num_workers=num_workers,
             collate_fn=_collate,
             pin_memory=pin_mem and device.type == "cuda",
-            drop_last=train,
+            drop_last=train and self.drop_last,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # keeps the loader's own draws out of the model's
             persistent_workers=num_workers > 0 and sampler is not None,
@@ -429,7 +457,11 @@ class Loader:
     def __len__(self) -> int:
         """Batches per epoch and rank."""
         own = self.images // world_size() if self.sampler is None else len(self.sampler)
-        return own // self.batch_size if self.train else -(-own // self.batch_size)
+        return own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
+
+    def _full(self, step: int) -> int:
+        """Images that training batch `step` must have."""
+        return self.batch_size if self.drop_last else min(self.batch_size, len(self.sampler) - step * self.batch_size)
 
     def start(self, position: Position) -> tuple[int, dict[str, list[float]]]:
         """The batch at which a run continues, and the meters there; none where the steps of the epoch changed."""
@@ -455,7 +487,7 @@ class Loader:
             Stopped: a stop signal arrived; raised where an update is complete.
         """
         if isinstance(self.sampler, _EpochSampler):
-            self.sampler.set_epoch(epoch)
+            self.sampler.epoch = epoch
             self.sampler.first = start * self.batch_size
         elif isinstance(self.loader.dataset, _Stream):
             self.loader.dataset.epoch = epoch
@@ -463,7 +495,7 @@ class Loader:
                 self.loader.dataset.base.set_epoch(epoch)
         self._running[:] = [iter(self.loader)]
         for step, (images, targets, problems) in enumerate(self._running[0], start):
-            fatal = bool(problems) and (self.bad_images == "stop" or (self.train and len(targets) < self.batch_size))
+            fatal = bool(problems) and (self.bad_images == "stop" or (self.train and len(targets) < self._full(step)))
             if self.train:
                 signum, anywhere = agree(fatal)
                 if signum and step % self.accum_iter == 0:
@@ -482,7 +514,8 @@ class Loader:
                 yield tree_map(lambda x: x.to(self.device, non_blocking=True), (images, targets))
 
 
-def _loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:
+def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:
+    """Batches of a data set by the flags; kwargs: of `Loader`."""
     options = {"num_workers": args.num_workers, "pin_mem": args.pin_mem, "bad_images": args.bad_images}
     return Loader(dataset, transform, device=device, **{"batch_size": args.batch_size, **options, **kwargs})
 
@@ -490,7 +523,7 @@ def _loader(args: argparse.Namespace, dataset: Any, transform: Callable, device:
 def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device) -> Loader:
     """Training batches of the flags; labels are not needed."""
     images = image_dataset(args.data_path, True, False, args.dataset, args.train_split, args.batch_size)
-    return _loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter)
+    return build_loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter)
 
 
 def supervised_loaders(
@@ -513,6 +546,6 @@ def supervised_loaders(
     val = image_dataset(path, False, True, args.dataset, args.val_split, args.batch_size, **kwargs)
     check_classes(train, val, args.nb_classes)
     return (
-        _loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),
-        _loader(args, val, val_transform, device, train=False, batch_size=val_batch_size or args.batch_size),
+        build_loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),
+        build_loader(args, val, val_transform, device, train=False, batch_size=val_batch_size or args.batch_size),
     )

@@ -60,7 +60,7 @@ def plot(runs: dict[str, Run]) -> Figure:
     known = {name: None for run in runs.values() for values in run.values() for name in values}  # ordered
     panels = {
         "loss": [name for name in known if name.endswith("loss")],
-        "accuracy (%)": [name for name in known if "_acc" in name],
+        "accuracy (%)": [name for name in known if "_acc" in name or "_top" in name],
         "learning rate": [name for name in known if name.endswith("_lr")],
     }
     panels = {title: names for title, names in panels.items() if names}

@@ -1,6 +1,7 @@
 """Running on one or many processes: the group and its ranks, checkpoints, meters and logs."""
 
 from common.distributed.checkpoint import (
+    WEIGHT_KEYS,
     Checkpoint,
     Files,
     Position,

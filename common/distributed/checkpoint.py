@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,17 +115,34 @@ def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
     return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
 
 
+@dataclass
+class Position:
+    """Where a run stands: the epoch to train next, the images of it already seen by all ranks, each rank's meters."""
+
+    epoch: int = 0
+    images: int = 0
+    meters: list[dict[str, list[float]]] = field(default_factory=list)
+
+    def own_meters(self) -> dict[str, list[float]]:
+        """This rank's meters; on another number of processes, rank 0 takes the sums of all."""
+        if len(self.meters) == world_size():
+            return self.meters[rank()]
+        names = self.meters[0] if self.meters and is_main() else ()
+        return {name: [sum(m[name][i] for m in self.meters) for i in (0, 1)] for name in names}
+
+
 @dataclass(frozen=True)
 class Files:
     """How a method's authors name the files of a run and the keys of its checkpoints; the defaults are MAE's."""
 
     latest: str = "checkpoint.pth"
-    numbered: str = "checkpoint-{epoch}.pth"  # kept, with epochs counted from 0
+    numbered: str = "checkpoint-{epoch}.pth"  # kept, with epochs counted from 0; {done}: from 1
+    keep_all: bool = True  # False keeps only the last numbered one
     every: int = 0  # epochs between the numbered ones, the last epoch's comes in any case; 0 keeps none
     phase: int = 0  # epochs e with (e + phase) % every == 0 are kept
     weights: str = "model"  # key of the network's weights
-    values: dict[str, Any] = field(default_factory=dict)  # further plain values
-    epoch: int = 0  # what the key 'epoch' holds after the first epoch
+    values: dict[str, Any] | Callable[[Position], dict[str, Any]] = field(default_factory=dict)  # further plain values
+    epoch: int = 0  # what the key 'epoch' (or upstream's meta.epoch) holds after the first epoch
     log: str = "log.txt"
     events: str = ""  # TensorBoard's folder, if it is another one than the run's
 
@@ -153,7 +170,7 @@ def weights_of(state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_
     raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {found}")
 
 
-def load_weights(model: torch.nn.Module, path: str) -> dict[str, Any]:
+def load_weights(model: Stateful, path: str) -> dict[str, Any]:
     """Load the weights of a checkpoint strictly, and return the whole checkpoint.
 
     Raises:
@@ -169,22 +186,6 @@ def _restore(part: Stateful, state: dict[str, Any], path: str, key: str) -> None
         part.load_state_dict(state)
 
 
-@dataclass
-class Position:
-    """Where a run stands: the epoch to train next, the images of it already seen by all ranks, each rank's meters."""
-
-    epoch: int = 0
-    images: int = 0
-    meters: list[dict[str, list[float]]] = field(default_factory=list)
-
-    def own_meters(self) -> dict[str, list[float]]:
-        """This rank's meters; on another number of processes, rank 0 takes the sums of all."""
-        if len(self.meters) == world_size():
-            return self.meters[rank()]
-        names = self.meters[0] if self.meters and is_main() else ()
-        return {name: [sum(m[name][i] for m in self.meters) for i in (0, 1)] for name in names}
-
-
 class Checkpoint:
     """The checkpoint files of a run: the latest, the one that it replaced, and the numbered ones.
 
@@ -198,7 +199,7 @@ class Checkpoint:
         self,
         folder: str,
         args: argparse.Namespace,
-        model: torch.nn.Module,
+        model: Stateful,
         files: Files | None = None,
         **parts: Stateful,
     ):
@@ -237,13 +238,14 @@ class Checkpoint:
         files, done = self.files, position.epoch
         state: dict[str, Any] = {key: part.state_dict() for key, part in self.parts.items()}
         state |= {files.weights: self.model.state_dict(), "epoch": done - 1 + files.epoch, "args": vars(self.args)}
-        state |= {"images": position.images, "meters": position.meters, "best": self.best, **files.values}
+        state |= {"images": position.images, "meters": position.meters, "best": self.best}
+        state |= files.values(position) if callable(files.values) else files.values
         log_file = self.folder / files.log
         state["log_bytes"] = log_file.stat().st_size if log_file.exists() else 0
         names = [name or files.latest]
         due = files.every and ((done - 1 + files.phase) % files.every == 0 or done == self.args.epochs)
         if due and done and not name and not position.images:
-            names.append(files.numbered.format(epoch=done - 1))
+            names.append(files.numbered.format(epoch=done - 1, done=done))
         for target in (self.folder / n for n in names):
             temporary = target.with_suffix(".tmp")
             try:
@@ -259,6 +261,10 @@ class Checkpoint:
                     temporary.unlink()
                 why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
                 raise UserError(f"{target}: cannot be written ({why}); earlier checkpoints are intact") from error
+        if len(names) > 1 and not files.keep_all:
+            for path in self.folder.glob(re.sub(r"\{.*?\}", "*", files.numbered)):
+                if path.name not in names:
+                    path.unlink()
 
     def _keep_previous(self, target: Path) -> None:
         """Give the file that is about to be replaced a second name; without hard links nothing is kept."""
@@ -293,7 +299,8 @@ class Checkpoint:
             return Position(start_epoch)
         optimizer = self.parts.get("optimizer")
         state = load_weights(self.model, path)
-        complete = "optimizer" in state and isinstance(state.get("epoch"), int)
+        epoch = state.get("epoch", state["meta"].get("epoch") if isinstance(state.get("meta"), dict) else None)
+        complete = "optimizer" in state and isinstance(epoch, int)
         if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice
             for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
                 group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
@@ -302,13 +309,13 @@ class Checkpoint:
                 _restore(part, state[key], path, key)
             else:
                 self.missing.append(key)
-        if not complete:
+        if not complete or epoch is None:
             log(f"resumed weights only from {path}")
             return Position(start_epoch)
         self.best = state.get("best", 0.0)
         if Path(path).resolve().parent == self.folder.resolve():
             self._log_bytes = state.get("log_bytes")
-        done = state["epoch"] + 1 - self.files.epoch
+        done = epoch + 1 - self.files.epoch
         position = Position(done, state.get("images", 0), state.get("meters", []))
         log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")
         return position

@@ -87,14 +87,17 @@ def stop_signal() -> int:
 # Smallest and largest values of flags that all methods share; NaN fits nowhere.
 RANGES = {
     **dict.fromkeys(("batch_size", "batch_size_per_gpu", "epochs", "accum_iter", "update_freq"), (1, math.inf)),
-    **dict.fromkeys(("input_size", "patch_size", "save_freq", "saveckp_freq"), (1, math.inf)),
+    **dict.fromkeys(("input_size", "patch_size", "save_freq", "saveckp_freq", "save_every"), (1, math.inf)),
+    **dict.fromkeys(("mask_patch_size", "train_size", "val_resize", "val_crop", "ema_update_interval"), (1, math.inf)),
+    **dict.fromkeys(("save_recon_every", "recon_iters_per_epoch", "fft_weight", "mask_init"), (0, math.inf)),
+    **dict.fromkeys(("unmask_weight", "fft_unmask_weight", "ema", "momentum"), (0, 1)),
     **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "mixup", "cutmix"), (0, 1e9)),
     **dict.fromkeys(("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"), (0, 1)),
     "clip_grad": (1e-12, math.inf),
     "layer_decay": (1e-12, 1),
     "recount": (1, math.inf),
-    **dict.fromkeys(("crop_min_size", "crop_max_size"), (1e-6, 1)),
+    **dict.fromkeys(("crop_min_size", "crop_max_size", "mask_ratio"), (1e-6, 1)),
     "nb_classes": (0, 1e7),
     "temperature": (1e-12, math.inf),
     "seed": (0, 2**32 - 1),
@@ -114,8 +117,13 @@ def check_ranges(args) -> None:
 
 
 def run(main: Callable, args) -> None:
-    """Check the flags' ranges and call main(args); an `Exit` becomes one line and its exit status."""
+    """Check the flags' ranges and call main(args); an `Exit` becomes one line and its exit status.
+
+    Args:
+        args: the flags, or what makes them.
+    """
     try:
+        args = args() if callable(args) else args
         check_ranges(args)
         main(args)
     except Exit as end:
@@ -229,11 +237,12 @@ def _rendezvous() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def init(device: str = "auto") -> torch.device:
+def init(device: str = "auto", deterministic: bool = False) -> torch.device:
     """Join the process group, if there is one, and return this process's device.
 
     Args:
         device: "auto" (CUDA where present, else CPU), "cpu", "cuda" or "cuda:<index>".
+        deterministic: cuDNN's deterministic kernels instead of the fastest.
     Raises:
         UserError: the device is unknown or absent.
     """
@@ -253,7 +262,8 @@ def init(device: str = "auto") -> torch.device:
             raise UserError(f"--device cuda:{index}: this machine has {torch.cuda.device_count()} CUDA devices")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.deterministic = deterministic
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
@@ -309,15 +319,21 @@ def seed_step(seed: int, step: int) -> None:
 # ---- model and optimizer step
 
 
-def wrap(model: nn.Module, device: torch.device, compile_model: bool = False, find_unused: bool = False) -> nn.Module:
-    """Compile the model in place if asked for and, with several processes, average its gradients over them."""
+def wrap(
+    model: nn.Module, device: torch.device, compile_model: bool = False, find_unused: bool = False, **options
+) -> nn.Module:
+    """Compile the model in place if asked for and, with several processes, average its gradients over them.
+
+    Args:
+        options: of DistributedDataParallel.
+    """
     if compile_model:
         model.compile()
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=ids, find_unused_parameters=find_unused, gradient_as_bucket_view=True
+        model, device_ids=ids, find_unused_parameters=find_unused, gradient_as_bucket_view=True, **options
     )
 
 
@@ -439,14 +455,18 @@ class Updater:
     @torch.no_grad()
     def average(self, average: nn.Module, model: nn.Module, decay: float) -> None:
         """Move the whole state of `average` to decay * average + (1 - decay) * model; frozen where updates are."""
-        share = (1 - decay) * (1 - self._frozen)
         pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
         for own, new in (pair for pair in pairs if not pair[0].is_floating_point()):
             own.copy_(new)
         own, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        share = share.to(own[0].device)
-        torch._foreach_mul_(own, 1 - share)  # type: ignore[reportPrivateImportUsage]
-        moved = torch._foreach_mul([x.to(share.device) for x in new], share)  # type: ignore[reportPrivateImportUsage]
+        self.move(own, new, 1 - decay)
+
+    @torch.no_grad()
+    def move(self, own: Sequence[Tensor], new: Sequence[Tensor], share: float) -> None:
+        """Move tensors by a share of the way to new ones; not at all where updates are frozen."""
+        factor = (share * (1 - self._frozen)).to(own[0].device)
+        torch._foreach_mul_(own, 1 - factor)  # type: ignore[reportPrivateImportUsage]
+        moved = torch._foreach_mul([x.to(factor.device) for x in new], factor)  # type: ignore[reportPrivateImportUsage]
         torch._foreach_add_(own, moved)  # type: ignore[reportPrivateImportUsage]
 
     def _check(self, norm: Tensor) -> bool:

@@ -1,0 +1,8 @@
+"""Upstream's name of ../../main_interactions.py --stage draw."""
+
+import runpy
+import sys
+from pathlib import Path
+
+sys.argv[1:1] = ["--stage", "draw"]
+runpy.run_path(str(Path(__file__).resolve().parents[2] / "main_interactions.py"), run_name="__main__")

@@ -1,0 +1,195 @@
+"""Configuration files: literal assignments of a script's flags, which the command line overrides."""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.distributed import UserError
+
+MAINS = {
+    "a2mim": "main_pretrain.py",
+    "simmim": "main_pretrain.py",
+    "finetune": "main_finetune.py",
+    "linear": "main_linprobe.py",
+}
+NOT_IN_FILES = ("help", "config", "print_config", "cfg_options")
+
+
+def boolean(text: str) -> bool:
+    """Type of a flag that is on or off."""
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text}: expected true or false")
+
+
+def patterns(text: str) -> list[tuple[str, dict[str, float]]]:
+    """Type of --paramwise: a Python literal [("pattern", {"weight_decay": 0.0, "lr_mult": 0.1}), ...]."""
+    try:
+        rows = [(str(pattern), {str(k): float(v) for k, v in options.items()}) for pattern, options in literal(text)]
+    except (ValueError, TypeError, AttributeError) as error:
+        form = '[("pattern", {"weight_decay": 0.0}), ...]'
+        raise argparse.ArgumentTypeError(f"{text}: expected {form}") from error
+    return rows
+
+
+def literal(text: str) -> Any:
+    """A Python literal; raises ValueError."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{text}: is no Python literal") from error
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the configuration and what upstream's tools/train.py takes besides."""
+    p = parser
+    p.add_argument("config", nargs="?", default="", help="file of literal assignments, name = value, of these flags")
+    p.add_argument("--print_config", action="store_true", help="print the values of all flags as such a file, and exit")
+    p.add_argument("--cfg-options", nargs="+", default=[], metavar="NAME=VALUE", help="flags in upstream's form")
+    p.add_argument("--work_dir", "--output_dir", dest="output_dir", default=None, help="default: by the configuration")
+    p.add_argument("--resume_from", dest="resume", default=argparse.SUPPRESS, help="as --resume")
+    p.add_argument("--auto_resume", action="store_true", help="no effect: what is in --work_dir is always continued")
+    p.add_argument("--pretrained", default="", help="checkpoint with the encoder to start from")
+    p.add_argument("--load_checkpoint", default="", help="checkpoint with the whole network to start from")
+    p.add_argument("--deterministic", action="store_true", help="deterministic kernels on GPUs")
+    p.add_argument("--diff-seed", action="store_true", help="no effect: random draws differ between processes")
+    p.add_argument("--launcher", default="none", help="no effect: the environment tells the launcher")
+    for flag in ("--gpus", "--gpu_ids", "--gpu-id", "--port"):
+        p.add_argument(flag, nargs="+", help="no effect: the launcher decides")
+
+
+def read(path: str) -> dict[str, Any]:
+    """The assignments of a configuration file; nothing is executed.
+
+    Raises:
+        UserError: it cannot be read, or a line is no literal assignment to one name.
+    """
+    try:
+        tree = ast.parse(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise UserError(f"{path}: line {line}: expected assignments, name = value") from error
+    values: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        try:
+            assert isinstance(node, ast.Assign)
+            assert isinstance(target, ast.Name)
+            values[target.id] = ast.literal_eval(node.value)
+        except (AssertionError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: line {node.lineno}: expected name = value, a number, text, list ...") from error
+    return values
+
+
+def _words(action: argparse.Action, name: str, value: Any) -> list[str]:
+    """A value as it stands on a command line."""
+    if action.nargs is not None and isinstance(value, (list, tuple)):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def _option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
+
+
+def _set_defaults(parser: argparse.ArgumentParser, where: str, values: dict[str, Any]) -> None:
+    """Make checked values the parser's defaults."""
+    actions = _option_names(parser)
+    unknown = next((name for name in values if name not in actions or actions[name].dest in NOT_IN_FILES), None)
+    if unknown:
+        raise UserError(f"{where}: {unknown} is no flag of this script, see --help")
+    complain = parser.error
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{where}: {message}")
+
+    parser.error = error  # type: ignore[method-assign]
+    switches = {n: v for n, v in values.items() if actions[n].nargs == 0 or v is None}
+    bad = next((n for n, v in switches.items() if v not in (True, False, None)), None)
+    if bad:
+        raise UserError(f"{where}: {bad} {switches[bad]}: expected True or False")
+    words = [word for name, value in values.items() if name not in switches for word in _words(actions[name], name, value)]
+    parsed = vars(parser.parse_args(words))
+    parser.error = complain  # type: ignore[method-assign]
+    parser.set_defaults(**{actions[n].dest: switches.get(n, parsed[actions[n].dest]) for n in values})
+
+
+def _cfg_options(options: list[str]) -> dict[str, Any]:
+    """name=value pairs; of dotted names the last part counts."""
+    values = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals:
+            raise UserError(f"--cfg-options {option}: expected name=value")
+        try:
+            value = literal(text)
+        except ValueError:
+            value = text
+        values[name.split(".")[-1]] = value
+    return values
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of a command line on top of those of its configuration. Prints them and exits for --print_config.
+
+    Raises:
+        UserError: the configuration cannot be read or names an unknown flag or value.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.config:
+        _set_defaults(parser, args.config, read(args.config))
+        args = parser.parse_args(argv)
+    if args.cfg_options:
+        overrides = _cfg_options(args.cfg_options)
+        _set_defaults(parser, "--cfg-options", overrides)
+        actions = _option_names(parser)
+        for name in overrides:
+            setattr(args, actions[name].dest, parser.get_default(actions[name].dest))
+    if args.pretrained and args.load_checkpoint:
+        raise UserError("--pretrained and --load_checkpoint: expected one of them")
+    if args.output_dir is None:
+        args.output_dir = work_dir(args.config)
+    if args.print_config:
+        print(to_text(parser, args), end="")
+        raise SystemExit(0)
+    return args
+
+
+def work_dir(config: str) -> str:
+    """Upstream's folder of a configuration's runs: work_dirs/<its second folder>/<its name>."""
+    parts = Path(config).with_suffix("").parts
+    return str(Path("work_dirs", *parts[1:2] if len(parts) > 2 else (), *parts[-1:]))
+
+
+def to_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The values of all flags that have an effect, as a configuration file."""
+    shown: dict[str, str] = {}  # name by destination
+    for action in parser._actions:
+        effective = not (action.help or "").startswith("no effect") and action.default is not argparse.SUPPRESS
+        if action.option_strings and effective and action.dest not in NOT_IN_FILES:
+            shown.setdefault(action.dest, action.option_strings[0].lstrip("-"))
+    return "".join(f"{name} = {getattr(args, dest)!r}\n" for dest, name in shown.items())
+
+
+def script(argv: list[str]) -> str:
+    """Path of the main that a command line is for, by the method of its configuration; ends with one line if it has
+    none."""
+    path = next((word for word in argv if word.endswith(".py")), "")
+    try:
+        if not path:
+            raise UserError("expected a configuration, such as configs/openmixup/pretrain/a2mim/imagenet/....py")
+        method = read(path).get("method")
+        if method not in MAINS:
+            raise UserError(f"{path}: method {method}: expected one of {', '.join(MAINS)}")
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    return str(Path(__file__).with_name(MAINS[method]))

@@ -1,0 +1,133 @@
+"""A2MIM's images: list files or folders, samplers, augmentations, and pixels that become floats on the device."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DistributedSampler, IterableDataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from a2mim.masking_generator import BlockwiseMaskGenerator
+from common import datasets, distributed
+
+# As upstream: ImageNet's mean in the order blue, green, red fills the corners of RGB images.
+RAND_AUGMENT_FILL = (104, 116, 124)
+
+
+# ---- which images, in which order
+
+
+def images(args: argparse.Namespace, train: bool, labelled: bool) -> Any:
+    """The images of the flags: by upstream's list files meta/<name of --data_path>/*.txt beside --data_path where they
+    exist, else from class folders or timm's data sets.
+
+    Raises:
+        UserError: as `datasets.image_dataset`.
+    """
+    root = Path(args.data_path)
+    meta = root.parent / "meta" / root.name
+    lists = meta / ("train_labeled_full.txt" if train else "val_labeled.txt")
+    if train and not labelled:
+        lists = meta / "train_full.txt"
+    if not args.dataset and lists.is_file():
+        return datasets.ListedImages(lists, root / ("train" if train else "val"), root, labelled=labelled)
+    split = args.train_split if train else args.val_split
+    return datasets.image_dataset(args.data_path, train, labelled, args.dataset, split, args.batch_size)
+
+
+class ChunkSampler(DistributedSampler):
+    """Gives every rank a contiguous chunk of the epoch's permutation (as upstream), padded from its beginning."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
+        return iter(order[self.rank * self.num_samples :][: self.num_samples].tolist())
+
+
+class RepeatSampler(RepeatAugSampler):
+    """Repeated augmentation (arXiv 1901.09335): yields (index, number of the copy)."""
+
+    def __iter__(self):
+        positions = range(self.rank, self.total_size, self.num_replicas)
+        for index, position in zip(super().__iter__(), positions, strict=False):
+            yield index, position % self.num_repeats
+
+
+def train_loader(
+    args: argparse.Namespace, dataset: Any, transform: Any, device: torch.device, repeated: bool = False
+) -> datasets.Loader:
+    """Training batches in upstream's order; the last batch of an epoch may be smaller. repeated: each image thrice."""
+    sampler = None
+    if not isinstance(dataset, IterableDataset):
+        world, rank = distributed.world_size(), distributed.rank()
+        sampler = (
+            RepeatSampler(dataset, world, rank) if repeated else ChunkSampler(dataset, world, rank, seed=args.seed)
+        )
+    return datasets.build_loader(
+        args,
+        dataset,
+        transform,
+        device,
+        seed=args.seed,
+        accum_iter=args.accum_iter,
+        sampler=sampler,
+        drop_last=False,
+    )
+
+
+# ---- what happens to an image
+
+
+class PretrainTransform:
+    """Crop, flip and mask: PIL image -> [pixels (3, H, W) uint8, mask (h, w)]."""
+
+    def __init__(self, generator: BlockwiseMaskGenerator, input_size: int, crop_scale: tuple[float, float]):
+        crop = transforms.RandomResizedCrop(input_size, crop_scale, interpolation=InterpolationMode.BILINEAR)
+        self.augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        self.generator = generator
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        return [self.augment(image), torch.from_numpy(self.generator.mask()).to(torch.uint8)]
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) uint8 -> float, by ImageNet's mean and deviation; floats are taken to be done."""
+    if pixels.is_floating_point():
+        return pixels
+    mean, std = (255 * torch.tensor(x, device=pixels.device) for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
+    return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def finetune_transform(aug: str, size: int, ra_level: int = 7) -> Any:
+    """Training augmentation by name: swin (timm's, with random erasing), rsb (RandAugment of ra_level), or plain.
+
+    swin gives normalised floats, the others uint8 pixels (`normalize`).
+    Raises:
+        ValueError: an unknown name.
+    """
+    if aug == "swin":
+        return datasets.finetune_transform(size)
+    if aug not in ("rsb", "plain"):
+        raise ValueError(f"aug {aug}: expected swin, rsb or plain")
+    steps = [
+        transforms.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+    ]
+    if aug == "rsb":
+        options = {"img_mean": RAND_AUGMENT_FILL, "interpolation": Image.Resampling.BICUBIC}
+        policy = rand_augment_transform(f"rand-m{ra_level}-mstd0.5-inc1", options)
+        steps.append(datasets.repair_posterize(policy))
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+def eval_transform(resize: int, crop: int) -> transforms.Compose:
+    """Shorter side to `resize`, bicubic, then the centre `crop` pixels, as uint8 (`normalize`)."""
+    resized = transforms.Resize(resize, interpolation=InterpolationMode.BICUBIC)
+    return transforms.Compose([resized, transforms.CenterCrop(crop), transforms.PILToTensor()])

@@ -1,0 +1,438 @@
+"""The representation bottleneck of a classifier: how strongly cells of an image interact, by the size of their context.
+
+Five stages, each of which skips what it finds done: sampler (choose images), pairs (draw pairs of cells and contexts),
+logits (evaluate the network), compute (interactions), draw (strength J by order). All is kept in
+<output_dir>/<output_dirname>_INTER_pixel_CLASS_random_GRID_<G>x<G>_seed<s>/MODEL_<arch>_DATA_<dataset>/:
+    settings.json                                         with chosen: [[<img>, index in the data set, class], ...]
+    pairs.npy                                             (images, pairs, 2)
+    players/ratio<r>/<img>.npy                            (pairs, contexts, m), r = 100 * ratio
+    interactions_logit/ratio<r>/<img>.pth                 by softmax_type: (pairs, 4 * contexts), the class's rewards
+    interactions_out_gt_softmax_<type>/ratio<r>/<img>.npy (pairs, contexts)
+    figures/<save_name>.npy, .png                         (orders,), and its curve
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import timm
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torchvision import transforms
+from tqdm import tqdm
+
+from a2mim.interactions import REWARDS, gen_contexts, gen_pairs, interactions, order_of, presence, rewards, strength
+from a2mim.models_a2mim import BACKBONES, build_classifier
+from a2mim.openmixup import load_classifier
+from common import datasets, distributed
+from common.distributed import UserError
+
+FIRST = "run --stage {} first, with the same flags"
+OUT = "interactions_out_gt_softmax_{}"
+STAGES = ("sampler", "pairs", "logits", "compute", "draw")
+ARCHS = {
+    "resnet": "resnet50",
+    "vit": "deit_small_patch16_224",
+    "swin": "swin_tiny_patch4_window7_224",
+    "mlpmixer": "mixer_s16_224",
+    "convnext": "convnext_tiny",
+    "convmixer": "convmixer_768_32",
+    "poolformer": "poolformer_s24",
+}
+# upstream config_cifar10.yaml and config_imagenet.yaml
+CIFAR = {"pairs": 200, "contexts": 100, "images": 50, "image_size": 32}
+IMAGENET = {"pairs": 50, "contexts": 50, "images": 500, "image_size": 224}
+RATIOS = [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1]
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text}: expected true or false")
+    return text.lower() in ("true", "1")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("Interactions", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--stage", default="all", choices=[*STAGES, "all"])
+    # ---- network
+    p.add_argument("--arch", default="vit", help=f"{', '.join(ARCHS)}, or a name of timm's")
+    p.add_argument(
+        "--backbone", default="", choices=["", *BACKBONES], help="or a network of this method's main_finetune.py"
+    )
+    p.add_argument("--checkpoint_path", help="its weights: of main_finetune.py or OpenMixup, or of timm's names")
+    p.add_argument("--checkpoint_name", help="file in --checkpoint_path, where that is a folder")
+    p.add_argument("--pretrained", default=False, type=boolean, nargs="?", const=True, help="timm's own weights")
+    p.add_argument("--class_number", type=int, help="default: as many as the data set has")
+    # ---- images
+    p.add_argument("--dataset", default="cifar10", help="cifar10, imagenet, or a timm data set: torch/cifar10, ...")
+    p.add_argument(
+        "--data_path", default="./data", help="folder with val/<class>/<image> or <class>/<image>, or timm's"
+    )
+    p.add_argument("--image_size", type=int, help="side in pixels; default 224, CIFAR 32")
+    p.add_argument("--images", type=int, help="how many; default 500, CIFAR 50, or all if there are fewer")
+    p.add_argument("--chosen_class", default="random", choices=["random"])
+    # ---- interactions
+    p.add_argument("--grid_size", default=16, type=int, help="G: cells per side; the paper's ImageNet figures have 14")
+    p.add_argument("--pairs", type=int, help="of cells, per image; default 50, CIFAR 200")
+    p.add_argument("--contexts", type=int, help="per pair and order; default 50, CIFAR 100")
+    p.add_argument("--stride", default=2, type=int, help="largest distance of a pair's cells in rows and columns")
+    p.add_argument(
+        "--ratios", default=RATIOS, nargs="+", type=float, help="orders, as shares of the G*G - 2 other cells"
+    )
+    p.add_argument("--softmax_type", default="modified", choices=REWARDS, help="reward: log p, logit of p, or logit")
+    p.add_argument("--inter_type", default="pixel", choices=["pixel"])
+    p.add_argument("--out_type", default="gt", choices=["gt"], help="the reward is the true class's")
+    # ---- files, process
+    p.add_argument("--output_dir", default="results", help="folder of all results")
+    p.add_argument("--output_dirname", default="result", help="how the name of this one's folder begins")
+    p.add_argument("--save_name", default="default", help="name of the curve's files")
+    p.add_argument("--cal_batch", default=100, type=int, help="masked images per forward pass")
+    p.add_argument("--allow_tf32", action="store_true", help="faster on a GPU; differences of rewards lose digits")
+    p.add_argument("--gpu_id", type=int, help="same as --device cuda:<gpu_id>, where there is CUDA")
+    p.add_argument("--no_cuda", action="store_true", help="same as --device cpu")
+    p.add_argument("--seed", default=0, type=int)
+    distributed.add_launch_flags(p)
+    return p
+
+
+# ---- files, progress, figures (main_fourier.py uses these, too)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """Open a file to write; it gets its name when it is complete.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def load_file(path: Path, advice: str) -> Any:
+    """Content of an .npy or torch file; raises UserError where there is none, or a damaged one."""
+    try:
+        return np.load(path) if path.suffix == ".npy" else torch.load(path, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing; {advice}") from error
+    except Exception as error:  # of many types
+        raise UserError(f"{path}: is damaged; delete it and {advice}") from error
+
+
+def progress(items: Sequence, what: str) -> Iterator:
+    """Walk items with a bar on a terminal, a line in ten seconds elsewhere; a stop signal ends it between two."""
+    bar = sys.stderr.isatty() and distributed.is_main()
+    begun = last = time.perf_counter()
+    for done, item in enumerate(tqdm(items, desc=what, disable=not bar, dynamic_ncols=True), 1):
+        if signum := distributed.stop_signal():
+            raise distributed.Stopped(signum)
+        yield item
+        now = time.perf_counter()
+        if not bar and (now - last > 10 or done == len(items)):
+            distributed.log(f"{what} {done}/{len(items)}  time: {(now - begun) / done:.4f}")
+            last = now
+
+
+def axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """An empty figure of this folder's style."""
+    fig = Figure(figsize=(5, 3.6), layout="constrained", dpi=160)
+    ax = fig.subplots()
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig, ax
+
+
+def save_figure(fig: Figure, path: Path) -> None:
+    with replacing(path) as file:
+        fig.savefig(file, format="png")
+    distributed.log(f"wrote {path}")
+
+
+# ---- network
+
+
+def timm_network(name: str, classes: int, size: int, path: str | None, pretrained: bool = False) -> nn.Module:
+    """A network of timm's for images of `size` pixels, with weights from a file of timm's names.
+
+    Raises:
+        UserError: the name is unknown, or the weights are another network's; without classes theirs are left out.
+    """
+    model: Any
+    try:
+        try:  # networks whose parameters depend on the image's size want to know it
+            model = timm.create_model(name, pretrained=pretrained, num_classes=classes, img_size=size)
+        except TypeError:
+            model = timm.create_model(name, pretrained=pretrained, num_classes=classes)
+    except Exception as error:  # timm and its downloads raise many types
+        raise UserError(f"{name}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+    if not path:
+        return model
+    state = distributed.load(path)
+    weights = state if all(isinstance(v, Tensor) for v in state.values()) else distributed.weights_of(state, path)
+    if not classes:
+        heads = model.pretrained_cfg["classifier"]  # one name, or several
+        heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+        weights = {k: v for k, v in weights.items() if not k.startswith(heads)}
+    with distributed.user_errors(f"{path}: is no {name} for {size} pixels"):
+        for key, own in model.state_dict().items():
+            if key in weights and weights[key].shape != own.shape:
+                raise ValueError(f"{key} is {tuple(weights[key].shape)}, expected {tuple(own.shape)}")
+        model.load_state_dict(weights)
+    return model
+
+
+def build_network(args: argparse.Namespace, classes: int) -> nn.Module:
+    """The classifier of the flags, in evaluation mode."""
+    path = args.checkpoint_path
+    if path and args.checkpoint_name and Path(path).is_dir():
+        path = str(Path(path) / args.checkpoint_name)
+    if args.pretrained and (path or args.backbone):
+        raise UserError("--pretrained: takes timm's weights of --arch; leave out --checkpoint_path and --backbone")
+    if not path and not args.pretrained:
+        distributed.log("WARNING: no --checkpoint_path, the network is random")
+    torch.manual_seed(args.seed)
+    size, name = args.image_size, args.backbone or ARCHS.get(args.arch) or args.arch
+    try:
+        if args.backbone:
+            with distributed.user_errors(f"--backbone {name}"):
+                model: nn.Module = build_classifier(name, classes, img_size=size)
+            if path:
+                load_classifier(model, path)
+        else:
+            model = timm_network(name, classes, size, path, args.pretrained)
+        with distributed.user_errors(name), torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except UserError as error:
+        raise UserError(f"{error}; the images have {classes} classes and {size} pixels") from error
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of the network's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- images
+
+
+def open_images(args: argparse.Namespace) -> Any:
+    """The data set of the flags: --data_path's folders of classes, else timm's."""
+    root, name = Path(args.data_path), args.dataset if "/" in args.dataset else ""
+    if args.dataset not in ("cifar10", "imagenet") and not name:
+        raise UserError(f"--dataset {args.dataset}: expected cifar10, imagenet, or timm's, such as torch/cifar10")
+    folders = (root / "val").is_dir() or any(p.suffix.lower() in datasets.IMG_EXTENSIONS for p in root.glob("*/*"))
+    if args.dataset == "cifar10" and not folders:
+        name = "torch/cifar10"
+    images = datasets.image_dataset(args.data_path, train=False, name=name, direct=not (root / "val").is_dir())
+    if not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
+        raise UserError(f"--dataset {args.dataset}: is streamed; single images of it cannot be chosen")
+    return images
+
+
+def read(images: Any, index: int, size: int) -> tuple[Tensor, int]:
+    """An image (3, size, size), normalised, and its class.
+
+    Raises:
+        UserError: it is unreadable.
+    """
+    try:
+        image, label = images[index]
+        image = image.convert("RGB")
+    except Exception as error:  # Pillow raises many types for damaged files
+        where = images.samples[index][0] if hasattr(images, "samples") else f"image {index}"
+        raise UserError(f"{where}: unreadable image ({' '.join(str(error).split())})") from error
+    steps = [transforms.Resize(int(size / 0.875)), transforms.CenterCrop(size), *datasets.tensor_and_normalize()]
+    return transforms.Compose(steps)(image), label
+
+
+def choose(images: Any, number: int | None, default: int, seed: int, size: int) -> list[list]:
+    """Different images, drawn from the sorted listing: [[name for files, index, class], ...].
+
+    Raises:
+        UserError: there are fewer than `number`.
+    """
+    if number and number > len(images):
+        raise UserError(f"--images {number}: there are only {len(images)}")
+    samples = getattr(images, "samples", None)
+    chosen = []
+    for k, i in enumerate(random.Random(seed).sample(range(len(images)), number or min(default, len(images)))):
+        stem, label = (Path(samples[i][0]).stem, samples[i][1]) if samples else (str(i), read(images, i, size)[1])
+        chosen.append([f"{k:05d}_{stem}", i, int(label)])
+    return chosen
+
+
+# ---- stages
+
+
+class Study(NamedTuple):
+    """One study's folder, ratios, and images: [file name, index, class]."""
+
+    root: Path
+    ratios: list[float]
+    chosen: list[list]
+
+    def path(self, kind: str, ratio: float, k: int, suffix: str = ".npy") -> Path:
+        return self.root / kind / f"ratio{round(100 * ratio)}" / f"{self.chosen[k][0]}{suffix}"
+
+    def to_do(self, kind: str, suffix: str = ".npy", share: int = 0, shares: int = 1) -> Iterator[tuple]:
+        """Number, ratio and path of each file that is not there yet; with progress."""
+        every = (
+            (k, r, self.path(kind, r, k, suffix)) for k in range(share, len(self.chosen), shares) for r in self.ratios
+        )
+        yield from progress([entry for entry in every if not entry[-1].exists()], f"{kind}:")
+
+    def claim(self, **settings: Any) -> None:
+        """Keep what all files depend on; raises UserError where the folder was begun with something else."""
+        path = self.root / "settings.json"
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        for name in [name for name, value in settings.items() if stored.get(name, value) != value]:
+            change = "" if name == "chosen" else f" ({stored[name]}, now {settings[name]})"
+            raise UserError(f"{self.root}: was begun with other {name}{change}; choose another --output_dirname")
+        with replacing(path) as file:
+            file.write(json.dumps(stored | settings).encode())
+
+
+def make_pairs(args: argparse.Namespace, study: Study) -> None:
+    def seed(k: int, more: int) -> None:
+        random.seed(1000 * k + more + args.seed)
+        np.random.seed(1000 * k + more + args.seed)  # noqa: NPY002 - as upstream: the global generator
+
+    every = []
+    with distributed.user_errors("--pairs"):
+        for k in range(len(study.chosen)):
+            seed(k, 0)
+            every.append(gen_pairs(args.grid_size, args.pairs, args.stride))
+    with replacing(study.root / "pairs.npy") as file:
+        np.save(file, np.stack(every))
+    for k, ratio, path in study.to_do("players"):
+        order = order_of(args.grid_size, ratio)
+        seed(k, order + 1)
+        contexts = gen_contexts(every[k], args.grid_size, order, args.contexts)
+        with replacing(path) as file:
+            np.save(file, contexts.astype(np.min_scalar_type(args.grid_size**2 - 1)))
+
+
+def evaluate(args: argparse.Namespace, study: Study, images: Any, classes: int, device: torch.device) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    model = build_network(args, classes)
+    distributed.main_does(lambda: study.claim(weights=fingerprint(model)))
+    model.to(device)
+    pairs = load_file(study.root / "pairs.npy", FIRST.format("pairs"))
+    share = distributed.rank(), distributed.world_size()
+    for k, ratio, path in study.to_do("interactions_logit", ".pth", *share):
+        _, index, label = study.chosen[k]
+        image = read(images, index, args.image_size)[0].to(device)
+        masks = presence(pairs[k], load_file(study.path("players", ratio, k), FIRST.format("pairs")), args.grid_size)
+        values = rewards(model, image, label, masks, args.cal_batch)
+        if not all(value.isfinite().all() for value in values.values()):
+            raise UserError(f"{study.chosen[k][0]}: the network's answers are not finite")
+        with replacing(path) as file:
+            torch.save(values, file)
+
+
+def compute(args: argparse.Namespace, study: Study) -> None:
+    for k, ratio, path in study.to_do(OUT.format(args.softmax_type)):
+        values = load_file(study.path("interactions_logit", ratio, k, ".pth"), FIRST.format("logits"))
+        with replacing(path) as file:
+            np.save(file, interactions(values[args.softmax_type]).numpy())
+
+
+def draw(args: argparse.Namespace, study: Study) -> None:
+    numbers, kind, advice = range(len(study.chosen)), OUT.format(args.softmax_type), FIRST.format("compute")
+    found = np.array([[load_file(study.path(kind, r, k), advice) for k in numbers] for r in study.ratios])
+    if not found.any():
+        raise UserError("all interactions are 0: the network's answers do not depend on the image")
+    curve = strength(found)
+    path = study.root / "figures" / f"{args.save_name}.npy"
+    with replacing(path) as file:
+        np.save(file, curve)
+    fig, ax = axes("Order", "Interaction Strength")
+    ax.plot(study.ratios, curve, marker="o", markersize=4, label=args.backbone or args.arch)
+    ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "0.2n", "0.4n", "0.6n", "0.8n", "1.0n"])
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    save_figure(fig, path.with_suffix(".png"))
+    distributed.log("J by order: " + "  ".join(f"{r:g}n: {j:.4f}" for r, j in zip(study.ratios, curve, strict=True)))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fill in what depends on the data set; raises UserError for values that cannot be."""
+    settings = CIFAR if "cifar" in args.dataset else IMAGENET
+    for name in ("pairs", "contexts", "image_size"):
+        setattr(args, name, settings[name] if getattr(args, name) is None else getattr(args, name))
+    least = {"pairs": 1, "contexts": 1, "images": 1, "stride": 1, "cal_batch": 1, "grid_size": 2, "class_number": 2}
+    for name, low in {**least, "image_size": args.grid_size}.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name} {value}: expected at least {low}")
+    if not all(0 <= r <= 1 and abs(100 * r - round(100 * r)) < 1e-9 for r in args.ratios):
+        raise UserError(f"--ratios {' '.join(map(str, args.ratios))}: expected shares from 0 to 1, in hundredths")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.gpu_id is not None and args.device == "auto" and torch.cuda.is_available():
+        args.device = f"cuda:{args.gpu_id}"
+    device = distributed.init("cpu" if args.no_cuda else args.device)
+    distributed.catch_signals()
+    check(args)
+    # ---- images
+    images = open_images(args)
+    found = len(getattr(images, "classes", ()))
+    classes: int = args.class_number or found
+    if not classes:
+        raise UserError(f"--class_number: is needed, as --dataset {args.dataset} does not tell")
+    if found and found != classes:
+        raise UserError(f"--class_number {classes}: the images have {found} classes")
+    # ---- study
+    grid, network = args.grid_size, args.backbone or args.arch
+    run = f"{args.output_dirname}_INTER_{args.inter_type}_CLASS_{args.chosen_class}_GRID_{grid}x{grid}_seed{args.seed}"
+    root = Path(args.output_dir) / run / f"MODEL_{network}_DATA_{args.dataset}".replace("/", "_")
+    number = (CIFAR if "cifar" in args.dataset else IMAGENET)["images"]
+    chosen = choose(images, args.images, number, args.seed, args.image_size)
+    study = Study(root, sorted(set(args.ratios)), chosen)
+    settings = {name: getattr(args, name) for name in ("pairs", "contexts", "stride", "image_size")}
+    stages: dict[str, Callable[[], None]] = {
+        "sampler": lambda: distributed.log(f"{len(chosen)} images of {args.image_size} pixels; {root}"),
+        "pairs": lambda: make_pairs(args, study),
+        "logits": lambda: evaluate(args, study, images, classes, device),
+        "compute": lambda: compute(args, study),
+        "draw": lambda: draw(args, study),
+    }
+    distributed.main_does(lambda: study.claim(**settings, classes=classes, images=len(chosen), chosen=chosen))
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        if stage == "logits":  # the only one that is shared among the processes
+            stages[stage]()
+            distributed.agree()  # all are done
+        else:
+            distributed.main_does(stages[stage])
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

@@ -1,0 +1,245 @@
+"""A2MIM and SimMIM pre-training. Recipes of the paper's rows: configs/openmixup/pretrain, scripts/a2mim_*, simmim_*."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
+from a2mim import config, data, optim, sync_bn
+from a2mim.backbones import BACKBONES, insertion_stride
+from a2mim.config import boolean
+from a2mim.engine_pretrain import train_one_epoch
+from a2mim.files import run_files
+from a2mim.losses import PIXEL_LOSSES, MIMLoss
+from a2mim.masking_generator import BlockwiseMaskGenerator
+from a2mim.models_a2mim import MASK_TOKENS, MaskedImageModel, build_masked
+from a2mim.openmixup import load_encoder, load_openmixup_state_dict
+from a2mim.pictures import save_reconstructions
+from common import datasets, distributed
+
+TITLES = {"a2mim": "A2MIM", "simmim": "SimMIM"}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("A2MIM pre-training", allow_abbrev=False, usage="%(prog)s [CONFIG] [flags], see --help")
+    config.add_flags(p)
+    p.add_argument("--method", default="a2mim", choices=TITLES, help="simmim: L1 loss, replaced tokens")
+    p.add_argument("--epochs", default=300, type=int)
+    p.add_argument("--batch_per_gpu", "--batch_size", dest="batch_size", default=256, type=int, help="and micro-step")
+    p.add_argument("--accum", "--accum_iter", dest="accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--backbone", default="resnet50", help=", ".join(b for b in BACKBONES if "mae" not in b))
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=16, type=int, help="of a ViT, in pixels")
+    p.add_argument("--drop_path", default=0.0, type=float, help="stochastic depth; the ViTs' recipes: 0.1")
+    p.add_argument("--mask_layer", default=0, type=int, help="depth of the mask token; A2MIM on CNNs: 3")
+    p.add_argument("--mask_token", default="learnable", choices=MASK_TOKENS)
+    p.add_argument("--mask_init", default=0.0, type=float, help="scale of masked features at the start; 0: none")
+    p.add_argument("--mask_replace", default=False, type=boolean, help="masked features give way to the token")
+    # ---- masks and loss
+    p.add_argument("--mask_patch_size", default=32, type=int, help="side of a masked block in pixels")
+    p.add_argument("--model_patch_size", default=0, type=int, help="stride of the masked features; 0: computed")
+    p.add_argument("--mask_ratio", default=0.6, type=float)
+    p.add_argument("--mask_color", default="mean", choices=["mean", "zero"], help="fill masked pixels, or keep them")
+    p.add_argument("--crop_scale", default=[0.8, 1.0], type=float, nargs=2, help="share of the image in a crop")
+    p.add_argument("--loss", default="l1", choices=[name.removesuffix("_loss") for name in PIXEL_LOSSES])
+    p.add_argument("--focal_alpha", default=0.2, type=float)
+    p.add_argument("--focal_gamma", default=1.0, type=float)
+    p.add_argument("--unmask_weight", default=0.0, type=float, help="of visible pixels in the loss")
+    p.add_argument("--fft_weight", default=0.0, type=float, help="of the spectrum's loss")
+    p.add_argument("--fft_focal", default=True, type=boolean, help="focal frequency loss")
+    p.add_argument("--fft_unmask_weight", default=0.0, type=float, help="share of predictions at visible pixels")
+    p.add_argument("--fft_unmask_replace", default="mixed", choices=["mixed", "target", "prediction", "mean"])
+    p.add_argument("--fft_reweight", default=False, type=boolean, help="without --fft_focal: losses weigh themselves")
+    # ---- optimizer
+    p.add_argument("--opt", default="adamw", choices=optim.OPTIMIZERS)
+    p.add_argument("--lr", default=1.2e-3, type=float, help="absolute; the recipes have 2048 images per update")
+    p.add_argument("--weight_decay", default=0.05, type=float)
+    p.add_argument("--betas", default=[0.9, 0.999], type=float, nargs=2)
+    p.add_argument("--eps", default=1e-8, type=float)
+    p.add_argument("--momentum", default=0.9, type=float, help="of SGD")
+    p.add_argument("--paramwise", default=[], type=config.patterns, help="options of parameters whose name matches")
+    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm; ViTs: 5")
+    p.add_argument("--amp", default=True, type=boolean, help="false: float32; --amp_dtype bf16 or fp16 wins")
+    p.add_argument("--sync_bn", default=True, type=boolean, help="batch statistics over all processes")
+    # ---- schedule, by iteration
+    p.add_argument("--sched", default="StepFixCosineAnnealing", choices=optim.POLICIES)
+    p.add_argument("--min_lr", default=0.0, type=float)
+    p.add_argument("--warmup_epochs", default=10, type=int)
+    p.add_argument("--warmup_ratio", default=1e-6, type=float, help="of the learning rate, where the warm-up starts")
+    p.add_argument("--by_epoch", default=False, type=boolean, help="CosineAnnealing: constant within an epoch")
+    p.add_argument("--steps", default=[], type=int, nargs="*", help="step: epochs at which the rate falls")
+    p.add_argument("--gamma", default=0.1, type=float, help="step: factor by which it falls")
+    # ---- data, files, process
+    datasets.add_flags(p)
+    p.add_argument("--save_every", default=10, type=int, help="epochs between the numbered checkpoints")
+    p.add_argument("--save_recon_every", default=0, type=int, help="iterations between pictures; 0 draws none")
+    p.add_argument("--recon_iters_per_epoch", default=0, type=int, help="for the pictures' names; 0: of this run")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="data/ImageNet")
+    return p
+
+
+def build_loss(args: argparse.Namespace) -> MIMLoss:
+    """The loss of the flags."""
+    if args.method == "simmim":
+        return MIMLoss(type="SimMIMHead")
+    return MIMLoss(
+        loss={"mode": f"{args.loss}_loss", "alpha": args.focal_alpha, "gamma": args.focal_gamma},
+        unmask_weight=args.unmask_weight,
+        fft_weight=args.fft_weight,
+        fft_focal=args.fft_focal,
+        fft_unmask_weight=args.fft_unmask_weight,
+        fft_unmask_replace=args.fft_unmask_replace,
+        fft_reweight=args.fft_reweight,
+    )
+
+
+def build_model(args: argparse.Namespace, **overrides) -> MaskedImageModel:
+    """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
+    keywords: dict[str, Any] = {"patch_size": args.patch_size} if "vit" in args.backbone else {}
+    keywords |= {
+        "img_size": args.input_size,
+        "drop_path": args.drop_path,
+        "mask_layer": args.mask_layer,
+        "mask_token": args.mask_token,
+        "mask_init": args.mask_init,
+        "mask_replace": args.mask_replace,
+        "method": args.method,
+        "channels_last": torch.cuda.is_available() and args.device != "cpu",
+        "loss": build_loss(args),
+    }
+    if args.backbone.startswith(("mae_", "deit_")):
+        raise distributed.UserError(f"--backbone {args.backbone}: is for fine-tuning only")
+    with distributed.user_errors(f"--backbone {args.backbone} --input_size {args.input_size}"):
+        return build_masked(args.backbone, **{**keywords, **overrides})
+
+
+def build_masking(args: argparse.Namespace) -> BlockwiseMaskGenerator:
+    """The mask generator of the flags, on the grid of the masked features."""
+    if args.backbone not in BACKBONES:
+        raise distributed.UserError(f"--backbone {args.backbone}: expected one of {', '.join(BACKBONES)}")
+    stride = insertion_stride(args.backbone, args.mask_layer, args.patch_size)
+    if args.model_patch_size not in (0, stride):
+        raise distributed.UserError(
+            f"--model_patch_size {args.model_patch_size}: {args.backbone} has features of {stride} pixels at "
+            f"--mask_layer {args.mask_layer}"
+        )
+    with distributed.user_errors("--input_size, --mask_patch_size and --mask_layer"):
+        return BlockwiseMaskGenerator(
+            args.input_size, args.mask_patch_size, stride, args.mask_ratio, mask_color=args.mask_color
+        )
+
+
+def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
+    """Training batches of the flags, and what else `batch_loss` takes: fills, filled_target."""
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise distributed.UserError(f"--crop_scale {args.crop_scale}: expected two shares, 0 to 1, increasing")
+    transform = data.PretrainTransform(build_masking(args), args.input_size, tuple(args.crop_scale))
+    loader = data.train_loader(args, data.images(args, train=True, labelled=False), transform, device)
+    fills = args.mask_color == "mean"
+    # As upstream: SimMIM on filled images predicts the filled image.
+    return loader, {"fills": fills, "filled_target": fills and args.method == "simmim"}
+
+
+def build_optimizer(args: argparse.Namespace, model: MaskedImageModel, lr: float) -> torch.optim.Optimizer:
+    """--opt with the options of --paramwise."""
+    return optim.build_optimizer(args, optim.param_groups(model, {**optim.optimizer_cfg(args), "lr": lr}))
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device, args.deterministic)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    # ---- data
+    loader, context = build_data(args, device)
+    if context["filled_target"]:
+        distributed.log("simmim with --mask_color mean: masked targets are the mean colour, too, as upstream")
+    # ---- model
+    model = build_model(args)
+    resume = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
+    if args.pretrained and not resume:
+        load_encoder(model, args.pretrained)
+    if args.load_checkpoint and not resume:
+        with distributed.user_errors(args.load_checkpoint):
+            state = distributed.load(args.load_checkpoint)
+            load_openmixup_state_dict(model, distributed.weights_of(state, args.load_checkpoint))
+    model.to(device)
+    if model.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if args.sync_bn:
+        sync_bn.convert(model, device)
+    net = distributed.wrap(model, device, args.compile, broadcast_buffers=False)
+    # ---- optimizer
+    optimizer = build_optimizer(args, model, args.lr)
+    schedule = optim.lr_config(args)
+    optim.check_schedule(schedule, args.epochs)
+    precision = args.amp_dtype if args.amp or args.amp_dtype != "auto" else "fp32"
+    updater = distributed.Updater(optimizer, device, precision, args.accum_iter, args.clip_grad)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    images_per_step = args.batch_size * distributed.world_size()
+    distributed.log(
+        f"{args.backbone}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; {loader.images} images, "
+        f"{images_per_step * args.accum_iter} per update (recipes: 2048), lr {args.lr:.2e}"
+    )
+    # ---- loop
+    checkpoint = distributed.Checkpoint(
+        args.output_dir,
+        args,
+        optim.Weights(model),
+        run_files(args, len(loader)),
+        optimizer=optim.OfficialOptimizer(optimizer, model),
+        scaler=updater.scaler,
+    )
+    position = checkpoint.resume(resume, args.start_epoch)
+    start, sums = loader.start(position)
+    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
+    tags = {name: f"train/{name}" for name in ("loss", "loss_spatial", "loss_freq", "lr", "grad_norm")}
+
+    def draw(iteration: int, out: dict[str, Any]) -> None:
+        """Every --save_recon_every iterations: reconstruction/epoch_<n>.png, unless it exists."""
+        if not args.save_recon_every or iteration % args.save_recon_every or not distributed.is_main():
+            return
+        epoch = iteration // (args.recon_iters_per_epoch or len(loader))
+        path = Path(args.output_dir, "reconstruction", f"epoch_{epoch}.png")
+        if not path.exists():
+            try:
+                save_reconstructions(path, out["target"], out["pred"].detach(), out["mask"], TITLES[args.method])
+            except OSError as error:
+                raise distributed.UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+    for epoch in range(position.epoch, args.epochs):
+        epoch_log = distributed.EpochLog(
+            f"Epoch: [{epoch + 1}]",
+            len(loader),
+            args.batch_size,
+            device,
+            run_log=run_log,
+            tags=tags,
+            epoch=epoch,
+            start=start,
+            sums=sums,
+        )
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+            stats = train_one_epoch(
+                net,
+                loader,
+                updater,
+                lambda it: optim.set_rates(optimizer.param_groups, schedule, it, len(loader), args.epochs),
+                epoch_log,
+                draw,
+                args.seed,
+                **context,
+            )
+        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch + 1})
+        start, sums = 0, {}
+        checkpoint.save(distributed.Position(epoch + 1))
+    distributed.log(f"{args.epochs} epochs done; latest.pth is in {args.output_dir or 'no folder'}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, lambda: config.parse_args(get_args_parser()))

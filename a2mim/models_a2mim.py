@@ -1,0 +1,281 @@
+"""A2MIM and SimMIM: a backbone that sees a mask token at one depth, a linear decoder, a loss; and the classifier.
+
+B batch, C channels, D width, H W pixels, h w grid of features, K classes, s stride of the encoder.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from a2mim.backbones import (
+    BACKBONES,
+    Backbone,
+    init_from_scratch,
+    init_pretraining,
+    insertion_channels,
+    is_convnext,
+    is_vit,
+    pieces,
+)
+from a2mim.losses import MIMLoss
+
+MASK_TOKENS = ("learnable", "zero", "randn", "mean", "instance_mean", "none")
+
+
+class MaskedImageModel(nn.Module):
+    """Masked image modelling with any backbone (paper sec. 4).
+
+    Args:
+        encoder: a backbone without classes.
+        mask_layer: depth at which masked positions get the mask token (`backbones.pieces`).
+        mask_token: learnable, zero or randn (frozen), mean (of the batch), instance_mean (of each image), or none.
+        mask_init: above 0, masked features are scaled by a learnt gamma that starts there, where the token is added.
+        mask_replace: put the token in the features' place instead of adding it.
+        mask_detach: no gradient through the masked features.
+        loss: of the prediction. residual: add each channel's mean of the target to the prediction.
+        kernel_size: of the decoder, odd. method: a2mim or simmim; it names the decoder's weights.
+        channels_last: memory layout of a CNN, the faster one on GPUs.
+    Raises:
+        ValueError: an unknown token, or no such depth.
+    """
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        loss: MIMLoss,
+        mask_layer: int = 0,
+        mask_token: str | None = "learnable",
+        mask_init: float = 0.0,
+        mask_replace: bool = False,
+        mask_detach: bool = False,
+        residual: bool = False,
+        kernel_size: int = 1,
+        method: str = "a2mim",
+        channels_last: bool = False,
+    ):
+        super().__init__()
+        mask_token = mask_token or "none"
+        if mask_token not in MASK_TOKENS:
+            raise ValueError(f"mask_token {mask_token}: expected one of {', '.join(MASK_TOKENS)}")
+        self.encoder, self.loss, self.method = encoder, loss, method
+        self.mask_layer, self.mask_mode = mask_layer, mask_token
+        self.mask_replace, self.mask_detach, self.residual = mask_replace, mask_detach, residual
+        self.channels_last = channels_last and not is_vit(encoder)
+        channels = insertion_channels(encoder, mask_layer)
+        shape = (1, 1, channels) if is_vit(encoder) else (1, channels, 1, 1)
+        self.mask_token = self.mask_gamma = None
+        if mask_token not in ("none", "instance_mean"):
+            self.mask_token = nn.Parameter(torch.zeros(shape), requires_grad=mask_token == "learnable")
+        if mask_init > 0 and not mask_replace:
+            self.mask_gamma = nn.Parameter(torch.full(shape[2:] if is_vit(encoder) else shape, mask_init))
+        self.stride = encoder.patch_embed.patch_size[0] if is_vit(encoder) else 32
+        self.decoder = nn.Conv2d(encoder.num_features, 3 * self.stride**2, kernel_size, padding=kernel_size // 2)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        init_pretraining(self.encoder)
+        nn.init.trunc_normal_(self.decoder.weight, std=0.02)
+        assert self.decoder.bias is not None
+        nn.init.zeros_(self.decoder.bias)
+        if self.mask_token is not None and self.mask_mode == "randn":
+            nn.init.normal_(self.mask_token)
+        elif self.mask_token is not None and not is_convnext(self.encoder):  # as upstream: ConvNeXt's is zero
+            nn.init.trunc_normal_(self.mask_token, std=0.02 if self.mask_mode == "learnable" else 0.0)
+
+    def _insert(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Give masked features the token: x is (B, C, h, w), or (B, N, D) of patch tokens."""
+        tokens = x.ndim == 3
+        if (mask[0].numel() != x.shape[1]) if tokens else (mask.shape[1:] != x.shape[2:]):
+            raise ValueError(f"a mask of {tuple(mask.shape[1:])} cells does not fit features {tuple(x.shape)}")
+        mask = (mask.flatten(1)[..., None] if tokens else mask[:, None]).to(x.dtype)
+        if self.mask_mode == "none":
+            return x
+        token = self._token(x)
+        if self.mask_replace:
+            return x * (1 - mask) + token * mask
+        if self.mask_detach:
+            x = x * (1 - mask) + x.detach() * mask
+        if self.mask_gamma is not None:
+            x = x * (1 - mask) + (x * mask) * self.mask_gamma
+        return x + token * mask
+
+    def _token(self, x: Tensor) -> Tensor:
+        positions = (1,) if x.ndim == 3 else (2, 3)
+        if self.mask_mode == "instance_mean":
+            return x.mean(dim=positions, keepdim=True)
+        assert self.mask_token is not None
+        if self.mask_mode == "mean":
+            self.mask_token.data = x.detach().mean(dim=(0, *positions), keepdim=True).to(self.mask_token.dtype)
+        return self.mask_token
+
+    def encode(self, img: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images whose features are masked at one depth.
+
+        Args:
+            img: (B, 3, H, W). mask: (B, h', w') of the grid at that depth, 1 = masked.
+        Returns:
+            latent: (B, C, h, w). mask_out: the features just after the insertion.
+        Raises:
+            ValueError: the mask is of another grid.
+        """
+        x, mask_out = img, img
+        for depth, piece in enumerate(pieces(self.encoder)):
+            x = piece(x)
+            if depth == self.mask_layer:
+                if is_vit(self.encoder) and depth > 0:  # the class token is never masked
+                    x = torch.cat([x[:, :1], self._insert(x[:, 1:], mask)], dim=1)
+                else:
+                    x = self._insert(x, mask)
+                mask_out = x
+        if is_vit(self.encoder):
+            grid = self.encoder.patch_embed.grid_size
+            x = x[:, 1:].transpose(1, 2).unflatten(2, grid)
+        return x, mask_out
+
+    def forward(self, img: Tensor, mask: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Reconstruct masked pixels.
+
+        Args:
+            img: (B, 3, H, W), normalised. mask: (B, h', w') of the grid at `mask_layer`, 1 = masked.
+            target: (B, 3, H, W), the images to reconstruct; default: img.
+        Returns:
+            loss, loss_spatial, loss_freq: (). pred: (B, 3, H, W). latent: (B, C, h, w). mask_out: see `encode`.
+        """
+        target = img if target is None else target
+        if self.channels_last:
+            img = img.contiguous(memory_format=torch.channels_last)
+        latent, mask_out = self.encode(img, mask)
+        pred = F.pixel_shuffle(self.decoder(latent), self.stride)
+        if self.residual:
+            pred = pred + target.mean(dim=(2, 3), keepdim=True)
+        return {**self.loss(target, pred, mask), "pred": pred, "latent": latent, "mask_out": mask_out}
+
+
+class Classifier(nn.Module):
+    """A backbone with classes.
+
+    Args:
+        net: timm's network. fp32_encoder: keep all but the last layer out of autocast (as upstream).
+        channels_last: as in `MaskedImageModel`.
+    """
+
+    def __init__(self, net: Backbone, fp32_encoder: bool = False, channels_last: bool = False):
+        super().__init__()
+        self.net, self.fp32_encoder = net, fp32_encoder
+        self.channels_last = channels_last and not is_vit(net)
+        init_from_scratch(net)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C), what the last layer sees."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        autocast = torch.is_autocast_enabled(x.device.type) and not self.fp32_encoder
+        with torch.autocast(x.device.type, enabled=autocast):
+            return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, K)."""
+        return self.head(self.features(x))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        return self.net.get_classifier()
+
+
+def build_masked(backbone: str, loss: MIMLoss, img_size: int = 224, drop_path: float = 0.0, **keywords) -> Any:
+    """A pre-training network; keywords of `MaskedImageModel`, and patch_size of a ViT.
+
+    Raises:
+        ValueError: an unknown backbone, or values that do not fit together.
+    """
+    arch = {k: keywords.pop(k) for k in ("patch_size",) if k in keywords}
+    net = build_backbone(backbone, img_size=img_size, num_classes=0, drop_path_rate=drop_path, **arch)
+    return MaskedImageModel(net, loss, **keywords)
+
+
+def build_classifier(
+    backbone: str,
+    num_classes: int,
+    img_size: int = 224,
+    drop_path: float = 0.0,
+    fp32_encoder: bool = False,
+    channels_last: bool = False,
+    **arch,
+) -> Classifier:
+    """A classifier; arch: keywords of the backbone, such as patch_size and global_pool of a ViT.
+
+    Raises:
+        ValueError: an unknown backbone, or values that do not fit together.
+    """
+    net = build_backbone(backbone, img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path, **arch)
+    return Classifier(net, fp32_encoder, channels_last)
+
+
+def build_backbone(name: str, **keywords) -> Backbone:
+    """A network of `BACKBONES`; raises ValueError for an unknown name."""
+    if name not in BACKBONES:
+        raise ValueError(f"backbone {name}: expected one of {', '.join(BACKBONES)}")
+    return BACKBONES[name](**keywords)
+
+
+# ---- upstream's nested configurations
+
+ARCHES = {"SimMIMViT": "vit_", "MIMVisionTransformer": "vit_", "MIMConvNeXt": "convnext_", "ConvNeXt": "convnext_"}
+
+
+def _official_backbone(options: dict[str, Any], block_counts: Any, num_classes: int) -> Backbone:
+    kind, arch = options["type"], options.get("arch", "base")
+    keywords: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": options.get("drop_path_rate", 0.0)}
+    if kind in ("MIMResNet", "ResNet"):
+        keywords |= {"base_channels": options.get("base_channels", 64), "block_counts": block_counts}
+        return BACKBONES[f"resnet{options['depth']}"](**keywords)
+    if "ConvNeXt" in kind:
+        if isinstance(arch, dict):
+            keywords |= {"depths": tuple(arch["depths"]), "dims": tuple(arch["channels"])}
+            arch = "tiny"
+        return BACKBONES[f"convnext_{arch}"](**keywords)
+    if kind not in ("SimMIMViT", "MIMVisionTransformer", "VisionTransformer"):
+        raise ValueError(f"backbone {kind}: expected a ViT, ResNet or ConvNeXt of OpenMixup")
+    keywords |= {"img_size": options.get("img_size", 224), "patch_size": options.get("patch_size", 16)}
+    if isinstance(arch, dict):
+        ratio = arch["feedforward_channels"] / arch["embed_dims"]
+        keywords |= {"embed_dim": arch["embed_dims"], "depth": arch["num_layers"], "mlp_ratio": ratio}
+        keywords |= {"num_heads": arch["num_heads"]}
+        arch = "base"
+    if kind == "VisionTransformer":
+        return BACKBONES["deit_small"](**keywords, qkv_bias=options.get("qkv_bias", True))
+    if not options.get("use_window"):
+        return BACKBONES[f"mae_vit_{arch}"](**keywords)
+    return BACKBONES[f"vit_{arch}"](**keywords, init_values=options.get("init_values"))
+
+
+def build_from_openmixup(constructor: dict[str, Any], block_counts: Any = None) -> MaskedImageModel | Classifier:
+    """The network of an OpenMixup configuration's `model`.
+
+    Args:
+        constructor: nested dict with type A2MIM, SimMIM, MixUpClassification or Classification.
+        block_counts: blocks per stage of a ResNet, if not those of its depth.
+    Raises:
+        ValueError: a part is unknown.
+    """
+    kind, backbone, head = (constructor[key] for key in ("type", "backbone", "head"))
+    if kind in ("MixUpClassification", "Classification"):
+        return Classifier(_official_backbone(backbone, block_counts, head["num_classes"]))
+    if kind not in ("A2MIM", "SimMIM"):
+        raise ValueError(f"model {kind}: expected A2MIM, SimMIM, MixUpClassification or Classification")
+    net = _official_backbone(backbone, block_counts, 0)
+    return MaskedImageModel(
+        net,
+        MIMLoss(**head),
+        mask_layer=backbone.get("mask_layer", 0),
+        mask_token=backbone.get("mask_token", "learnable"),
+        mask_init=backbone.get("mask_init", 0.0),
+        mask_replace="ConvNeXt" not in backbone["type"] and backbone.get("replace", True),  # as upstream
+        mask_detach=backbone.get("detach", False),
+        residual=constructor.get("residual", False),
+        kernel_size=constructor["neck"].get("kernel_size", 1),
+        method=kind.lower(),
+    )

@@ -1,0 +1,206 @@
+"""OpenMixup's names of weights, in which checkpoints are written and read, and ours (timm's)."""
+
+import re
+from typing import Any
+
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+from torch import Tensor, nn
+
+from a2mim.backbones import is_convnext, is_vit
+from a2mim.models_a2mim import Classifier, MaskedImageModel
+from common import distributed
+from common.distributed import UserError
+
+Model = MaskedImageModel | Classifier
+
+# timm's name -> OpenMixup's, applied in turn
+VIT_NAMES = (
+    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"^blocks\.", "layers."),
+    (r"\.norm([12])\.", r".ln\1."),
+    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+    (r"^norm\.", "ln1."),
+)
+CONVNEXT_NAMES = (
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"\.blocks\.", "."),
+    (r"\.conv_dw\.", ".depthwise_conv."),
+    (r"\.mlp\.fc1\.", ".pointwise_conv1."),
+    (r"\.mlp\.fc2\.", ".pointwise_conv2."),
+    (r"^head\.norm\.", "norm3."),
+)
+HEADS = ("head.fc.", "head.", "fc.")  # the classifier's last layer in timm's ConvNeXt, ViT and ResNet
+
+
+def _encoder_name(net: Any, name: str) -> str:
+    rules = VIT_NAMES if is_vit(net) else CONVNEXT_NAMES if is_convnext(net) else ()
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _official_name(model: Model, name: str) -> str:
+    """OpenMixup's name of a parameter or buffer of ours."""
+    part, _, rest = name.partition(".")
+    if part in ("mask_token", "mask_gamma"):
+        return f"backbone.{name}"
+    if part == "decoder":
+        return f"neck.{'decoder' if model.method == 'simmim' else 'decoder_pred'}.0.{rest}"
+    net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
+    head = next((h for h in HEADS if rest.startswith(h) and not rest.startswith("head.norm.")), None)
+    if head:
+        return f"head.fc.{rest.removeprefix(head)}"
+    return f"backbone.{_encoder_name(net, rest)}"
+
+
+def _position(name: str) -> tuple[int, int]:
+    """Where OpenMixup's modules stand: a backbone's own tensors, its down-sampling, its blocks; decoder; head."""
+    own = ("cls_token", "pos_embed", "mask_token", "mask_gamma")
+    part, _, rest = name.partition(".")
+    if part != "backbone":
+        return {"neck": 3, "head": 4}[part], 0
+    if rest in own:
+        return 0, own.index(rest)
+    return (1 if rest.startswith("downsample_layers.") else 2), 0
+
+
+def official_names(model: Model, parameters_only: bool = False) -> dict[str, str]:
+    """{OpenMixup's name: ours} in OpenMixup's order."""
+    ours = [n for n, _ in model.named_parameters()] if parameters_only else list(model.state_dict())
+    names = {_official_name(model, name): name for name in ours}
+    return {name: names[name] for name in sorted(names, key=_position)}
+
+
+def to_openmixup_state_dict(model: Model) -> dict[str, Tensor]:
+    """The weights under OpenMixup's names and in its order, with the buffers that only OpenMixup stores."""
+    state = model.state_dict()
+    net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
+    result = {}
+    for name, own in official_names(model).items():
+        result[name] = state[own]
+        if name.endswith("relative_position_bias_table"):
+            index = net.blocks[0].attn.relative_position_index  # equal in all blocks
+            result[name.replace("bias_table", "index")] = index
+    return result
+
+
+def load_openmixup_state_dict(model: Model, sd: dict[str, Any]) -> None:
+    """Load weights of OpenMixup's names strictly; averages (`ema_...`) are ignored.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape.
+    """
+    names, state = official_names(model), model.state_dict()
+    given = {k: v for k, v in sd.items() if not k.startswith("ema_") and not k.endswith("relative_position_index")}
+    missing, unexpected = sorted(set(names) - set(given)), sorted(set(given) - set(names))
+    if missing or unexpected:
+        raise ValueError(
+            f"{len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}), "
+            f"{len(unexpected)} are unexpected ({', '.join(unexpected[:3]) or 'none'})"
+        )
+    for name, own in names.items():
+        if given[name].shape != state[own].shape:
+            raise ValueError(f"{name} is {tuple(given[name].shape)}, expected {tuple(state[own].shape)}")
+    model.load_state_dict({own: given[name] for name, own in names.items()})
+
+
+def load_classifier(model: Classifier, path: str) -> None:
+    """Load a fine-tuned checkpoint strictly; averaged weights where it holds them.
+
+    Raises:
+        UserError: it cannot be read or is of another network.
+    """
+    weights = distributed.weights_of(distributed.load(path), path)
+    with distributed.user_errors(path):
+        load_openmixup_state_dict(model, weights)
+
+
+def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos: bool = False) -> None:
+    """Load an encoder from an extracted one, a pre-training checkpoint, or a file of timm's names, and report it.
+
+    What a classifier adds starts anew: the last layer (normal, head_std; truncated at 2 for ConvNeXt with 0.02) and a
+    ViT's norm in front of it. Positions of another grid are resized.
+    Args:
+        resize_rel_pos: also resize tables of relative positions; else they start at zero (as upstream).
+    Raises:
+        UserError: the file cannot be read or holds another encoder.
+    """
+    net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
+    state = distributed.load(path)
+    found = next((state[key] for key in distributed.WEIGHT_KEYS if isinstance(state.get(key), dict)), state)
+    found = {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
+    if any(k.startswith("backbone.") for k in found):
+        found = {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
+    own = {k: v for k, v in net.state_dict().items() if not k.startswith(HEADS) or k.startswith("head.norm.")}
+    own = {k: v for k, v in own.items() if not k.startswith("fc_norm.")}
+    ours = {_encoder_name(net, name): name for name in own} | {name: name for name in own}
+    left = ("head.", "fc.", "neck.", "norm.", "ln1.", "fc_norm.", "mask_token", "mask_gamma", "ema_", "decoder")
+    loaded = {ours[k]: v for k, v in found.items() if k in ours}
+    unexpected = [k for k in found if k not in ours and not k.startswith(left) and "relative_position_index" not in k]
+    missing = sorted(set(own) - set(loaded))
+    if missing or unexpected:
+        raise UserError(
+            f"{path}: is not this encoder: {len(missing)} of its {len(own)} tensors are missing "
+            f"({', '.join(missing[:2]) or 'none'}), {len(unexpected)} are unexpected "
+            f"({', '.join(unexpected[:2]) or 'none'})"
+        )
+    _resize(net, loaded, own, resize_rel_pos)
+    odd = next((k for k, v in loaded.items() if v.shape != own[k].shape), None)
+    if odd:
+        raise UserError(f"{path}: {odd} is {tuple(loaded[odd].shape)}, expected {tuple(own[odd].shape)}")
+    net.load_state_dict(loaded, strict=False)
+    anew = sorted(set(net.state_dict()) - set(loaded))
+    distributed.log(f"{path}: {distributed.load_report(len(loaded), anew, [k for k in found if k not in ours])}")
+    if isinstance(model, Classifier):
+        init = nn.init.trunc_normal_ if is_convnext(net) else nn.init.normal_
+        init(model.head.weight, std=0.02 if is_convnext(net) else head_std)
+        nn.init.zeros_(model.head.bias)
+
+
+def resize_pos_embed(pos: Tensor, side: int) -> Tensor:
+    """Positions (1, 1 + n, D) with a class token -> (1, 1 + side**2, D), bicubic."""
+    return resample_abs_pos_embed(pos, [side, side], num_prefix_tokens=1, interpolation="bicubic", antialias=False)
+
+
+def _resize(net: Any, loaded: dict[str, Tensor], own: dict[str, Tensor], resize_rel_pos: bool) -> None:
+    for name in [k for k, v in loaded.items() if k in own and v.shape != own[k].shape]:
+        side = net.patch_embed.grid_size[0] if is_vit(net) else 0  # type: ignore[union-attr, index]
+        if name == "pos_embed":
+            loaded[name] = resize_pos_embed(loaded[name], side)
+        elif name.endswith("relative_position_bias_table"):
+            zeros = torch.zeros_like(own[name])
+            resized = (
+                resize_rel_pos_bias_table(loaded[name], (side, side), own[name].shape) if resize_rel_pos else zeros
+            )
+            loaded[name] = resized
+            distributed.log(f"{name}: {'resized' if resize_rel_pos else 'of another grid, starts at zero'}")
+
+
+def extract_encoder(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The encoder's weights of a checkpoint, by names without the prefix that says so (upstream's converter).
+
+    Raises:
+        ValueError: it holds none.
+    """
+    weights = state.get("state_dict", state)
+    found = {}
+    for key, value in weights.items():
+        name = key.removeprefix("module.")
+        if "momentum" in key:
+            continue
+        stripped = name
+        # Longer prefixes first: `encoder` would make `q.x` of `encoder_q.x`.
+        for prefix in ("backbone", "encoder_q", "base_encoder", "encoder", "timm_model"):
+            if stripped.startswith(prefix):
+                stripped = stripped[len(prefix) + 1 :]
+        if stripped != name:
+            found[stripped] = value
+    if not found:
+        raise ValueError(
+            "holds no encoder: no key begins with backbone, encoder, encoder_q, base_encoder or timm_model"
+        )
+    return found

@@ -1,0 +1,262 @@
+"""Optimizers, parameter options by name, schedules per iteration, and the moving average of the weights."""
+
+import argparse
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.optim.lamb import Lamb
+from torch import Tensor, nn
+
+from a2mim import openmixup
+from common import distributed, lr_sched
+
+OPTIMIZERS = ("adamw", "lamb", "sgd")
+POLICIES = ("step", "CosineAnnealing", "StepFixCosineAnnealing")
+
+
+# ---- parameter options
+
+
+def _layer_scale(name: str, decay: float, model_type: str, n_blocks: int) -> float:
+    """Factor on the learning rate of a parameter of the backbone; official names."""
+    block = re.match(r"backbone\.(?:layers|stages\.2)\.(\d+)\.", name)
+    if model_type == "vit":
+        if block:
+            return decay ** (n_blocks - int(block[1]))
+        first = name.startswith(("backbone.pos_embed", "backbone.cls_token", "backbone.patch_embed"))
+        return decay ** (n_blocks + 1) if first else 1.0
+    top = 12 if n_blocks > 9 else 6
+    stage = re.match(r"backbone\.(downsample_layers|stages)\.(\d)\.", name)
+    if not stage:
+        return 1.0  # norm and head
+    downsample, index = stage[1] == "downsample_layers", int(stage[2])
+    deep = 3 + int(block[1]) // 3 if block else 3  # three blocks of the long stage make a layer
+    layer = {0: 0 if downsample else 1, 1: 2, 2: deep, 3: top}[index]
+    return decay ** (top + 1 - layer)
+
+
+def param_options(
+    official_name: str, optimizer_cfg: dict[str, Any], n_blocks: int | None = None
+) -> tuple[float, float]:
+    """Learning rate and weight decay of a parameter.
+
+    Every pattern of `paramwise_options` that is found anywhere in the name applies, later ones win.
+    Args:
+        optimizer_cfg: lr, weight_decay, paramwise_options {pattern: {"weight_decay", "lr_mult", "lr"}}, and for layer
+            decay: layer_decay and model_type (vit or convnext).
+        n_blocks: of the ViT, or of the ConvNeXt's third stage.
+    """
+    lr, weight_decay = optimizer_cfg["lr"], optimizer_cfg.get("weight_decay", 0.0)
+    for pattern, options in (optimizer_cfg.get("paramwise_options") or {}).items():
+        if re.search(pattern, official_name):
+            weight_decay = options.get("weight_decay", weight_decay)
+            lr = options.get("lr", optimizer_cfg["lr"] * options.get("lr_mult", 1.0))
+    decay = optimizer_cfg.get("layer_decay")
+    if decay:
+        assert n_blocks is not None, "layer decay needs the number of blocks"
+        kind = optimizer_cfg.get("model_type", "vit")
+        lr = optimizer_cfg["lr"] * _layer_scale(official_name, decay, kind, n_blocks)
+    return lr, weight_decay
+
+
+def optimizer_cfg(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags in the form of `param_options`."""
+    cfg = {"lr": args.lr, "weight_decay": args.weight_decay, "paramwise_options": dict(args.paramwise or ())}
+    if getattr(args, "layer_decay", None):
+        cfg |= {"layer_decay": args.layer_decay, "model_type": "convnext" if "convnext" in args.backbone else "vit"}
+    return cfg
+
+
+def param_groups(model: openmixup.Model, cfg: dict[str, Any]) -> list[dict[str, Any]]:
+    """One optimizer group per pair of learning rate and weight decay, of the trained parameters."""
+    net: Any = model.encoder if isinstance(model, openmixup.MaskedImageModel) else model.net
+    blocks = len(net.stages[2].blocks) if hasattr(net, "stages") else len(getattr(net, "blocks", ()))
+    params = dict(model.named_parameters())
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for official, name in openmixup.official_names(model, parameters_only=True).items():
+        if params[name].requires_grad:
+            lr, weight_decay = param_options(official, cfg, blocks)
+            group = {"params": [], "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
+            groups.setdefault((lr, weight_decay), group)["params"].append(params[name])
+    return list(groups.values())
+
+
+def build_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """--opt on groups that say their learning rate and weight decay."""
+    if args.opt == "lamb":
+        return Lamb(groups, eps=1e-6, betas=tuple(args.betas), max_grad_norm=1.0)
+    if args.opt == "sgd":
+        return torch.optim.SGD(groups, momentum=args.momentum, fused=True)
+    return torch.optim.AdamW(groups, betas=tuple(args.betas), eps=args.eps, fused=True)
+
+
+class OfficialOptimizer:
+    """An optimizer's state in OpenMixup's layout: one group per parameter, in the order of its parameters.
+
+    Loading keeps the hyper-parameters of this run.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: openmixup.Model):
+        self.optimizer = optimizer
+        params = dict(model.named_parameters())
+        self.params = [params[name] for name in openmixup.official_names(model, parameters_only=True).values()]
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        self.params = [p for p in self.params if p in held]
+
+    def _own(self) -> dict[Tensor, tuple[int, int]]:
+        """Parameter -> its number in the optimizer's own state dict, and its group's."""
+        pairs = [(p, g) for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]]
+        return {p: (i, g) for i, (p, g) in enumerate(pairs)}
+
+    def state_dict(self) -> dict[str, Any]:
+        own, state = self._own(), self.optimizer.state_dict()
+        groups = [{**state["param_groups"][own[p][1]], "params": [i]} for i, p in enumerate(self.params)]
+        moments = {i: state["state"][own[p][0]] for i, p in enumerate(self.params) if own[p][0] in state["state"]}
+        return {"state": moments, "param_groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        found = [i for group in state["param_groups"] for i in group["params"]]
+        if len(found) != len(self.params):
+            raise ValueError(f"the optimizer holds {len(found)} parameters, expected {len(self.params)}")
+        own, now = self._own(), self.optimizer.state_dict()
+        now["state"] = {
+            own[p][0]: state["state"][i] for i, p in zip(found, self.params, strict=True) if i in state["state"]
+        }
+        steps = {i: group["step"] for group in state["param_groups"] for i in group["params"] if "step" in group}
+        for i, p in zip(found, self.params, strict=True):  # LAMB counts its steps by group
+            if i in steps:
+                now["param_groups"][own[p][1]]["step"] = steps[i]
+        self.optimizer.load_state_dict(now)
+
+
+# ---- schedules
+
+
+def lr_at(lr_config: dict[str, Any], base_lr: float, it: int, iters_per_epoch: int, epochs: int) -> float:
+    """Learning rate at iteration `it`, counted from 0 over the whole run.
+
+    Args:
+        lr_config: policy (one of POLICIES), step and gamma, or min_lr and by_epoch; warmup, warmup_iters (epochs where
+            warmup_by_epoch) and warmup_ratio.
+    """
+    total = epochs * iters_per_epoch
+    warmup = lr_config.get("warmup_iters", 0) if lr_config.get("warmup") else 0
+    warmup *= iters_per_epoch if lr_config.get("warmup_by_epoch") else 1
+    ratio, low = lr_config.get("warmup_ratio", 0.1), lr_config.get("min_lr", 0.0)
+    epoch = it // iters_per_epoch
+    match lr_config["policy"]:
+        case "step":
+            steps = lr_config["step"]
+            if isinstance(steps, int):
+                steps = range(steps, epochs + 1, steps)
+            lr = max(lr_sched.multi_step(epoch, base_lr, steps, lr_config.get("gamma", 0.1)), low)
+        case "CosineAnnealing" if lr_config.get("by_epoch", True):
+            lr = lr_sched.cosine(epoch / epochs, base_lr, low)
+        case "CosineAnnealing":
+            lr = lr_sched.cosine(it / total, base_lr, low)
+        case "StepFixCosineAnnealing":
+            # As upstream: the cosine also runs before its start, and the warm-up starts at 0 whatever the ratio.
+            lr, ratio = lr_sched.cosine((it - warmup) / (total - warmup), base_lr, low), 0.0
+        case policy:
+            raise ValueError(f"policy {policy}: expected one of {', '.join(POLICIES)}")
+    return lr * lr_sched.warmup_factor(it, warmup, ratio) if it < warmup else lr
+
+
+def lr_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags in the form of `lr_at`."""
+    cfg = {"policy": args.sched, "step": args.steps, "gamma": args.gamma, "min_lr": args.min_lr}
+    cfg |= {"by_epoch": args.by_epoch, "warmup_ratio": args.warmup_ratio, "warmup_iters": args.warmup_epochs}
+    return cfg | {"warmup": "linear" if args.warmup_epochs else None, "warmup_by_epoch": True}
+
+
+def check_schedule(cfg: dict[str, Any], epochs: int) -> None:
+    """Raise UserError for a warm-up that leaves nothing of the run, or `step` without epochs."""
+    if cfg["warmup_iters"] >= epochs:
+        raise distributed.UserError(f"--warmup_epochs {cfg['warmup_iters']}: expected less than --epochs {epochs}")
+    if cfg["policy"] == "step" and not cfg["step"]:
+        raise distributed.UserError("--sched step: needs the epochs of --steps, such as --steps 60 80")
+
+
+def set_rates(groups: Iterable[dict], cfg: dict[str, Any], it: int, iters_per_epoch: int, epochs: int) -> None:
+    """Write every group's learning rate at iteration `it`; min_lr is the same for all (as upstream)."""
+    for group in groups:
+        group["lr"] = lr_at(cfg, group["initial_lr"], it, iters_per_epoch, epochs)
+
+
+# ---- average of the weights
+
+
+class EMA:
+    """Moving average of a model's parameters; buffers are the live ones.
+
+    Args:
+        momentum: share of the average that an update keeps. warmup_iters: it grows from warmup_ratio to momentum.
+        update_interval: iterations between updates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.9999,
+        warmup: str | None = "linear",
+        warmup_iters: int = 100,
+        warmup_ratio: float = 0.9,
+        update_interval: int = 1,
+    ):
+        self.model, self.momentum, self.update_interval = model, momentum, update_interval
+        self.warmup_iters, self.warmup_ratio = warmup_iters if warmup else 0, warmup_ratio
+        self.module = copy.deepcopy(model).requires_grad_(False)
+
+    def momentum_at(self, it: int) -> float:
+        """Share of the average that the update after iteration `it` (from 0) keeps."""
+        return self.momentum * lr_sched.warmup_factor(it, self.warmup_iters, self.warmup_ratio)
+
+    @torch.no_grad()
+    def update(self, it: int, updater: distributed.Updater | None = None) -> None:
+        """Move the average after iteration `it`; frozen where `updater` freezes the weights."""
+        share = 1 - self.momentum_at(it)
+        pairs = zip(self.module.parameters(), self.model.parameters(), strict=True)
+        own, new = (list(tensors) for tensors in zip(*pairs, strict=True))
+        if updater is None:
+            torch._foreach_lerp_(own, new, share)  # type: ignore[reportPrivateImportUsage]
+        else:
+            updater.move(own, new, share)
+
+    @torch.no_grad()
+    def averaged(self) -> nn.Module:
+        """The model with the averaged parameters and the live buffers."""
+        for own, live in zip(self.module.buffers(), self.model.buffers(), strict=True):
+            own.copy_(live)
+        return self.module
+
+
+class Weights:
+    """What a checkpoint's `state_dict` holds: OpenMixup's names; with an average, the averaged parameters under the
+    normal names and the live ones under `ema_<name, dots as underscores>` (as upstream)."""
+
+    def __init__(self, model: openmixup.Model, ema: EMA | None = None):
+        self.model, self.ema = model, ema
+
+    def _live(self, state: dict[str, Tensor]) -> dict[str, str]:
+        """{normal name: name of the live weight} of the parameters."""
+        names = openmixup.official_names(self.model, parameters_only=True)
+        return {name: "ema_" + name.replace(".", "_") for name in names if name in state}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = openmixup.to_openmixup_state_dict(self.model)
+        if self.ema is None:
+            return state
+        averaged = openmixup.to_openmixup_state_dict(self.ema.averaged())  # type: ignore[arg-type]
+        return averaged | {live: state[name] for name, live in self._live(state).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        live = self._live(state)
+        has_average = all(name in state for name in live.values())
+        openmixup.load_openmixup_state_dict(
+            self.model, state | ({name: state[own] for name, own in live.items()} if has_average else {})
+        )
+        if self.ema is not None:
+            openmixup.load_openmixup_state_dict(self.ema.module, state)  # type: ignore[arg-type]

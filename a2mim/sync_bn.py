@@ -1,0 +1,44 @@
+"""Batch normalisation over all processes, on CPUs too, where PyTorch has none."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from common import distributed
+
+
+class HostSyncBatchNorm(nn.BatchNorm2d):
+    """nn.SyncBatchNorm with any back end; the processes' batches may differ in size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(input)
+        dims = (0, 2, 3)
+        sums = torch.cat([input.sum(dims), input.new_tensor([input.numel() / input.shape[1]])])
+        sums = all_reduce(sums)
+        count, mean = sums[-1].detach(), sums[:-1] / sums[-1].detach()
+        centred = input - mean[:, None, None]
+        var = all_reduce(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        normed = centred * (var + self.eps).rsqrt()[:, None, None]
+        return normed if self.weight is None else normed * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def convert(model: nn.Module, device: torch.device) -> nn.Module:
+    """Share the statistics of every BatchNorm2d over all processes; nothing changes on one process."""
+    if distributed.world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = HostSyncBatchNorm
+    return model
