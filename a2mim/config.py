@@ -116,7 +116,9 @@ def _set_defaults(parser: argparse.ArgumentParser, where: str, values: dict[str,
     bad = next((n for n, v in switches.items() if v not in (True, False, None)), None)
     if bad:
         raise UserError(f"{where}: {bad} {switches[bad]}: expected True or False")
-    words = [word for name, value in values.items() if name not in switches for word in _words(actions[name], name, value)]
+    words = [
+        word for name, value in values.items() if name not in switches for word in _words(actions[name], name, value)
+    ]
     parsed = vars(parser.parse_args(words))
     parser.error = complain  # type: ignore[method-assign]
     parser.set_defaults(**{actions[n].dest: switches.get(n, parsed[actions[n].dest]) for n in values})

@@ -25,7 +25,7 @@ from common import datasets, distributed
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("A2MIM fine-tuning", allow_abbrev=False, usage="%(prog)s [CONFIG] [flags], see --help")
     config.add_flags(p)
-    p.add_argument("--method", default="finetune", choices=["finetune", "linear"], help="tells a configuration's script")
+    p.add_argument("--method", default="finetune", choices=["finetune", "linear"], help="for tools/train.py")
     p.add_argument("--epochs", default=100, type=int)
     p.add_argument("--batch_per_gpu", "--batch_size", dest="batch_size", default=128, type=int, help="and micro-step")
     p.add_argument("--accum", "--accum_iter", dest="accum_iter", default=1, type=int, help="micro-steps per update")

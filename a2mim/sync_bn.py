@@ -1,10 +1,28 @@
 """Batch normalisation over all processes, on CPUs too, where PyTorch has none."""
 
+from typing import cast
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from common import distributed
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
@@ -15,10 +33,10 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
             return super().forward(input)
         dims = (0, 2, 3)
         sums = torch.cat([input.sum(dims), input.new_tensor([input.numel() / input.shape[1]])])
-        sums = all_reduce(sums)
+        sums = cast(Tensor, _Sum.apply(sums))
         count, mean = sums[-1].detach(), sums[:-1] / sums[-1].detach()
         centred = input - mean[:, None, None]
-        var = all_reduce(centred.square().sum(dims)) / count
+        var = cast(Tensor, _Sum.apply(centred.square().sum(dims))) / count
         if self.track_running_stats:
             assert self.running_mean is not None
             assert self.running_var is not None
