@@ -89,6 +89,12 @@ evaluate() {
     execute "$@" --data_path "$DATA" "${extra[@]}"
 }
 
+# convert STAGE SCRIPT words...: a stage of one process that makes a file of another
+convert() {
+    is_chosen "$1" || return 0
+    GPUS=1 NNODES=1 execute "$@"
+}
+
 # execute STAGE MAIN flags...: show the command of a stage and, unless this is a dry run, run it
 execute() {
     local stage=$1 main=$ROOT/$2 command=(python) flag encoder
@@ -100,7 +106,7 @@ execute() {
     show "${command[@]}"
     [[ -z $dry_run ]] || return 0
 
-    for flag in --finetune --pretrained_weights; do
+    for flag in --finetune --pretrained --pretrained_weights; do
         encoder=$(value_of "$flag" "$@")
         # A stage that has a checkpoint of its own continues from that.
         if [[ $encoder == "$OUT/"* && ! -f $encoder ]] && ! ls "$OUT/$stage/"*.pth &>/dev/null; then
@@ -110,9 +116,9 @@ execute() {
     "${command[@]}"
 }
 
-# ---- arguments; the stages are those of the script's lines "launch ..." and "evaluate ..."
+# ---- arguments; the stages are those of the script's lines "launch ...", "evaluate ..." and "convert ..."
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-stages=$(sed -nE 's/^(launch|evaluate) ([a-z0-9_]+) .*/\2/p' "$0" | xargs)
+stages=$(sed -nE 's/^(launch|evaluate|convert) ([a-z0-9_]+) .*/\2/p' "$0" | xargs)
 chosen="" dry_run=""
 for argument in "$@"; do
     if [[ $argument == --dry_run ]]; then

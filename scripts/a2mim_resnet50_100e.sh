@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A2MIM ResNet-50, 100 epochs. Published: 78.8 fine-tuned by RSB A3, 100 epochs.
+# Images per update: 2048 in pre-training, 2048 in fine-tuning; with fewer GPUs --accum_iter makes up for them.
+# Usage: DATA=/imagenet [OUT=... GPUS=8] bash scripts/a2mim_resnet50_100e.sh [--dry_run] [stage ...]
+# Stages: pretrain extract finetune. After a crash run it again, it resumes by itself. All variables: --help.
+set -euo pipefail
+source "$(dirname "$0")/lib/row.sh"
+configs=$ROOT/a2mim/configs/openmixup
+
+launch pretrain a2mim/main_pretrain.py 2048 "$configs/pretrain/a2mim/imagenet/r50_l3_sz224_init_8xb256_cos_ep100.py" \
+    --batch_size 256
+
+convert extract a2mim/tools/model_converters/extract_backbone_weights.py \
+    "$OUT/pretrain/latest.pth" "$OUT/extract/encoder.pth"
+
+launch finetune a2mim/main_finetune.py 2048 "$configs/finetune/imagenet/r50_rsb_a3_ft_sz160_4xb512_cos_fp16_ep100.py" \
+    --batch_size 512 --pretrained "$OUT/extract/encoder.pth"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# SimMIM ResNet-200, 300 epochs. Published: 82.2 fine-tuned by RSB A2, 300 epochs.
+# Images per update: 2048 in pre-training, 2048 in fine-tuning; with fewer GPUs --accum_iter makes up for them.
+# Usage: DATA=/imagenet [OUT=... GPUS=8] bash scripts/simmim_resnet200_300e.sh [--dry_run] [stage ...]
+# Stages: pretrain extract finetune. After a crash run it again, it resumes by itself. All variables: --help.
+set -euo pipefail
+source "$(dirname "$0")/lib/row.sh"
+configs=$ROOT/a2mim/configs/openmixup
+
+launch pretrain a2mim/main_pretrain.py 2048 "$configs/pretrain/simmim/imagenet/r200_sz224_8xb256_fp16_ep300.py" \
+    --batch_size 256
+
+convert extract a2mim/tools/model_converters/extract_backbone_weights.py \
+    "$OUT/pretrain/latest.pth" "$OUT/extract/encoder.pth"
+
+launch finetune a2mim/main_finetune.py 2048 "$configs/finetune/imagenet/r200_rsb_a2_ft_sz224_8xb256_cos_fp16_ep300.py" \
+    --batch_size 256 --pretrained "$OUT/extract/encoder.pth"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# SimMIM ViT-S, 800 epochs. Published: 81.7 fine-tuned by AdamW with layer decay, 100 epochs.
+# Images per update: 2048 in pre-training, 1024 in fine-tuning; with fewer GPUs --accum_iter makes up for them.
+# Usage: DATA=/imagenet [OUT=... GPUS=8] bash scripts/simmim_vit_small_800e.sh [--dry_run] [stage ...]
+# Stages: pretrain extract finetune. After a crash run it again, it resumes by itself. All variables: --help.
+set -euo pipefail
+source "$(dirname "$0")/lib/row.sh"
+configs=$ROOT/a2mim/configs/openmixup
+
+launch pretrain a2mim/main_pretrain.py 2048 "$configs/pretrain/simmim/imagenet/vit_small_sz224_8xb256_step_fp16_ep800.py" \
+    --batch_size 256
+
+convert extract a2mim/tools/model_converters/extract_backbone_weights.py \
+    "$OUT/pretrain/latest.pth" "$OUT/extract/encoder.pth"
+
+launch finetune a2mim/main_finetune.py 1024 "$configs/finetune/imagenet/vit_small_p16_swin_ft_simmim_sz224_8xb128_cos_ep100.py" \
+    --batch_size 128 --pretrained "$OUT/extract/encoder.pth"
