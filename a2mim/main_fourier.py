@@ -23,8 +23,8 @@ from matplotlib.cm import ScalarMappable
 from torch import Tensor
 from torchvision import transforms
 
+from a2mim.analysis import axes, fingerprint, load_file, replacing, save_figure, timm_network
 from a2mim.fourier import feature_variance, observed, relative_log_amplitude
-from a2mim.main_interactions import axes, fingerprint, load_file, replacing, save_figure, timm_network
 from a2mim.models_a2mim import BACKBONES, build_classifier
 from a2mim.openmixup import load_encoder
 from common import datasets, distributed

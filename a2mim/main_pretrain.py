@@ -141,9 +141,14 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
         raise distributed.UserError(f"--crop_scale {args.crop_scale}: expected two shares, 0 to 1, increasing")
     transform = data.PretrainTransform(build_masking(args), args.input_size, tuple(args.crop_scale))
     loader = data.train_loader(args, data.images(args, train=True, labelled=False), transform, device)
+    return loader, view_of(args)
+
+
+def view_of(args: argparse.Namespace) -> dict[str, bool]:
+    """What the network sees and is to predict, as `reconstruct` takes it."""
     fills = args.mask_color == "mean"
     # As upstream: SimMIM on filled images predicts the filled image.
-    return loader, {"fills": fills, "filled_target": fills and args.method == "simmim"}
+    return {"fills": fills, "filled_target": fills and args.method == "simmim"}
 
 
 def build_optimizer(args: argparse.Namespace, model: MaskedImageModel, lr: float) -> torch.optim.Optimizer:

@@ -37,6 +37,7 @@ RECIPE = {
     "--permutation_type attention_center --clip_grad 3",
     "cae": "--model cae_base_patch16_224_8k_vocab --discrete_vae_weight_path random --batch_size 8 --clip_grad 3 "
     "--drop_path 0.1 --imagenet_default_mean_and_std",
+    "a2mim": "--batch_size 8 --mask_layer 3 --mask_init 1e-6 --loss focal_l1 --fft_weight 0.5 --fft_unmask_weight 1e-3",
 }
 METHODS = sorted(p.parent.name for p in Path(__file__).resolve().parents[1].glob("*/main_pretrain.py"))
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -206,7 +207,7 @@ def report(variants: list[Variant], flags: argparse.Namespace, device: torch.dev
     """Print the table; ratios are to the first row."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     compiled = ", compiled" if flags.compile else ""
-    what = f"{flags.model}, {flags.input_size} px, batch {flags.batch_size}{compiled}"
+    what = f"{getattr(flags, 'model', None) or flags.backbone}, {flags.input_size} px, batch {flags.batch_size}{compiled}"
     print(f"{what}; {name}; torch {torch.__version__}")
     print(
         f"{'':34}{'images/s':>9}{'ratio':>7}{'ms/step':>9}"

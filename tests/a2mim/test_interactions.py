@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from a2mim import main_interactions
+from a2mim import analysis, main_interactions
 from a2mim.interactions import (
     REWARDS,
     gen_contexts,
@@ -240,11 +240,11 @@ def test_own_checkpoint(study, tmp_path, monkeypatch, capsys):
     run_main(
         main_interactions, *study, "--backbone", "resnet18", "--checkpoint_path", ".", "--checkpoint_name", "latest.pth"
     )
-    assert main_interactions.fingerprint(used[0]) == main_interactions.fingerprint(model)
+    assert analysis.fingerprint(used[0]) == analysis.fingerprint(model)
     assert not used[0].training
     assert list(tmp_path.glob("results/*/MODEL_resnet18_DATA_imagenet"))
     del used[:]
-    torch.save(main_interactions.timm_network("test_resnet", 10, 32, None).state_dict(), tmp_path / "timm.pth")
+    torch.save(analysis.timm_network("test_resnet", 10, 32, None).state_dict(), tmp_path / "timm.pth")
     run_main(main_interactions, *study, "--checkpoint_path", "timm.pth")
     weights = distributed.load("timm.pth")
     assert all(torch.equal(value, weights[name]) for name, value in used[0].state_dict().items())
@@ -309,7 +309,7 @@ MISTAKES = [
 def test_mistakes_are_one_line(flags, words, study, tmp_path, capsys):
     if "seven.pth" in flags:
         study += ["--arch", "resnet18"]
-        torch.save(main_interactions.timm_network("resnet18", 7, 32, None).state_dict(), "seven.pth")
+        torch.save(analysis.timm_network("resnet18", 7, 32, None).state_dict(), "seven.pth")
         if "--backbone" in flags:
             torch.save({"state_dict": to_openmixup_state_dict(build_classifier("resnet18", 7))}, "seven.pth")
     (tmp_path / "file").touch()
@@ -324,7 +324,7 @@ def test_other_settings_need_another_folder(study, tmp_path, digits, capsys):
     ):
         assert words in mistake(main_interactions, *study, *flags, capsys=capsys)
     torch.manual_seed(5)
-    torch.save(main_interactions.timm_network("test_resnet", 10, 32, None).state_dict(), "other.pth")
+    torch.save(analysis.timm_network("test_resnet", 10, 32, None).state_dict(), "other.pth")
     error = mistake(main_interactions, *study, "--checkpoint_path", "other.pth", capsys=capsys)
     assert "was begun with other weights" in error
     other = shutil.copytree(digits, tmp_path / "digits")

@@ -1,0 +1,91 @@
+"""Pictures of a pre-trained network's reconstructions: main_visualize.py [CONFIG] [flags of main_pretrain.py]
+--resume CHECKPOINT --images FILE ..."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import torch
+from torchvision.datasets.folder import default_loader
+
+from a2mim import config, data, main_pretrain
+from a2mim.engine_pretrain import reconstruct
+from a2mim.openmixup import load_openmixup_state_dict
+from a2mim.pictures import save_reconstructions
+from common import distributed
+
+PER_PICTURE = 4  # images, as during pre-training
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = main_pretrain.get_args_parser()
+    p.prog = "A2MIM pictures"
+    p.add_argument("--images", nargs="+", default=[], help="image files; default: validation images of --data_path")
+    p.add_argument("--num_images", default=8, type=int, help="of --data_path, spread over it")
+    return p
+
+
+def _image_of(dataset: Any, index: int) -> Any:
+    return dataset[index][0]
+
+
+def chosen_images(args: argparse.Namespace) -> list[Any]:
+    """PIL images of the flags; raises UserError for one that cannot be read."""
+    read: Callable[[Any], Any] = default_loader
+    names: list[Any] = args.images
+    if not names:
+        dataset = data.images(args, train=False, labelled=False)
+        count = min(args.num_images, len(dataset))
+        if count < 1:
+            raise distributed.UserError(f"--num_images {args.num_images}: expected at least 1")
+        names = [int(i) for i in np.linspace(0, len(dataset) - 1, count)]
+
+        read = partial(_image_of, dataset)
+    images = []
+    for name in names:
+        try:
+            images.append(read(name).convert("RGB"))
+        except Exception as error:  # Pillow raises many types for damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise distributed.UserError(f"{name}: unreadable image ({reason})") from error
+    return images
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    if not args.resume:
+        raise distributed.UserError("--resume: name the checkpoint of the pre-training run")
+    # ---- data
+    view = data.eval_transform(round(args.input_size * 256 / 224), args.input_size)
+    pixels = torch.stack([view(image) for image in chosen_images(args)])
+    masking, rng = main_pretrain.build_masking(args), np.random.default_rng(args.seed)
+    masks = torch.stack([torch.from_numpy(masking.mask(rng.permutation(masking.side**2))) for _ in pixels])
+    # ---- model
+    model = main_pretrain.build_model(args)
+    with distributed.user_errors(args.resume):
+        load_openmixup_state_dict(model, distributed.weights_of(distributed.load(args.resume), args.resume))
+    model.to(device).eval()
+    # ---- pictures
+    context = main_pretrain.view_of(args)
+    title = main_pretrain.TITLES[args.method]
+    for i, start in enumerate(range(0, len(pixels), PER_PICTURE)):
+        part = slice(start, start + PER_PICTURE)
+        batch = ([pixels[part].to(device), masks[part].to(device)], torch.empty(0))
+        out = reconstruct(model, batch, **context)
+        path = Path(args.output_dir, "reconstruction", f"{Path(args.resume).stem}_{i}.png")
+        try:
+            save_reconstructions(path, out["target"], out["pred"], out["mask"], title)
+        except OSError as error:
+            raise distributed.UserError(f"{path}: cannot be written ({error.strerror})") from error
+        distributed.log(f"{path}: loss of its images {float(out['loss']):.4f}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, lambda: config.parse_args(get_args_parser()))
