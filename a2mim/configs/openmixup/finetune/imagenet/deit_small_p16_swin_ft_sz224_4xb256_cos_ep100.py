@@ -1,0 +1,42 @@
+"""Fine-tuning of deit_small, 100 epochs; 4 GPUs make 1024 images per update."""
+
+method = "finetune"
+backbone = "deit_small"
+patch_size = 16
+drop_path = 0.1
+
+aug = "swin"
+train_size = 224
+val_resize = 256
+val_crop = 224
+repeated_aug = False
+bce = False
+smoothing = 0.1
+mixup = 0.8
+cutmix = 1.0
+
+opt = "adamw"
+lr = 0.008
+weight_decay = 0.05
+betas = [0.9, 0.999]
+eps = 1e-08
+paramwise = [
+    ("(bn|ln|gn)(\\d+)?.(weight|bias)", {"weight_decay": 0.0}),
+    ("norm", {"weight_decay": 0.0}),
+    ("bias", {"weight_decay": 0.0}),
+    ("cls_token", {"weight_decay": 0.0}),
+    ("pos_embed", {"weight_decay": 0.0}),
+    ("gamma", {"weight_decay": 0.0}),
+]
+layer_decay = 0.65
+
+sched = "StepFixCosineAnnealing"
+min_lr = 1e-06
+warmup_epochs = 5
+warmup_ratio = 0.0001
+
+epochs = 100
+batch_per_gpu = 256
+accum = 1
+clip_grad = 5.0
+amp = True
