@@ -9,6 +9,7 @@ import random
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -360,10 +361,10 @@ class _EpochSampler(Sampler):
             yield (self.epoch, *index) if isinstance(index, tuple) else (self.epoch, index)
 
 
-def _collate(samples: list[Sample]) -> tuple[Any, Tensor, list[str]]:
+def _collate(samples: list[Sample], collate: Callable = default_collate) -> tuple[Any, Tensor, list[str]]:
     problems = [problem for sample in samples for problem in sample.problems]
     readable = [sample for sample in samples if sample.image is not None]
-    images = default_collate([sample.image for sample in readable]) if readable else None
+    images = collate([sample.image for sample in readable]) if readable else None
     return images, torch.tensor([sample.target for sample in readable]), problems
 
 
@@ -393,6 +394,7 @@ class Loader:
         accum_iter: a stop signal waits for the end of an update of that many batches.
         sampler: of the training images, in place of a `DistributedSampler`; yields indices, or (index, copy).
         drop_last: leave out an epoch's last batch where it is smaller.
+        collate: makes a batch of what `transform` returns.
     Raises:
         UserError: the training images do not fill one batch.
     """
@@ -411,6 +413,7 @@ class Loader:
         accum_iter: int = 1,
         sampler: Any = None,
         drop_last: bool = True,
+        collate: Callable = default_collate,
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
         self.batch_size = batch_size
@@ -436,7 +439,7 @@ class Loader:
             batch_size,
             sampler=sampler,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, collate=collate),
             pin_memory=pin_mem and device.type == "cuda",
             drop_last=train and self.drop_last,
             worker_init_fn=_ignore_signals,
@@ -520,10 +523,10 @@ def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, de
     return Loader(dataset, transform, device=device, **{"batch_size": args.batch_size, **options, **kwargs})
 
 
-def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device) -> Loader:
-    """Training batches of the flags; labels are not needed."""
+def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device, **kwargs) -> Loader:
+    """Training batches of the flags; labels are not needed. kwargs: of `Loader`."""
     images = image_dataset(args.data_path, True, False, args.dataset, args.train_split, args.batch_size)
-    return build_loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter)
+    return build_loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter, **kwargs)
 
 
 def supervised_loaders(

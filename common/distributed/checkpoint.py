@@ -21,6 +21,7 @@ from common.distributed.metrics import EpochLog, RunLog
 from common.distributed.process import (
     Exit,
     NonFinite,
+    Updater,
     UserError,
     gather,
     is_main,
@@ -170,14 +171,14 @@ def weights_of(state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_
     raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {found}")
 
 
-def load_weights(model: Stateful, path: str) -> dict[str, Any]:
-    """Load the weights of a checkpoint strictly, and return the whole checkpoint.
+def load_weights(model: Stateful, path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Any]:
+    """Load the weights of a checkpoint strictly, and return the whole checkpoint; keys as in `weights_of`.
 
     Raises:
         UserError: the file is damaged or its weights are not the model's.
     """
     state = load(path)
-    _restore(model, weights_of(state, path), path, "model")
+    _restore(model, weights_of(state, path, keys), path, "model")
     return state
 
 
@@ -275,14 +276,21 @@ class Checkpoint:
             os.replace(link, self.folder / self.files.variant("previous"))
 
     @contextlib.contextmanager
-    def on_exit(self, epoch: int, epoch_log: EpochLog, images_per_step: int) -> Iterator[None]:
-        """Save the position inside an epoch when an `Exit` ends it; resuming redoes nothing but the last update."""
+    def on_exit(
+        self, epoch: int, epoch_log: EpochLog, images_per_step: int, updater: Updater | None = None
+    ) -> Iterator[None]:
+        """Save the position inside an epoch when an `Exit` ends it; resuming redoes nothing but the last update.
+
+        updater: of a network with batch statistics, which a non-finite step is to leave no trace in.
+        """
         try:
             yield
         except Exit as end:
             bad = isinstance(end, NonFinite)
             step = epoch_log.boundary(end.step if bad else math.inf)
             name = self.files.variant("nonfinite") if bad else ""
+            if bad and updater is not None:
+                updater.restore()
             self.save(Position(epoch, step * images_per_step, gather(epoch_log.sums(step))), name)
             if self.writes:
                 path = self.folder / (name or self.files.latest)
@@ -298,7 +306,7 @@ class Checkpoint:
         if not path:
             return Position(start_epoch)
         optimizer = self.parts.get("optimizer")
-        state = load_weights(self.model, path)
+        state = load_weights(self.model, path, tuple(dict.fromkeys((self.files.weights, *WEIGHT_KEYS))))
         epoch = state.get("epoch", state["meta"].get("epoch") if isinstance(state.get("meta"), dict) else None)
         complete = "optimizer" in state and isinstance(epoch, int)
         if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 # ---- exits
@@ -90,9 +91,11 @@ RANGES = {
     **dict.fromkeys(("input_size", "patch_size", "save_freq", "saveckp_freq", "save_every"), (1, math.inf)),
     **dict.fromkeys(("mask_patch_size", "train_size", "val_resize", "val_crop", "ema_update_interval"), (1, math.inf)),
     **dict.fromkeys(("save_recon_every", "recon_iters_per_epoch", "fft_weight", "mask_init"), (0, math.inf)),
-    **dict.fromkeys(("unmask_weight", "fft_unmask_weight", "ema", "momentum"), (0, 1)),
-    **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs"), (0, math.inf)),
-    **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "mixup", "cutmix"), (0, 1e9)),
+    **dict.fromkeys(("unmask_weight", "fft_unmask_weight", "ema", "momentum", "warmup_ratio"), (0, 1)),
+    **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs", "ema_warmup_iters"), (0, math.inf)),
+    **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "eps", "mixup", "cutmix"), (0, 1e9)),
+    **dict.fromkeys(("focal_alpha", "focal_gamma", "gamma"), (0, 1e9)),
+    "ra_level": (0, 10),
     **dict.fromkeys(("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"), (0, 1)),
     "clip_grad": (1e-12, math.inf),
     "layer_decay": (1e-12, 1),
@@ -373,6 +376,8 @@ class Updater:
         precision: as --amp_dtype.
         accum_iter: micro-steps per update; each micro-step's loss counts 1/accum_iter.
         clip_grad: largest gradient norm; None only measures it.
+        model: whose batch statistics `restore` puts back after a non-finite number.
+        on_gradients: called before an update, when the gradients are complete and unscaled.
     """
 
     def __init__(
@@ -382,18 +387,23 @@ class Updater:
         precision: str = "auto",
         accum_iter: int = 1,
         clip_grad: float | None = None,
+        model: nn.Module | None = None,
+        on_gradients: Callable[[], None] | None = None,
     ):
         self.optimizer = optimizer
         self.device = device
         self.dtype = amp_dtype(precision, device)
         self.accum_iter = accum_iter
         self.clip_grad = clip_grad
+        self.on_gradients = on_gradients
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.guard_on_device = device.type == "cuda" and fused and not self.scaler.is_enabled()
         self.second_order = getattr(optimizer, "is_second_order", False)  # such as timm's Adahessian
         self._frozen = torch.zeros((), device=device)  # 1 from the first non-finite norm on
         self._losses: list[tuple[int, Tensor]] = []
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if model is not None else []
+        self._statistics = [(buffer.clone(), buffer) for norm in norms for buffer in norm.buffers()]  # kept, live
         optimizer.zero_grad(set_to_none=True)
 
     def is_first(self, step: int) -> bool:
@@ -420,6 +430,19 @@ class Updater:
         """Forget the gradients of an incomplete update, as upstream does between epochs."""
         self.optimizer.zero_grad(set_to_none=True)
         self._losses.clear()
+        self._keep()
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        """Remember the batch statistics, unless updates are frozen."""
+        for kept, live in self._statistics:
+            kept.copy_(torch.where(self._frozen > 0, kept, live))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the batch statistics of the last update: those of a non-finite step may be damaged for good."""
+        for kept, live in self._statistics:
+            live.copy_(kept)
 
     def backward(self, loss: Tensor, step: int) -> Tensor | None:
         """Add the micro-step's gradient and, on the update's last one, update.
@@ -439,6 +462,8 @@ class Updater:
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         else:
             norm = torch.nn.utils.clip_grad_norm_(params, self.clip_grad)
+        if self.on_gradients is not None:
+            self.on_gradients()
         skipped = False
         if self.guard_on_device:
             self._frozen = torch.maximum(self._frozen, (~norm.isfinite()).float())
@@ -450,6 +475,7 @@ class Updater:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._keep()
         return None if skipped else norm
 
     @torch.no_grad()

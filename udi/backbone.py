@@ -1,0 +1,77 @@
+"""The ViT of a checkpoint, whoever wrote it: what every evaluation starts from."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import distributed
+from common.distributed import UserError, log
+from udi.models_udi import MODELS, VisionTransformer
+
+ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}
+PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+
+
+def load_backbone(
+    checkpoint: str | dict[str, Any], checkpoint_key: str = "teacher", class_tokens: str = "all"
+) -> dict[str, Tensor]:
+    """The weights of a checkpoint's ViT under their plain names.
+
+    Args:
+        checkpoint: a file, https address or its content: of our or the authors' pre-training, what their or our
+            extraction wrote, or a plain ViT (DINO's, say).
+        checkpoint_key: whose weights, teacher or student; a file without that key is taken as it is.
+        class_tokens: first leaves out what belongs to further class tokens.
+    Raises:
+        UserError: the file cannot be read or holds no ViT.
+    """
+    path = checkpoint if isinstance(checkpoint, str) else "checkpoint"
+    state = distributed.load(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    keys = (checkpoint_key, "model", "state_dict")
+    found = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
+    weights, left = {}, []
+    for key, value in found.items():
+        name = key.removeprefix("module.").removeprefix("backbone.").removeprefix("backbone.")
+        # The sampling module's own norm1 and attn begin no name of a ViT.
+        if isinstance(value, Tensor) and name.startswith(PARTS):
+            weights[name] = value
+        else:
+            left.append(key.removeprefix("module."))
+    missing = [part for part in PARTS if not any(name.startswith(part) for name in weights)]
+    if missing:
+        shown = ", ".join(map(str, list(found)[:4])) or "none"
+        raise UserError(
+            f"{path}: holds no ViT under '{checkpoint_key}': {missing[0].rstrip('.')} is missing; its keys: {shown}"
+        )
+    log(f"{path}: {distributed.load_report(len(weights), [], left)}")
+    tokens = weights["cls_token"].shape[1]
+    if class_tokens == "first" and tokens > 1:
+        pos = weights["pos_embed"]
+        weights["cls_token"] = weights["cls_token"][:, :1]
+        weights["pos_embed"] = torch.cat([pos[:, :1], pos[:, tokens:]], dim=1)
+    return weights
+
+
+def build_backbone(
+    arch: str, patch_size: int, weights: dict[str, Tensor] | None = None, img_size: int = 224, **keywords
+) -> VisionTransformer:
+    """A ViT for evaluations; its class tokens, patch size and positions are those of the weights, if given.
+
+    Raises:
+        UserError: the weights are of another ViT.
+    """
+    if ALIASES.get(arch, arch) not in MODELS:
+        raise UserError(f"--arch {arch}: expected one of {', '.join([*MODELS, *ALIASES])}")
+    if weights is not None:
+        found = weights["patch_embed.proj.weight"].shape[-1]
+        if found != patch_size:
+            log(f"--patch_size {patch_size}: the checkpoint has patches of {found} pixels, which are taken")
+        patch_size = found
+        keywords["num_class_token"] = weights["cls_token"].shape[1]
+        img_size = patch_size * round((weights["pos_embed"].shape[1] - keywords["num_class_token"]) ** 0.5)
+    with distributed.user_errors(f"--arch {arch}"):
+        model = MODELS[ALIASES.get(arch, arch)](img_size=[img_size], patch_size=patch_size, **keywords)
+        if weights is not None:
+            model.load_state_dict(weights)
+    return model

@@ -1,0 +1,264 @@
+"""UDI pre-training. Recipes of the paper's rows: scripts/udi_*.sh."""
+
+import argparse
+import copy
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import Tensor, nn
+
+from common import datasets, distributed, lr_sched
+from udi import optim
+from udi.backbone import ALIASES
+from udi.engine_pretrain import Rates, train_one_epoch
+from udi.loss import UDILoss
+from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
+from udi.udi_augmentation import DataAugmentation, collate
+
+
+def boolean(text: str) -> bool:
+    """Type of upstream's flags that are on or off."""
+    if text.lower() in ("on", "true", "1"):
+        return True
+    if text.lower() in ("off", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text}: expected true or false")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("UDI pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument(
+        "--batch_size_per_gpu", "--batch_size", dest="batch_size", default=128, type=int, help="and micro-step"
+    )
+    p.add_argument("--epochs", default=300, type=int)
+    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update; centres move with each")
+    # ---- model
+    p.add_argument("--arch", default="vit_small", choices=[*MODELS, *ALIASES])
+    p.add_argument("--patch_size", default=16, type=int, help="in pixels")
+    p.add_argument("--global_size", default=224, type=int, help="side of the global views in pixels")
+    p.add_argument("--local_size", default=96, type=int, help="side of the local crops in pixels")
+    p.add_argument("--out_dim", default=65536, type=int, help="prototypes")
+    p.add_argument("--include_patch", default=True, type=boolean, help="learn from patches, too")
+    p.add_argument("--number_cls_token", default=2, type=int, choices=[1, 2], help="1 without patches")
+    p.add_argument("--norm_last_layer", default=True, type=boolean, help="keep the prototypes' norms at 1")
+    p.add_argument("--use_bn_in_head", default=False, type=boolean)
+    p.add_argument("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+    p.add_argument("--global_sampling_window_size", default=3, type=int, help="in patches; one per window is sampled")
+    p.add_argument("--local_sampling_window_size", default=2, type=int, help="in patches")
+    # ---- teacher
+    p.add_argument("--momentum_teacher", default=0.996, type=float, help="at the start; 1 at the end, by a cosine")
+    p.add_argument("--alpha", default=0.5, type=float, help="share of patches in the second class token's targets")
+    p.add_argument("--warmup_teacher_temp", default=0.04, type=float)
+    p.add_argument("--teacher_temp", default=0.07, type=float)
+    p.add_argument("--warmup_teacher_temp_epochs", default=30, type=int)
+    p.add_argument("--exact_center", action="store_true", help="centres weigh rows alike, not processes")
+    # ---- optimizer
+    p.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"])
+    p.add_argument("--use_fp16", default=True, type=boolean, help="false: float32")
+    p.add_argument("--weight_decay", default=0.04, type=float)
+    p.add_argument("--weight_decay_end", default=0.1, type=float)
+    p.add_argument("--clip_grad", default=3.0, type=float, help="largest norm of each parameter's gradient; 0: none")
+    p.add_argument("--freeze_last_layer", default=1, type=int, help="epochs in which the prototypes stay")
+    p.add_argument("--lr", default=5e-4, type=float, help="of 256 images per update; it grows with them")
+    p.add_argument("--warmup_epochs", default=10, type=int)
+    p.add_argument("--min_lr", default=1e-5, type=float)
+    # ---- views
+    p.add_argument("--global_crops_scale", default=[0.25, 1.0], type=float, nargs="+", help="shares of the image")
+    p.add_argument("--local_crops_number", default=6, type=int, help="the rows: 10")
+    p.add_argument("--local_crops_scale", default=[0.05, 0.25], type=float, nargs="+")
+    p.add_argument("--fix_crop_reference", action="store_true", help="overlap columns as rows; upstream mixes them")
+    # ---- data, files, process
+    datasets.add_flags(p)
+    p.add_argument("--output_dir", default=".", help="checkpoints, log.txt, TensorBoard; '' writes nothing")
+    p.add_argument("--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="/path/to/imagenet/train/", num_workers=10, local_rank=0)
+    return p
+
+
+def build_model(args: argparse.Namespace, **overrides) -> MultiCropWrapper:
+    """The student of the flags (and overrides of the ViT by keyword); raises UserError for values that do not fit."""
+    arch = ALIASES.get(args.arch) or args.arch
+    tokens = args.number_cls_token if args.include_patch else 1
+    keywords = {"img_size": [args.global_size], "patch_size": args.patch_size, "num_class_token": tokens}
+    with distributed.user_errors(f"--arch {args.arch} --patch_size {args.patch_size}"):
+        vit = MODELS[arch](**{**keywords, "drop_path_rate": args.drop_path_rate, **overrides})
+        dim = vit.embed_dim
+        head = DINOHead(dim, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
+        # 6 heads for every width that they divide, as upstream.
+        attn = MaskedAttention(dim, 6 if dim % 6 == 0 else 16, qkv_bias=True) if args.include_patch else None
+        return MultiCropWrapper(UDIWrapper(vit, attn, dim), head, args.local_crops_number, args.include_patch)
+
+
+def build_teacher(student: MultiCropWrapper) -> MultiCropWrapper:
+    """A copy of the student that is never trained by gradients and drops nothing."""
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for block in teacher.backbone.backbone.blocks:
+        block.drop_path.rate = 0.0  # type: ignore[union-attr]
+    return teacher
+
+
+def build_loss(args: argparse.Namespace) -> UDILoss:
+    """The loss of the flags, with the teacher's temperature by epoch."""
+    epochs = max(1, args.epochs)
+    temperatures = lr_sched.ramp_table(
+        args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, epochs
+    )
+    with distributed.user_errors("--number_cls_token and --include_patch"):
+        return UDILoss(
+            args.local_crops_number,
+            args.out_dim,
+            temperatures.tolist(),
+            include_patch=args.include_patch,
+            num_clt=args.number_cls_token if args.include_patch else 1,
+            alpha=args.alpha,
+            exact_center=args.exact_center,
+        )
+
+
+def build_loader(args: argparse.Namespace, device: torch.device) -> datasets.Loader:
+    """Training batches of the flags."""
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = (getattr(args, name) * 2)[:2]
+        if len(getattr(args, name)) != 2 or not 0 < low <= high <= 1:
+            raise distributed.UserError(f"--{name} {getattr(args, name)}: expected two shares, 0 to 1, increasing")
+    with distributed.user_errors("--global_size, --local_size, --patch_size and the sampling windows"):
+        augment = DataAugmentation(
+            tuple(args.global_crops_scale),
+            tuple(args.local_crops_scale),
+            args.local_crops_number,
+            args.global_size,
+            args.local_size,
+            args.global_sampling_window_size,
+            args.local_sampling_window_size,
+            args.patch_size,
+            fix_crop_reference=args.fix_crop_reference,
+        )
+    return datasets.pretrain_loader(args, augment, device, collate=collate)
+
+
+def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict[str, Any]]:
+    """Training batches of the flags, and what else `batch_loss` takes: a teacher and the loss."""
+    teacher = build_teacher(build_model(args)).to(device)
+    return build_loader(args, device), {"teacher": teacher, "udi_loss": build_loss(args).to(device)}
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """--optimizer with the learning rate lr until the schedule sets it."""
+    optimizer = optim.build_optimizer(args.optimizer, optim.get_params_groups(model))
+    optim.set_rates(optimizer, lr, args.weight_decay)
+    return optimizer
+
+
+class Prefixed:
+    """A module's state under upstream's names: DistributedDataParallel puts `module.` in front."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"module.{name}": value for name, value in self.module.state_dict().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(state_dict)
+
+
+def warn_of_collapse(stats: dict[str, float], prototypes: int) -> None:
+    """Say so if the teacher predicts the same of all images, or nothing at all."""
+    if stats["mean_entropy"] < math.log(2):
+        distributed.log("WARNING: collapse: the teacher predicts one prototype of all images")
+    elif stats["entropy"] > 0.99 * math.log(prototypes):
+        distributed.log("WARNING: collapse: the teacher's predictions are uniform")
+    elif stats["mean_entropy"] - stats["entropy"] < 1e-3:
+        distributed.log("WARNING: collapse: the teacher's predictions do not depend on the image")
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed)
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if not args.use_fp16:
+        args.amp_dtype = "fp32"
+    # ---- data
+    loader = build_loader(args, device)
+    # ---- model
+    student = build_model(args).to(device)
+    teacher, udi_loss = build_teacher(student), build_loss(args).to(device)
+    net = distributed.wrap(student, device, args.compile)
+    # ---- optimizer
+    images_per_step = args.batch_size * distributed.world_size()
+    updates = len(loader) // args.accum_iter
+    lr = args.lr * images_per_step * args.accum_iter / 256
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        lr_table = optim.cosine_scheduler(lr, args.min_lr, args.epochs, updates, args.warmup_epochs)
+    wd_table = optim.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, updates)
+    momentum_table = optim.cosine_scheduler(args.momentum_teacher, 1, args.epochs, updates)
+    optimizer = build_optimizer(args, student, lr)
+    epoch = 0
+
+    def before_update() -> None:
+        if args.clip_grad:
+            optim.clip_gradients(student, args.clip_grad)
+        optim.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
+
+    updater = distributed.Updater(
+        optimizer, device, args.amp_dtype, args.accum_iter, model=udi_loss, on_gradients=before_update
+    )
+    n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    distributed.log(
+        f"{args.arch}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; {loader.images} images, "
+        f"{images_per_step * args.accum_iter} per update (paper: 1024), lr {lr:.2e}"
+    )
+    # ---- loop
+    files = distributed.Files(numbered="checkpoint{epoch:04}.pth", every=args.saveckp_freq, weights="student", epoch=1)
+    checkpoint = distributed.Checkpoint(
+        args.output_dir,
+        args,
+        Prefixed(student),
+        files,
+        teacher=teacher,
+        optimizer=optimizer,
+        udi_loss=udi_loss,
+        fp16_scaler=updater.scaler,
+    )
+    position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
+    start, sums = loader.start(position)
+    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
+    for epoch in range(position.epoch, args.epochs):
+        epoch_log = distributed.EpochLog(
+            f"Epoch: [{epoch}/{args.epochs}]",
+            len(loader),
+            args.batch_size,
+            device,
+            print_freq=10,
+            run_log=run_log,
+            tags={name: f"train/{name}" for name in ("loss", "lr", "wd", "mean_entropy", "entropy")},
+            epoch=epoch,
+            start=start,
+            sums=sums,
+        )
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+            stats = train_one_epoch(
+                net,
+                teacher,
+                udi_loss,
+                loader,
+                updater,
+                lambda i: Rates(float(lr_table[i]), float(wd_table[i]), float(momentum_table[i])),
+                epoch_log,
+                args.seed,
+            )
+        warn_of_collapse(stats, args.out_dim)
+        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
+        start, sums = 0, {}
+        checkpoint.save(distributed.Position(epoch + 1))
+    distributed.log(f"{args.epochs} epochs done; checkpoint.pth is in {args.output_dir or 'no folder'}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

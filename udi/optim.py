@@ -1,0 +1,70 @@
+"""Optimizer groups, per-parameter clipping and the schedules of pre-training."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common import lr_decay, lr_sched
+
+
+def get_params_groups(model: nn.Module) -> list[dict]:
+    """Two optimizer groups of the trained parameters: those with weight decay, then biases and norms without."""
+    plain, decayed = lr_decay.decay_groups(model, 0.0)
+    del decayed["weight_decay"]  # by the schedule
+    return [decayed, plain]
+
+
+def cosine_scheduler(
+    base_value: float,
+    final_value: float,
+    epochs: int,
+    niter_per_ep: int,
+    warmup_epochs: int = 0,
+    start_warmup_value: float = 0.0,
+    warmup_steps: int = -1,
+) -> NDArray[np.float64]:
+    """One value per iteration: linear from start_warmup_value to base_value, then half a cosine to final_value.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    return lr_sched.cosine_table(
+        base_value, final_value, epochs, niter_per_ep, warmup_epochs, start_warmup_value, warmup_steps
+    )
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, clip: float) -> Tensor:
+    """Scale every parameter's gradient down to a norm of at most `clip`, each by itself; returns the norms (n,)."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))  # type: ignore[reportPrivateImportUsage]
+    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, list(factors.unbind()))  # type: ignore[reportPrivateImportUsage]
+    return norms
+
+
+def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:
+    """Drop the gradients of the prototypes in the first epochs: no update, no decay."""
+    if epoch < freeze_last_layer:
+        for name, param in model.named_parameters():
+            if "last_layer" in name:
+                param.grad = None
+
+
+def build_optimizer(name: str, groups: Iterable[dict]) -> torch.optim.Optimizer:
+    """adamw, sgd or lars; rates and weight decay come from the schedules."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    return lr_decay.LARS(groups, lr=0.0)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Write the learning rate to both groups and the weight decay to the first."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay

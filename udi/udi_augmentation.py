@@ -1,0 +1,317 @@
+"""UDI's views: overlapping crops whose coordinates are known, and which patch of one is where in another.
+
+Coordinates of a crop are (i0, j0, i1, j1) of its first and last pixel, over the image's last pixel index, float32; a
+horizontal flip swaps j0 and j1, a vertical one i0 and i1. F patches per side, s sampled patches, w side of a sampling
+window in patches.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional as tf
+
+from common import datasets
+
+Array = NDArray[np.float32]
+Box = tuple[int, int, int, int, int, int]  # i, j, h, w of a crop; H, W of its image
+
+
+Pair = tuple[int, int, NDArray[np.bool_]]  # numbers of a source and a target view; the source's sampled patches
+
+
+class RandomCropCoord:
+    """Random crop of a share of the image, resized to size x size pixels, that tells its coordinates.
+
+    Args:
+        flip: probabilities of a horizontal and of a vertical flip.
+        fix_reference: keep the overlap rule for columns that upstream computes from a row.
+    """
+
+    RATIO = (3 / 4, 4 / 3)
+
+    def __init__(
+        self, size: int, scale: tuple[float, float], flip: tuple[float, float] = (0.5, 0.0), fix_reference: bool = False
+    ):
+        self.size, self.scale, self.flip, self.fix_reference = size, scale, flip, fix_reference
+
+    @staticmethod
+    def get_params(img: Image.Image, scale: Sequence[float], ratio: Sequence[float]) -> Box:
+        """Draw a crop; Python's generator, rows first."""
+        width, height = img.size
+        log_ratio = math.log(ratio[0]), math.log(ratio[1])
+        for _ in range(10):
+            area = random.uniform(*scale) * height * width
+            aspect = math.exp(random.uniform(*log_ratio))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                i = random.randint(0, height - h)
+                j = random.randint(0, width - w)
+                return i, j, h, w, height, width
+        w, h = width, height
+        if width / height < ratio[0]:
+            h = round(width / ratio[0])
+        elif width / height > ratio[1]:
+            w = round(height * ratio[1])
+        return (height - h) // 2, (width - w) // 2, h, w, height, width
+
+    def get_params_ref(
+        self, img: Image.Image, scale: Sequence[float], ratio: Sequence[float], ref_crop: Sequence[float] | Array
+    ) -> Box:
+        """Draw a crop and move it until it overlaps the crop of coordinates ref_crop by half per axis."""
+        i, j, h, w, height, width = self.get_params(img, scale, ratio)
+        rows, columns = (sorted(float(x) for x in ref_crop[axis::2]) for axis in (0, 1))
+        ri, r_i = (round(x * (height - 1)) for x in rows)
+        rj, r_j = (round(x * (width - 1)) for x in columns)
+        last_i, last_j = i + h - 1, j + w - 1
+        joint_h = max(last_i, r_i) - min(i, ri)
+        joint_w = max(last_j, r_j) - min(j if self.fix_reference else i, rj)  # as upstream: i
+        i = _towards(i, last_i, h, ri, r_i, joint_h)
+        j = _towards(j, last_j, w, rj, r_j, joint_w)
+        return max(min(i, height - h), 0), max(min(j, width - w), 0), h, w, height, width
+
+    def __call__(self, img: Image.Image, ref_crop: Array | None = None) -> tuple[Image.Image, Array]:
+        """A view of size x size pixels, and its coordinates (4,)."""
+        if ref_crop is None:
+            i, j, h, w, height, width = self.get_params(img, self.scale, self.RATIO)
+        else:
+            i, j, h, w, height, width = self.get_params_ref(img, self.scale, self.RATIO, ref_crop)
+        rows, columns = max(height - 1, 1), max(width - 1, 1)
+        crop = np.array([i / rows, j / columns, (i + h - 1) / rows, (j + w - 1) / columns], np.float32)
+        view = img.crop((j, i, j + w, i + h))
+        horizontal, vertical = self.flip
+        if horizontal and random.random() < horizontal:
+            view, crop = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT), crop[[0, 3, 2, 1]]
+        if vertical and random.random() < vertical:
+            view, crop = view.transpose(Image.Transpose.FLIP_TOP_BOTTOM), crop[[2, 1, 0, 3]]
+        return view.resize((self.size, self.size), Image.Resampling.BICUBIC), crop
+
+
+def _towards(first: int, last: int, side: int, ref_first: int, ref_last: int, joint: int) -> int:
+    """First pixel of an interval after it has moved towards another; joint: length of what covers both."""
+    ref_side = ref_last - ref_first
+    least = 0.5 * min(ref_side, side)
+    shift = float(joint - side - ref_side if joint > side + ref_side else 0)
+    if joint >= side + ref_side - least:
+        shift += least
+    delta = (ref_first + ref_last) / 2 - (first + last) / 2
+    return first + round(delta / (abs(delta) + 1e-5) * shift)
+
+
+class Photometric:
+    """Colour jitter, grayscale, blur and solarisation of a view; the same for all views."""
+
+    def __init__(self):
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+        self.colour = transforms.Compose([transforms.RandomApply([jitter], 0.8), transforms.RandomGrayscale(0.2)])
+
+    def __call__(self, img: Image.Image) -> Image.Image:
+        img = self.colour(img)
+        if random.random() < 0.5:
+            return self.blur(img, 0.5 if random.random() < 0.5 else 1.0)
+        img = self.blur(img, 0.1)
+        return ImageOps.solarize(img) if random.random() < 0.2 else img
+
+    @staticmethod
+    def blur(img: Image.Image, probability: float) -> Image.Image:
+        """Gaussian blur of a radius of 0.1 to 2 pixels."""
+        if random.random() > probability:
+            return img
+        return img.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+class Points(NamedTuple):
+    """Sampled patches of one view that another view shows, padded to s; rows are valid patches in raster order."""
+
+    count: int  # of valid ones
+    token: NDArray[np.int16]  # (s,) number of the patch in its view
+    corner: NDArray[np.int16]  # (s, 4) numbers of the four patches around it in the other view
+    weight: Array  # (s, 4) their bilinear weights; 0 where invalid
+
+
+class DataAugmentation:
+    """All views of an image, and how their patches correspond.
+
+    Args:
+        global_crops_scale, local_crops_scale: shares of the image. global_size, local_size: in pixels.
+        sampling_window_size_g, sampling_window_size_l: in patches; one patch per window is sampled.
+        random_sampling: False takes the first patch of each window.
+        fix_crop_reference: as `RandomCropCoord.fix_reference`.
+    Raises:
+        ValueError: sizes that do not divide, or a window larger than a view.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: tuple[float, float],
+        local_crops_scale: tuple[float, float],
+        local_crops_number: int,
+        global_size: int = 224,
+        local_size: int = 96,
+        sampling_window_size_g: int = 3,
+        sampling_window_size_l: int = 2,
+        patch_size: int = 16,
+        random_sampling: bool = True,
+        horizontal_flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        fix_crop_reference: bool = False,
+    ):
+        if global_size % patch_size or local_size % patch_size:
+            raise ValueError(f"views of {global_size} and {local_size} pixels: expected multiples of {patch_size}")
+        self.features_g, self.features_l = global_size // patch_size, local_size // patch_size
+        self.window_g, self.window_l = sampling_window_size_g, sampling_window_size_l
+        if not 0 < self.window_g <= self.features_g or not 0 < self.window_l <= self.features_l:
+            raise ValueError(
+                f"sampling windows of {self.window_g} and {self.window_l} patches: the views have {self.features_g} "
+                f"and {self.features_l} per side"
+            )
+        self.local_crops_number, self.random_sampling = local_crops_number, random_sampling
+        flip = horizontal_flip, vertical_flip
+        self.crop_g = RandomCropCoord(global_size, global_crops_scale, flip, fix_crop_reference)
+        self.crop_l = RandomCropCoord(local_size, local_crops_scale, flip, fix_crop_reference)
+        self.photometric = Photometric()
+
+    def _sampling_mask(self, feature_size: int, window_size: int) -> NDArray[np.bool_]:
+        """One patch of every window, (F * F,) in raster order; a grid that leaves a rest lies in a random corner."""
+        grid = feature_size // window_size
+        cells = torch.randint(0, window_size**2, (grid**2,)).numpy() if self.random_sampling else np.zeros(grid**2, int)
+        rows = np.arange(grid).repeat(grid) * window_size + cells // window_size
+        columns = np.tile(np.arange(grid), grid) * window_size + cells % window_size
+        rest = feature_size - grid * window_size
+        if rest > 0:
+            corner = random.random()
+            rows = rows + rest * (corner >= 0.5)
+            columns = columns + rest * (0.25 <= corner < 0.5 or corner >= 0.75)
+        mask = np.zeros((feature_size, feature_size), bool)
+        mask[rows, columns] = True
+        return mask.flatten()
+
+    def _crop_intersection(self, c1: Array, c2: Array) -> Array:
+        """Smallest box around two crops' coordinates; as upstream, those of flipped ones enter as they are."""
+        return np.concatenate([np.minimum(c1[:2], c2[:2]), np.maximum(c1[2:], c2[2:])])
+
+    def points(self, src_crop: Array, tgt_crop: Array, mask: NDArray[np.bool_]) -> Points:
+        """Where the sampled patches of a view lie in a global view; the first and the last patch lie on its border."""
+        side, last = math.isqrt(len(mask)), np.float32(self.features_g - 1)
+        tokens = np.flatnonzero(mask)
+        line = np.linspace(0, 1, side, dtype=np.float32)
+        grid = np.stack([line[tokens // side], line[tokens % side]], axis=1)
+        position = src_crop[:2] + grid * (src_crop[2:] - src_crop[:2])  # (s, 2)
+        low, high = np.minimum(tgt_crop[:2], tgt_crop[2:]), np.maximum(tgt_crop[:2], tgt_crop[2:])
+        valid = ((position > low) & (position < high)).all(axis=1)
+        count, s = int(valid.sum()), len(tokens)
+        token, corner, weight = np.zeros(s, np.int16), np.zeros((s, 4), np.int16), np.zeros((s, 4), np.float32)
+        if count:
+            t = (position[valid] - tgt_crop[:2]) * last / (tgt_crop[2:] - tgt_crop[:2])
+            floor = np.floor(t)
+            ceil = np.minimum(floor + 1, last)
+            near, far = ceil - t, t - floor  # (n, 2) weights of floor and ceil
+            i, j = np.stack([floor, ceil]).astype(np.int16).transpose(2, 0, 1)  # (2, n) each
+            token[:count] = tokens[valid]
+            corner[:count] = (i[[0, 0, 1, 1]] * self.features_g + j[[0, 1, 0, 1]]).T
+            wi, wj = np.stack([near, far]).transpose(2, 0, 1)
+            weight[:count] = (wi[[0, 0, 1, 1]] * wj[[0, 1, 0, 1]]).T
+        return Points(count, token, corner, weight)
+
+    def _create_map(self, src_crop: Array, tgt_crop: Array, mask: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """`points` as maps: (s, F * F) that picks the valid patches, (s, F_g * F_g) that mixes those around them."""
+        found = self.points(np.asarray(src_crop), np.asarray(tgt_crop), np.asarray(mask))
+        src = np.zeros((len(found.token), len(mask)), np.float32)
+        tgt = np.zeros((len(found.token), self.features_g**2), np.float32)
+        src[np.arange(found.count), found.token[: found.count]] = 1
+        for k in range(4):  # added up, for corners that coincide on the border
+            tgt[np.arange(found.count), found.corner[: found.count, k]] += found.weight[: found.count, k]
+        return src, tgt
+
+    def views(
+        self, img: Image.Image
+    ) -> tuple[list[Image.Image], list[Array], list[tuple[int, int, NDArray[np.bool_]]]]:
+        """The views, their coordinates, and the pairs to map.
+
+        Pairs: the two global views in each other, then per local one itself in the second and in the first.
+        """
+        first, c0 = self.crop_g(img)
+        first = self.photometric(first)
+        second, c1 = self.crop_g(img, c0)
+        second = self.photometric(second)
+        mask_g = self._sampling_mask(self.features_g, self.window_g)
+        box = self._crop_intersection(c0, c1)
+        views, coords = [first, second], [c0, c1]
+        pairs: list[Pair] = [(0, 1, mask_g), (1, 0, mask_g)]
+        if self.local_crops_number:
+            mask_l = self._sampling_mask(self.features_l, self.window_l)
+        for k in range(2, 2 + self.local_crops_number):
+            local, crop = self.crop_l(img, box)
+            views.append(self.photometric(local))
+            coords.append(crop)
+            pairs += [(k, 1, mask_l), (k, 0, mask_l)]
+        return views, coords, pairs
+
+    def __call__(self, img: Image.Image) -> "Sample":
+        views, coords, pairs = self.views(img)
+        found = [self.points(coords[source], coords[target], mask) for source, target, mask in pairs]
+        return Sample([tf.pil_to_tensor(view) for view in views], found)
+
+
+class Sample(NamedTuple):
+    """An image's views (3, H, W) uint8, and the correspondence of each pair of `DataAugmentation.views`."""
+
+    views: list[Tensor]
+    points: list[Points]
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """A batch of B samples.
+
+    Returns:
+        crops: two global views (B, 3, H, W) uint8, then nl local ones. token: of the global pairs (2, B, s), -1 where
+        invalid. corner, weight: where the teacher finds patches of both views, (2 B, s + nl s_l, 4); the first B rows
+        are patches of the second view. rows_s, rows_t: numbers of valid rows, for `udi_forward_loss`.
+    """
+    crops = [torch.stack(views) for views in zip(*(sample.views for sample in samples), strict=True)]
+    counts = np.array([[points.count for points in sample.points] for sample in samples])  # (B, 2 + 2 nl)
+    sizes = [len(points.token) for points in samples[0].points]
+    valid = [np.arange(size) < counts[:, [k]] for k, size in enumerate(sizes)]  # of (B, s) each
+    token = np.stack([[sample.points[k].token for sample in samples] for k in (0, 1)])
+    token = np.where(np.stack(valid[:2]), token, -1)
+
+    def of_views(field: str) -> Array:
+        """A field of the points in both of the teacher's views, (2 B, s + nl s_l, 4)."""
+        views = [
+            [np.concatenate([getattr(p, field) for p in sample.points[v::2]]) for sample in samples] for v in (0, 1)
+        ]
+        return np.concatenate([np.stack(view) for view in views])
+
+    shown = np.concatenate([np.concatenate(valid[view::2], axis=1) for view in (0, 1)])  # (2 B, s + nl s_l)
+    return {
+        "crops": crops,
+        "token": torch.from_numpy(token.astype(np.int64)),
+        "corner": torch.from_numpy(of_views("corner").astype(np.int64)),
+        "weight": torch.from_numpy(of_views("weight")),
+        "rows_s": torch.from_numpy(np.flatnonzero(np.stack(valid[:2]))),
+        "rows_t": torch.from_numpy(np.flatnonzero(shown)),
+    }
+
+
+def expand(batch: dict[str, Any], patch_size: int) -> dict[str, Any]:
+    """What `udi_forward_loss` takes of a collated batch, on its device: normalised crops, dense maps, rows."""
+    mean, std = (
+        255 * torch.tensor(x, device=batch["token"].device)[:, None, None]
+        for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+    )
+    crops = [(crop - mean) / std for crop in batch["crops"]]
+    patches = (crops[0].shape[-1] // patch_size) ** 2
+    token = batch["token"]
+    src = F.one_hot(token.clamp(min=0), patches) * (token >= 0)[..., None]  # (2, B, s, N)
+    tgt = batch["weight"].new_zeros(*batch["weight"].shape[:2], patches)
+    tgt.scatter_add_(2, batch["corner"], batch["weight"])
+    rows = batch["rows_s"], batch["rows_t"]
+    return {"crops": crops, "src_maps": list(src.to(tgt.dtype)), "tgt_maps": list(tgt.chunk(2)), "rows": rows}
