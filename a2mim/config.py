@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,8 +31,10 @@ def patterns(text: str) -> list[tuple[str, dict[str, float]]]:
     """Type of --paramwise: a Python literal [("pattern", {"weight_decay": 0.0, "lr_mult": 0.1}), ...]."""
     try:
         rows = [(str(pattern), {str(k): float(v) for k, v in options.items()}) for pattern, options in literal(text)]
-    except (ValueError, TypeError, AttributeError) as error:
-        form = '[("pattern", {"weight_decay": 0.0}), ...]'
+        if any(re.compile(pattern) and set(options) - {"weight_decay", "lr_mult", "lr"} for pattern, options in rows):
+            raise ValueError("unknown option")
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        form = '[("pattern", {"weight_decay": 0.0, "lr_mult": 1.0}), ...]'
         raise argparse.ArgumentTypeError(f"{text}: expected {form}") from error
     return rows
 
@@ -116,6 +119,7 @@ def _set_defaults(parser: argparse.ArgumentParser, where: str, values: dict[str,
     bad = next((n for n, v in switches.items() if v not in (True, False, None)), None)
     if bad:
         raise UserError(f"{where}: {bad} {switches[bad]}: expected True or False")
+    switches |= {n: not v for n, v in switches.items() if v is not None and actions[n].const is False}  # --no_...
     words = [
         word for name, value in values.items() if name not in switches for word in _words(actions[name], name, value)
     ]
@@ -168,7 +172,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 def work_dir(config: str) -> str:
     """Upstream's folder of a configuration's runs: work_dirs/<its second folder>/<its name>."""
-    parts = Path(config).with_suffix("").parts
+    parts = Path(config).with_suffix("").parts if config else ()
     return str(Path("work_dirs", *parts[1:2] if len(parts) > 2 else (), *parts[-1:]))
 
 

@@ -81,8 +81,9 @@ class MaskedImageModel(nn.Module):
         nn.init.zeros_(self.decoder.bias)
         if self.mask_token is not None and self.mask_mode == "randn":
             nn.init.normal_(self.mask_token)
-        elif self.mask_token is not None and not is_convnext(self.encoder):  # as upstream: ConvNeXt's is zero
-            nn.init.trunc_normal_(self.mask_token, std=0.02 if self.mask_mode == "learnable" else 0.0)
+        elif self.mask_mode == "learnable" and not is_convnext(self.encoder):  # as upstream: ConvNeXt's is zero
+            assert self.mask_token is not None
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def _insert(self, x: Tensor, mask: Tensor) -> Tensor:
         """Give masked features the token: x is (B, C, h, w), or (B, N, D) of patch tokens."""
@@ -193,7 +194,10 @@ def build_masked(backbone: str, loss: MIMLoss, img_size: int = 224, drop_path: f
     """
     arch = {k: keywords.pop(k) for k in ("patch_size",) if k in keywords}
     net = build_backbone(backbone, img_size=img_size, num_classes=0, drop_path_rate=drop_path, **arch)
-    return MaskedImageModel(net, loss, **keywords)
+    model = MaskedImageModel(net, loss, **keywords)
+    if img_size % model.stride:
+        raise ValueError(f"image size {img_size} is not a multiple of the encoder's {model.stride} pixels")
+    return model
 
 
 def build_classifier(
@@ -218,6 +222,9 @@ def build_backbone(name: str, **keywords) -> Backbone:
     """A network of `BACKBONES`; raises ValueError for an unknown name."""
     if name not in BACKBONES:
         raise ValueError(f"backbone {name}: expected one of {', '.join(BACKBONES)}")
+    size, patch = keywords.get("img_size", 224), keywords.get("patch_size", 1)
+    if size % patch:
+        raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
     return BACKBONES[name](**keywords)
 
 

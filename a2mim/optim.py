@@ -66,6 +66,8 @@ def optimizer_cfg(args: argparse.Namespace) -> dict[str, Any]:
     """The flags in the form of `param_options`."""
     cfg = {"lr": args.lr, "weight_decay": args.weight_decay, "paramwise_options": dict(args.paramwise or ())}
     if getattr(args, "layer_decay", None):
+        if "resnet" in args.backbone:
+            raise distributed.UserError(f"--layer_decay {args.layer_decay}: is for ViTs and ConvNeXts")
         cfg |= {"layer_decay": args.layer_decay, "model_type": "convnext" if "convnext" in args.backbone else "vit"}
     return cfg
 
@@ -85,7 +87,9 @@ def param_groups(model: openmixup.Model, cfg: dict[str, Any]) -> list[dict[str, 
 
 
 def build_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """--opt on groups that say their learning rate and weight decay."""
+    """--opt on groups that say their learning rate and weight decay; raises UserError."""
+    if not all(0 <= beta < 1 for beta in args.betas):
+        raise distributed.UserError(f"--betas {args.betas[0]} {args.betas[1]}: expected two numbers, 0 to below 1")
     if args.opt == "lamb":
         return Lamb(groups, eps=1e-6, betas=tuple(args.betas), max_grad_norm=1.0)
     if args.opt == "sgd":
@@ -125,7 +129,7 @@ class OfficialOptimizer:
         now["state"] = {
             own[p][0]: state["state"][i] for i, p in zip(found, self.params, strict=True) if i in state["state"]
         }
-        steps = {i: group["step"] for group in state["param_groups"] for i in group["params"] if "step" in group}
+        steps = {i: float(group["step"]) for group in state["param_groups"] for i in group["params"] if "step" in group}
         for i, p in zip(found, self.params, strict=True):  # LAMB counts its steps by group
             if i in steps:
                 now["param_groups"][own[p][1]]["step"] = steps[i]

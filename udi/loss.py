@@ -6,6 +6,7 @@ exist in chunks only.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,16 @@ from udi.models_udi import Projected
 CHUNK = 2**25  # logits computed at a time
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """(G, S, E) and (K, E) -> (G, S, K) float32; on GPUs products of halves are summed and kept in float32."""
+    """(G, S, E) and (K, E) -> (G, S, K) at least float32; on GPUs products of halves are summed in that."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x.flatten(0, 1), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:2])
-    return (x @ weight.T).float()
+    return wide(x @ weight.T)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -40,11 +46,9 @@ class _CrossEntropy(torch.autograd.Function):
         teachers, prototypes = target.shape[1], len(weight)
         half = torch.get_autocast_dtype(z.device.type) if torch.is_autocast_enabled(z.device.type) else z.dtype
         w, tw = weight.to(half), target_weight.to(half)
-        losses = z.new_zeros((groups, students), dtype=torch.float32)
-        grad_z = torch.zeros(z.shape, dtype=torch.float32, device=z.device)
-        grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=z.device)
-        mean = torch.zeros(prototypes, dtype=torch.float32, device=z.device)  # of the first targets
-        entropy = torch.zeros((), dtype=torch.float32, device=z.device)
+        zeros = partial(torch.zeros, dtype=centre.dtype, device=z.device)
+        losses, grad_z, grad_w = zeros(groups, students), zeros(z.shape), zeros(weight.shape)
+        mean, entropy = zeros(prototypes), zeros(())  # of the first targets
         step = max(1, CHUNK // (prototypes * (students + teachers)))
         for a in range(0, groups, step):
             b = min(a + step, groups)
@@ -56,7 +60,7 @@ class _CrossEntropy(torch.autograd.Function):
             # d loss / d logits, weighted, in place of the logits
             residual = logits.sub_(log_sum[..., None]).exp_().sub_(mixed).flatten(0, 1).to(half)
             rows = share.expand(b - a, students).flatten()[:, None] / student_temp
-            grad_z[a:b] = ((residual @ w).float() * rows).unflatten(0, (b - a, students))
+            grad_z[a:b] = (wide(residual @ w) * rows).unflatten(0, (b - a, students))
             grad_w += residual.T @ (z[a:b].flatten(0, 1).to(half) * rows.to(half))
             mean += predictions[:, 0].sum(dim=0)
             entropy -= torch.special.xlogy(predictions[:, 0], predictions[:, 0]).sum()
@@ -96,7 +100,7 @@ def cross_entropies(
         centre: (K,), subtracted from the teacher's logits. temp, student_temp: temperatures.
         mix: (S, T), share of each prediction in a student's target. share: (S,), weight of a student in the total.
     """
-    share = share.to(torch.float32)
+    mix, share = mix.to(centre.dtype), share.to(centre.dtype)
     return Entropies(
         *_CrossEntropy.apply(z, weight, target, target_weight, centre, mix, share, (temp, student_temp))  # type: ignore
     )
@@ -125,11 +129,11 @@ class Centering(nn.Module):
         Args:
             sums: (L, K) of this process's logits. counts: (L,) of its rows.
         """
-        counts = counts.float()[:, None]
+        counts = counts[:, None]
         if self.exact:
             both = torch.cat([sums, counts], dim=1)
         else:
-            present = (counts > 0).float()
+            present = (counts > 0).to(counts.dtype)
             both = torch.cat([sums / counts.clamp(min=1e-12) * present, present], dim=1)
         if distributed.world_size() > 1:
             dist.all_reduce(both)
@@ -234,7 +238,7 @@ def udi_forward_loss(
     temps = udi_loss.temperatures[epoch], udi_loss.student_temp
     centres = udi_loss.centering.center
     device = crops[0].device
-    z_u = t.global_cls[0].float()  # (2 B, E): the second view's images, then the first's
+    z_u = wide(t.global_cls[0])  # (2 B, E): the second view's images, then the first's
     parts: list[Entropies] = []
     global_losses: list[Tensor] = []
     local_losses: list[Tensor] = []
@@ -245,7 +249,7 @@ def udi_forward_loss(
         z = views if s.local_cls is None else torch.cat([views, s.local_cls[level].transpose(0, 1)], dim=1)
         # Means over 2 B and nl B rows, weighted as 2 and 2 nl.
         weight = udi_loss.weights[level] / (2 + 2 * nl)
-        share = torch.full((2 + nl,), 2 * weight / batch, device=device)
+        share = centres.new_full((2 + nl,), 2 * weight / batch)
         share[:2] = weight / batch
         found = cross_entropies(z, s.weight, target, t.weight, centres[level], mix, share, *temps)
         parts.append(found)
@@ -263,7 +267,7 @@ def udi_forward_loss(
         assert s.patches is not None
         assert mix_s is not None
         assert mix_t is not None
-        z_p, mask = t.patches.float(), mix_t.sum(dim=-1)
+        z_p, mask = wide(t.patches), mix_t.sum(dim=-1)
         sampled = mix_s.shape[1]
         z_g, m_g = z_p[:, :sampled], mask[:, :sampled]
         z_l, m_l = (x[:, sampled:].unflatten(1, (nl, -1)) if nl else None for x in (z_p, mask))
@@ -285,7 +289,7 @@ def udi_forward_loss(
         shown = mix_s.sum(dim=-1).flatten()[rows_s]  # (R,) of ones
         number = shown.sum()
         z_s, z_t = s.patches.flatten(0, 1)[rows_s], z_g.flatten(0, 1)[rows_s]
-        share = torch.ones(1, device=device)
+        share = centres.new_ones(1)
         found = cross_entropies(
             z_s[:, None], s.weight, z_t[:, None], t.weight, centres[level], share[:, None], share, *temps
         )
@@ -296,7 +300,7 @@ def udi_forward_loss(
         counts.append(mask.sum())
     # ---- centres of all teacher rows: by linearity of their mean vectors
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        udi_loss.centering.update(F.linear(torch.stack(sums), t.weight.float()), torch.stack(counts))
+        udi_loss.centering.update(F.linear(torch.stack(sums), wide(t.weight)), torch.stack(counts))
     mean_target = parts[0].mean_target
     mean_entropy = -torch.special.xlogy(mean_target, mean_target).sum()
     loss = torch.stack([part.total for part in parts]).sum()

@@ -134,7 +134,7 @@ class VisionTransformer(nn.Module):
         patches = (img_size[0] // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + num_class_token, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, rate, norm_layer) for rate in rates
         )

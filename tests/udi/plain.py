@@ -1,0 +1,119 @@
+"""The loss as the paper's code computes it: every logit, every average of logits, the teacher's backbone twice."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from udi.loss import UDILoss
+from udi.models_udi import DINOHead, MaskedAttention, MultiCropWrapper
+
+
+def sample(attn: MaskedAttention, x: Tensor, mix: Tensor) -> Tensor:
+    """Patches (B, N, D) and a map (B, s, N) -> (B, s, D); queries are mixed after their projection."""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q = mix[:, None] @ q
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return attn.norm(attn.proj((weights @ v).transpose(1, 2).flatten(2)) + mix @ x)
+
+
+def logits(
+    net: MultiCropWrapper, x: Tensor, mix: Tensor | None, draws: Any = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Class logits (B, K) per class token, and patch logits (B, s, K)."""
+    head: DINOHead = net.head[0]  # type: ignore[assignment]
+    vit = net.backbone.backbone
+    tokens = vit.forward_tokens(x, draws)
+    c = vit.num_class_token
+    classes = [head(vit.norm(tokens[:, i : i + 1]))[:, 0] for i in range(c)]
+    if mix is None:
+        return classes, None
+    assert net.backbone.attn is not None
+    return classes, head(sample(net.backbone.attn, net.backbone.norm1(tokens[:, c:]), mix))
+
+
+def cross_entropy(target: Tensor, x: Tensor) -> Tensor:
+    return -(target * F.log_softmax(x, dim=-1)).sum(dim=-1)
+
+
+def plain_loss(
+    student: MultiCropWrapper,
+    teacher: MultiCropWrapper,
+    settings: UDILoss,
+    crops: list[Tensor],
+    src_maps: list[Tensor],
+    tgt_maps: list[Tensor],
+    epoch: int,
+    drop_path_rand: list[Tensor] | None = None,
+) -> dict[str, Any]:
+    """Predictions, targets, losses and the centres after the step."""
+    nl, patches, alpha = settings.num_local_crops, settings.include_patch, settings.alpha
+    tau, temp, centre = settings.student_temp, settings.temperatures[epoch], settings.centering.center
+    draws = None if drop_path_rand is None else iter(drop_path_rand)
+    c = settings.num_clt
+    out: dict[str, Any] = {}
+    with torch.no_grad():
+        both = torch.cat([crops[1], crops[0]])
+        m_g = torch.cat(tgt_maps[:2]) if patches else None
+        (u, *_), p_g = logits(teacher, both, m_g)
+        p_l = masks_l = None
+        if patches and nl:
+            local = [torch.cat(tgt_maps[2 + 2 * i : 4 + 2 * i]) for i in range(nl)]
+            found: list[Any] = [logits(teacher, both, mix)[1] for mix in local]
+            p_l = torch.stack(found)  # (nl, 2B, s, K)
+            masks_l = torch.stack([mix.sum(-1) for mix in local])
+    mix_s = torch.cat(src_maps[:2]) if patches else None
+    s_cls, s_p = logits(student, torch.cat(crops[:2]), mix_s, draws)
+    l_cls = logits(student, torch.cat(crops[2:]), None, draws)[0] if nl else []
+    batch = len(crops[0])
+    u_l = u.view(2, batch, -1).transpose(0, 1).repeat(nl, 1, 1)  # (nl B, 2, K)
+    raw = [(u, u_l)]
+    sums, counts = [u.sum(0)], [float(len(u))]
+    mask_g = m_g.sum(-1) if m_g is not None else None
+    if patches and c == 2:
+        assert p_g is not None and mask_g is not None
+
+        def mean(p: Tensor, m: Tensor) -> Tensor:
+            return (p * m[..., None]).sum(-2) / (m.sum(-1, keepdim=True) + 1e-5)
+
+        blend = alpha * mean(p_g, mask_g) + (1 - alpha) * u
+        blend_l = u_l[:0]
+        if p_l is not None and masks_l is not None:
+            blend_l = mean(p_l, masks_l).view(nl, 2, batch, -1).transpose(1, 2).reshape(nl * batch, 2, -1)
+            blend_l = alpha * blend_l + (1 - alpha) * u_l
+        raw.append((blend, blend_l))
+        sums.append(blend.sum(0) + blend_l.sum((0, 1)))
+        counts.append(len(blend) + 2 * len(blend_l))
+    targets = [tuple(((x - centre[i]) / temp).softmax(-1) for x in pair) for i, pair in enumerate(raw)]
+    g_losses, l_losses, levels = [], [], []
+    for i, (y_g, y_l) in enumerate(targets):
+        g = cross_entropy(y_g, s_cls[i] / tau).mean()
+        level = g
+        g_losses.append(g)
+        if nl:
+            one = cross_entropy(y_l, (l_cls[i] / tau)[:, None]).mean()
+            l_losses.append(one)
+            level = (2 * g + 2 * nl * one) / (2 + 2 * nl)
+        levels.append(level)
+    if patches:
+        assert p_g is not None and mask_g is not None and s_p is not None and mix_s is not None
+        y = ((p_g - centre[c]) / temp).softmax(-1)
+        shown = mix_s.sum(-1)
+        g = (cross_entropy(y, s_p / tau) * shown).sum() / shown.sum().clamp(min=1)
+        g_losses.append(g)
+        levels.append(g)
+        total, number = (p_g * mask_g[..., None]).sum((0, 1)), mask_g.sum()
+        if p_l is not None and masks_l is not None:
+            total, number = total + (p_l * masks_l[..., None]).sum((0, 1, 2)), number + masks_l.sum()
+        sums.append(total)
+        counts.append(float(number))
+    means = torch.stack([s / n if n else centre[i] for i, (s, n) in enumerate(zip(sums, counts, strict=True))])
+    out["loss"] = sum(w * level for w, level in zip(settings.weights, levels, strict=True))
+    m = settings.centering.momentum
+    out["center"] = torch.stack(
+        [(m * a + (1 - m) * b) if n else a for a, b, n in zip(centre, means, counts, strict=True)]
+    )
+    out |= {"global": g_losses, "local": l_losses, "student": (s_cls, s_p, l_cls), "teacher": (u, p_g, p_l)}
+    out["targets"] = targets
+    return out

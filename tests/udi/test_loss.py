@@ -1,0 +1,347 @@
+"""The loss that is trained with, against the authors' numbers and a literal computation of every logit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common import lr_sched
+from tests.helpers import Golden, assert_close, golden_files, load_golden
+from tests.udi.plain import plain_loss
+from tests.udi.test_models_udi import network_of, tol
+from udi import optim
+from udi.loss import UDILoss, udi_forward_loss
+from udi.models_udi import Projected
+
+TWO_RANKS = str(Path(__file__).with_name("two_ranks.py"))
+
+
+def batch_of(ref: Golden, prefix: str = "in") -> dict[str, Any]:
+    """Crops and maps of a golden."""
+    kinds = {kind: ref.group(f"{prefix}/{kind}") for kind in ("crops", "src_maps", "tgt_maps")}
+    return {kind: [found[str(i)] for i in range(len(found))] for kind, found in kinds.items()}
+
+
+def pair_of(ref: Golden) -> tuple[Any, Any]:
+    """Student and teacher of a golden with their weights."""
+    meta = ref.meta
+    nets = []
+    for name, norm, drop in (("student", meta["norm_last_layer"], meta["drop_path_rate"]), ("teacher", True, 0.0)):
+        net = network_of(meta["config"], meta["include_patch"], norm, drop)
+        weights = ref.group(f"sd/{name}")
+        assert list(net.state_dict()) == list(weights)
+        net.load_state_dict(weights)
+        nets.append(net.train())
+    return nets[0], nets[1].requires_grad_(False)
+
+
+def settings_of(ref: Golden) -> UDILoss:
+    meta = ref.meta
+    settings = UDILoss(
+        meta["config"]["nl"],
+        meta["config"]["K"],
+        meta["teacher_temp_schedule"],
+        include_patch=meta["include_patch"],
+        num_clt=meta["num_clt"],
+        alpha=meta["alpha"],
+        student_temp=meta["student_temp"],
+        center_momentum=meta["center_momentum"],
+        weights=meta["weights"],
+    )
+    settings.centering.center.copy_(ref["in/center"])
+    return settings
+
+
+# ---- goldens
+
+
+@golden_files("udi", "pretrain_forward")
+@pytest.mark.parametrize("draws", ["fed", "seeded"])
+def test_loss_centres_and_gradients(path, draws):
+    ref = load_golden(path)
+    student, teacher = pair_of(ref)
+    settings = settings_of(ref)
+    fed = [value for _, value in sorted(ref.group("in/drop_path_rand").items())] or None
+    if draws == "seeded":
+        if ref.meta["drop_path_seed"] is None:
+            pytest.skip("draws nothing")
+        torch.manual_seed(ref.meta["drop_path_seed"])
+        fed = None
+    loss, spec = udi_forward_loss(
+        student, teacher, settings, **batch_of(ref), epoch=ref.meta["epoch"], drop_path_rand=fed
+    )
+    assert_close(loss, ref["out/loss"], **tol(ref))
+    for group, values in ((0, spec.global_losses), (1, spec.local_losses)):
+        for level, value in enumerate(values):
+            assert_close(value, ref[f"out/loss_spec/{group}/{level}"], **tol(ref))
+    assert_close(settings.centering.center, ref["out/center_after"], **tol(ref))
+    loss.backward()
+    params = dict(student.named_parameters())
+    for name, expected in ref.group("out/grad").items():
+        grad = params[name].grad
+        assert grad is not None, name
+        assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-8, name
+    for name in ref.meta["trainable_without_grad"]:
+        assert params[name].grad is None or not params[name].grad.any()
+
+
+@golden_files("udi", "pretrain_forward")
+def test_literal_computation(path):
+    """What the other tests compare with computes the authors' predictions and targets."""
+    ref = load_golden(path)
+    fed = [value for _, value in sorted(ref.group("in/drop_path_rand").items())] or None
+    student, teacher = pair_of(ref)
+    out = plain_loss(student, teacher, settings_of(ref), **batch_of(ref), epoch=ref.meta["epoch"], drop_path_rand=fed)
+    s_cls, s_p, l_cls = out["student"]
+    u, p_g, p_l = out["teacher"]
+    pred = {f"student_pred/0/{i}": x[:, None] for i, x in enumerate(s_cls)}
+    pred |= {f"student_pred/1/{i}": x[:, None] for i, x in enumerate(l_cls)} | {"teacher_pred/0/0": u[:, None]}
+    pred |= {f"target/0/{i}": pair[0][:, None] for i, pair in enumerate(out["targets"])}
+    pred |= {f"target/1/{i}": pair[1] for i, pair in enumerate(out["targets"])}
+    for name, value in pred.items():
+        assert_close(value, ref[f"out/{name}"], **tol(ref), what=name)
+    if p_g is not None:
+        level = len(s_cls)
+        for side, name, value in ((0, "student", s_p[None]), (0, "teacher", p_g[None]), (1, "teacher", p_l)):
+            valid = ref[f"out/{name}_mask/{side}/{level}"][..., 0] > 0
+            assert_close(value[valid], ref[f"out/{name}_pred/{side}/{level}"][valid], **tol(ref))
+    assert_close(out["loss"], ref["out/loss"], **tol(ref))
+    assert_close(out["center"], ref["out/center_after"], **tol(ref))
+
+
+def projected(ref: Golden, prefix: str, nl: int, student: bool) -> tuple[Projected, list[Tensor]]:
+    """Logits of a golden as vectors of prototypes that are an identity; and maps with its masks as row sums."""
+    who = "student" if student else "teacher"
+    found, masks = ref.group(f"{prefix}/{who}_pred"), ref.group(f"{prefix}/{who}_mask")
+    classes = sorted(k for k in found if k.startswith("0/") and found[k].ndim == 3)
+    global_cls = torch.stack([found[k][:, 0] for k in classes])
+    dim, batch = global_cls.shape[-1], global_cls.shape[1] // 2
+    local = [found[k] for k in sorted(found) if k.startswith("1/") and found[k].ndim == 3]
+    local_cls = torch.stack([x[:, 0].unflatten(0, (nl, batch)) for x in local]) if local else None
+    patches = [(found[k], masks[k][..., 0]) for k in sorted(found) if found[k].ndim == 4]
+    if not patches:
+        return Projected(global_cls, local_cls, None, torch.eye(dim)), []
+    vectors = torch.cat([p.transpose(0, 1).flatten(1, 2) for p, _ in patches], dim=1)  # (2B, s + nl s_l, K)
+    mask = torch.cat([m.transpose(0, 1).flatten(1) for _, m in patches], dim=1)
+    return Projected(global_cls, local_cls, vectors, torch.eye(dim)), list(mask[..., None].chunk(2))
+
+
+def loss_on(ref: Golden, prefix: str, settings: UDILoss, epoch: int) -> tuple[Tensor, Any, Projected]:
+    """The loss of a golden's logits; the student's vectors have gradients."""
+    s, src = projected(ref, prefix, settings.num_local_crops, True)
+    t, tgt = projected(ref, prefix, settings.num_local_crops, False)
+    for value in (s.global_cls, s.local_cls, s.patches):
+        if value is not None:
+            value.requires_grad_()
+    crops = [torch.zeros(s.global_cls.shape[1] // 2, 1)] * 2
+    loss, spec = udi_forward_loss(lambda *a, **k: s, lambda *a, **k: t, settings, crops, src, tgt, epoch)  # type: ignore
+    return loss, spec, s
+
+
+@golden_files("udi", "udi_loss")
+def test_loss_alone(path):
+    ref = load_golden(path)
+    meta = ref.meta
+    keys = ("alpha", "student_temp", "center_momentum", "weights", "include_patch", "num_clt")
+    options: dict[str, Any] = {k: meta[k] for k in keys}
+    settings = UDILoss(meta["num_local_crops"], meta["dim"], meta["teacher_temp_schedule"], **options)
+    settings.centering.center.copy_(ref["in/center"])
+    for step in range(len(meta["teacher_temp_schedule"])):
+        loss, spec, s = loss_on(ref, f"in/step{step}", settings, step)
+        out = f"out/step{step}"
+        assert_close(loss, ref[f"{out}/loss"], **tol(ref))
+        for level, value in enumerate(spec.global_losses):
+            assert_close(value, ref[f"{out}/loss_spec/0/{level}"], **tol(ref))
+        assert_close(settings.centering.center, ref[f"{out}/center_after"], **tol(ref))
+        loss.backward()
+        assert s.global_cls.grad is not None
+        for level, grad in enumerate(s.global_cls.grad):
+            assert_close(grad[:, None], ref[f"{out}/grad_student_pred/0/{level}"], **tol(ref))
+            assert s.local_cls is not None
+            assert s.local_cls.grad is not None
+            local = s.local_cls.grad[level].flatten(0, 1)[:, None]
+            assert_close(local, ref[f"{out}/grad_student_pred/1/{level}"], **tol(ref))
+        if s.patches is not None:
+            assert s.patches.grad is not None
+            expected = ref[f"{out}/grad_student_pred/0/{meta['num_clt']}"]
+            assert_close(s.patches.grad[None], expected, **tol(ref))
+
+
+@golden_files("udi", "center_two_ranks")
+def test_two_processes_share_centres(path, launch, tmp_path):
+    """The mean of the processes' means, or with exact_center that of all rows."""
+    launch(2, TWO_RANKS, str(path), str(tmp_path))
+    ref = load_golden(path)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert_close(found["loss"], ref[f"out/rank{rank}/loss"], **tol(ref))
+        assert_close(found["center"], ref["out/center_after"], **tol(ref))
+        masks = [ref[f"in/rank{r}/teacher_mask/{side}/2"] for r in (0, 1) for side in (0, 1)]
+        preds = [ref[f"in/rank{r}/teacher_pred/{side}/2"] for r in (0, 1) for side in (0, 1)]
+        total = sum((p * m).sum((0, 1, 2)) for p, m in zip(preds, masks, strict=True))
+        exact = 0.9 * ref["in/center"][2] + 0.1 * total / sum(m.sum() for m in masks)
+        assert_close(found["exact"][2], exact, rtol=1e-5, atol=1e-6)
+
+
+@golden_files("udi", "schedules")
+def test_schedules(path):
+    ref = load_golden(path)
+    temps = 0
+    for i, call in enumerate(ref.meta["calls"]):
+        if "temp" in call:
+            start, end, length, total = call["temp"]
+            assert_close(lr_sched.ramp_table(start, end, length, total), ref[f"out/temp{temps}"], 1e-12, 1e-15)
+            temps += 1
+        else:
+            assert_close(optim.cosine_scheduler(**call), ref[f"out/{i}"], 1e-12, 1e-15)
+
+
+@golden_files("udi", "train_steps")
+def test_training_steps(path):
+    """Schedules, and the losses where the file holds the weights that they started from."""
+    ref = load_golden(path)
+    meta, config = ref.meta, ref.meta["config"]
+    epochs, iters = meta["epochs"], meta["iters_per_epoch"]
+    lr = optim.cosine_scheduler(meta["peak_lr"], meta["min_lr"], epochs, iters, meta["warmup_epochs"])
+    decay = optim.cosine_scheduler(meta["weight_decay"][0], meta["weight_decay"][1], epochs, iters)
+    momentum = optim.cosine_scheduler(meta["momentum_teacher"], 1, epochs, iters)
+    temps = lr_sched.ramp_table(
+        meta["warmup_teacher_temp"], meta["teacher_temp"], meta["warmup_teacher_temp_epochs"], epochs
+    )
+    for name, table in (("lr", lr), ("wd", decay), ("momentum", momentum), ("teacher_temp", temps)):
+        assert_close(table, ref[f"out/{name}"], 1e-9, 1e-12)
+    start, end = ref.group("sd/student"), ref.group("out/final/student")
+    if all(torch.equal(start[name], value) for name, value in end.items()):
+        return  # the weights under sd/ are those after the last step: nothing tells where it began
+    student, teacher = (network_of(config, True, norm) for norm in (meta["norm_last_layer"], True))
+    for net in (student, teacher.requires_grad_(False)):
+        net.load_state_dict(start)
+    settings = UDILoss(config["nl"], config["K"], temps.tolist(), alpha=meta["alpha"])
+    optimizer = optim.build_optimizer(meta["optimizer"], optim.get_params_groups(student))
+    batches = [batch_of(ref, "in/batch0"), batch_of(ref, "in/batch1")]
+    losses = []
+    for it in range(epochs * iters):
+        optim.set_rates(optimizer, lr[it], decay[it])
+        loss, _ = udi_forward_loss(student, teacher, settings, **batches[it % 2], epoch=it // iters)
+        optimizer.zero_grad()
+        loss.backward()
+        optim.clip_gradients(student, meta["clip_grad"])
+        optim.cancel_gradients_last_layer(it // iters, student, meta["freeze_last_layer"])
+        optimizer.step()
+        with torch.no_grad():
+            for k, q in zip(teacher.parameters(), student.parameters(), strict=True):
+                k.mul_(momentum[it]).add_(q, alpha=1 - momentum[it])
+        losses.append(loss.item())
+    assert_close(np.array(losses), ref["out/losses"], **tol(ref))
+    assert_close(settings.centering.center, ref["out/center"], **tol(ref))
+    for name, net in (("student", student), ("teacher", teacher)):
+        for key, expected in ref.group(f"out/final/{name}").items():
+            assert_close(net.state_dict()[key], expected, **tol(ref), what=key)
+
+
+@golden_files("udi", "clip_lars")
+def test_clipping_and_lars(path):
+    ref = load_golden(path)
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(6, 5)
+            self.last_layer = torch.nn.Linear(5, 4, bias=False)
+
+    model = Two()
+    params = dict(model.named_parameters())
+    for name, grad in ref.group("in/grad").items():
+        params[name].grad = grad.clone()
+    norms = optim.clip_gradients(model, 2.5)
+    assert_close(norms, ref["out/norms"], **tol(ref))
+    for name, grad in ref.group("in/grad").items():
+        clipped = params[name].grad
+        assert clipped is not None
+        assert_close(clipped, grad * min(1, 2.5 / (float(grad.norm()) + 1e-6)), rtol=1e-5, atol=1e-7)
+    optim.cancel_gradients_last_layer(0, model, 1)
+    assert [n for n, p in params.items() if p.grad is None] == ref.meta["cancelled"]
+    for name, value in ref.group("in/lars/param").items():
+        params[name].data = value.clone()
+    optimizer = optim.build_optimizer("lars", optim.get_params_groups(model))
+    step = 0
+    while f"in/lars/grad{step}/a.weight" in ref:
+        optim.set_rates(optimizer, 0.7 / (step + 1), 0.05)
+        for name, grad in ref.group(f"in/lars/grad{step}").items():
+            params[name].grad = grad.clone()
+        optimizer.step()
+        for name, expected in ref.group(f"out/lars/param{step}").items():
+            assert_close(params[name], expected, **tol(ref), what=name)
+        step += 1
+    assert step
+
+
+# ---- against the literal computation, for cases that no file holds
+
+
+def random_case(nl: int, num_clt: int, patches: bool, matched: float, seed: int = 0) -> tuple[Any, Any, UDILoss, dict]:
+    """Random networks and views in float64; `matched`: share of the sampled patches that the other view shows."""
+    torch.manual_seed(seed)
+    config = {"gs": 16, "p": 4, "d": 12, "depth": 2, "h": 2, "ah": 2, "K": 18, "hid": 14, "bot": 8, "nl": nl}
+    config["nct"] = num_clt
+    student = network_of(config, patches, False).double()
+    teacher = network_of(config, patches, True).double().requires_grad_(False)
+    for p in [*student.parameters(), *teacher.parameters()]:
+        p.data += 0.3 * torch.randn_like(p)
+    settings = UDILoss(nl, 18, [0.06], include_patch=patches, num_clt=num_clt, alpha=0.3, weights=None).double()
+    settings.centering.center.normal_()
+    batch, sizes = 3, [4] * 2 + [3] * 2 * nl
+    valid = [torch.rand(batch, s) < matched for s in sizes]
+    mixes = [
+        torch.rand(batch, s, 16, dtype=torch.float64).softmax(-1) * v[..., None]
+        for s, v in zip(sizes, valid, strict=True)
+    ]
+    picks = [torch.nn.functional.one_hot(torch.randint(16, v.shape), 16).double() * v[..., None] for v in valid[:2]]
+    crops = [torch.randn(batch, 3, n, n, dtype=torch.float64) for n in [16] * 2 + [8] * nl]
+    return student, teacher, settings, {"crops": crops, "src_maps": picks, "tgt_maps": mixes}
+
+
+@pytest.mark.parametrize("matched", [0.6, 0.0])
+@pytest.mark.parametrize(
+    ("nl", "num_clt", "patches"), [(0, 2, True), (3, 2, True), (2, 1, True), (0, 1, True), (0, 1, False), (4, 1, False)]
+)
+def test_fused_equals_literal(nl, num_clt, patches, matched, monkeypatch):
+    monkeypatch.setattr("udi.loss.CHUNK", 200)  # several chunks
+    student, teacher, settings, views = random_case(nl, num_clt, patches, matched)
+    expected = plain_loss(student, teacher, settings, **views, epoch=0)
+    expected["loss"].backward()
+    grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad(set_to_none=True)
+    loss, spec = udi_forward_loss(student, teacher, settings, **views, epoch=0)
+    # Losses and centres are summed in float32.
+    assert_close(loss, expected["loss"], rtol=1e-6, atol=1e-7)
+    for found, wanted in zip(
+        [*spec.global_losses, *spec.local_losses], [*expected["global"], *expected["local"]], strict=True
+    ):
+        assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    assert_close(settings.centering.center, expected["center"], rtol=1e-5, atol=1e-6)
+    loss.backward()
+    for name, grad in grads.items():
+        own = student.get_parameter(name).grad
+        assert own is not None
+        assert (own - grad).abs().max() <= 1e-9 * grad.abs().max() + 1e-12, name
+
+
+def test_entropies_tell_a_collapse():
+    student, teacher, settings, views = random_case(2, 1, False, 0.0)
+    _, spec = udi_forward_loss(student, teacher, settings, **views, epoch=0)
+    assert 0 <= spec.entropy <= spec.mean_entropy + 1e-6 <= np.log(18) + 1e-5
+    for p in teacher.head[0].mlp.parameters():  # all images get the same vector
+        p.data *= 0
+    teacher.head[0].mlp[-1].bias.data += 1
+    _, spec = udi_forward_loss(student, teacher, settings, **views, epoch=0)
+    assert float(spec.mean_entropy - spec.entropy) == pytest.approx(0, abs=1e-5)
+
+
+def test_loss__raises_on_two_tokens_without_patches():
+    with pytest.raises(ValueError, match="2 class tokens"):
+        UDILoss(2, 8, [0.1], include_patch=False, num_clt=2)

@@ -1,0 +1,72 @@
+"""Take the backbone out of a pre-training checkpoint, for fine-tuning or elsewhere."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+from torch import Tensor
+
+from common import distributed
+from udi.backbone import load_backbone
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("UDI backbone extraction", allow_abbrev=False)
+    p.add_argument("--checkpoint", help="of a pre-training run; must be given")
+    p.add_argument("--output", type=str, help="file to write, .pth; must be given")
+    p.add_argument("--checkpoint_key", default="state_dict", type=str, help="whose weights; paper: teacher")
+    p.add_argument("--raw", action="store_true", help="upstream's names: backbone.<ViT's>, and the sampling module")
+    return p
+
+
+def raw_weights(path: str, checkpoint_key: str) -> dict[str, Tensor]:
+    """What the official script extracts: all weights under backbone., once without that prefix.
+
+    Raises:
+        distributed.UserError: there are none.
+    """
+    state = distributed.load(path)
+    found = state.get(checkpoint_key)
+    if not isinstance(found, dict):
+        raise distributed.UserError(f"{path}: has no key '{checkpoint_key}'; its keys: {', '.join(map(str, state))}")
+    names = {key: key.removeprefix("module.") for key in found}
+    weights = {
+        name.removeprefix("backbone."): found[key] for key, name in names.items() if name.startswith("backbone.")
+    }
+    if not weights:
+        raise distributed.UserError(f"{path}: holds no backbone under '{checkpoint_key}'")
+    return weights
+
+
+def main(args: argparse.Namespace) -> None:
+    if not args.checkpoint or not args.output:
+        raise distributed.UserError(f"--{'output' if args.checkpoint else 'checkpoint'}: must be given")
+    output = Path(args.output)
+    if output.suffix != ".pth":
+        raise distributed.UserError(f"--output {output}: expected a file that ends in .pth")
+    if args.raw:
+        weights = raw_weights(args.checkpoint, args.checkpoint_key)
+    else:
+        weights = load_backbone(args.checkpoint, args.checkpoint_key)
+    weights = {name: value.clone() for name, value in weights.items()}  # not what they were views of
+    temporary = output.with_suffix(".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(weights, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, output)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        raise distributed.UserError(f"--output {output}: cannot be written ({reason})") from error
+    distributed.log(f"{len(weights)} tensors of '{args.checkpoint_key}' of {args.checkpoint} are in {output}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

@@ -1,0 +1,38 @@
+"""Where evaluations leave their files: beside the weights that they evaluate."""
+
+from pathlib import Path
+
+from common import distributed
+
+
+def folder_beside(weights: str, *parts: str) -> str:
+    """A folder beside a file of weights; in the current one for an https address."""
+    parent = Path() if weights.startswith(("http://", "https://")) else Path(weights).parent
+    return str(parent.joinpath(*parts))
+
+
+class TextLog:
+    """Prints lines, and appends them to a file as `INFO:<line>`; rank 0 does both.
+
+    Args:
+        folder: is created; '' only prints.
+    Raises:
+        distributed.UserError: it cannot be written.
+    """
+
+    def __init__(self, folder: str, name: str):
+        self.path = Path(folder) / name if folder else None
+
+    def __call__(self, line: str) -> None:
+        distributed.log(line)
+        distributed.main_does(lambda: self._append(line))
+
+    def _append(self, line: str) -> None:
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(f"INFO:{line}\n")
+        except OSError as error:
+            raise distributed.UserError(f"{self.path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,330 @@
+"""Fine-tuning of a UDI backbone with labels. Recipes of the paper's rows: scripts/udi_*.sh."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from timm.data.mixup import Mixup
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torchvision import transforms
+
+from common import datasets, distributed
+from udi.engine_finetune import evaluate_checkpoint, fit
+from udi.files import folder_beside
+from udi.models_finetune import (
+    MODELS,
+    LayerDecayValueAssigner,
+    VisionTransformer,
+    first_class_token,
+    get_parameter_groups,
+    load_pretrained,
+    read_weights,
+)
+from udi.optim import cosine_scheduler
+
+HALF = (0.5, 0.5, 0.5)
+LATEST = "checkpoint.pth"
+DERIVED = "./test_exp/"  # upstream's default folder, which it never writes to
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("UDI fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--batch_size", default=128, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=100, type=int, help="paper: 200")
+    p.add_argument("--update_freq", "--accum_iter", default=1, type=int, help="micro-steps per update")
+    # ---- model
+    p.add_argument("--model", default="deit_small_patch16_224", help=f"must be given: {', '.join(MODELS)}")
+    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    p.add_argument("--patch_size", default=16, type=int, help="in pixels; a checkpoint's own goes first")
+    p.add_argument("--class_tokens", default="all", choices=["all", "first"], help="of a checkpoint with two")
+    p.add_argument("--rel_pos_bias", action="store_true", default=True, help="relative position biases (default)")
+    p.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="paper")
+    p.add_argument("--abs_pos_emb", action="store_true", help="positions added to the tokens; paper")
+    p.add_argument("--learned_abs_pos_emb", action="store_true", default=True, help="they are learned (default)")
+    p.add_argument("--disable_learned_abs_pos_emb", action="store_false", dest="learned_abs_pos_emb", help="or sin-cos")
+    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="paper: 0, which has none")
+    p.add_argument("--drop", default=0.0, type=float, help="dropout")
+    p.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
+    p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    p.add_argument("--use_mean_pooling", action="store_true", default=True, help="classify the patches' mean (default)")
+    p.add_argument("--use_cls", action="store_false", dest="use_mean_pooling", help="classify the class token; paper")
+    p.add_argument("--init_scale", default=0.001, type=float, help="factor on the initial head")
+    p.add_argument("--finetune", default="", help="checkpoint to start from; '' trains from scratch")
+    p.add_argument("--checkpoint_key", default="teacher", help="whose weights of a pre-training checkpoint")
+    p.add_argument("--model_key", default="model|module", type=str, help="other files' keys of the weights, in order")
+    p.add_argument("--model_prefix", default="", type=str, help="prefix of the weights' names in it")
+    p.add_argument("--model_ema", action="store_true", help="keep a moving average of the weights in the checkpoints")
+    p.add_argument("--model_ema_decay", default=0.9999, type=float)
+    p.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory")
+    # ---- optimizer
+    p.add_argument("--opt", default="adamw", type=str, help="adamw, or an optimizer of timm")
+    p.add_argument("--opt_eps", default=1e-8, type=float, help="epsilon, where the optimizer has one")
+    p.add_argument("--opt_betas", default=None, type=float, nargs="+", help="default: the optimizer's own")
+    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
+    p.add_argument("--momentum", default=0.9, type=float, help="of SGD and RMSprop")
+    p.add_argument("--weight_decay", default=0.05, type=float)
+    p.add_argument("--weight_decay_end", default=None, type=float, help="cosine to this value; default: constant")
+    p.add_argument("--lr", default=4e-3, type=float, help="absolute; paper: 1e-3 at 1024 images per update")
+    p.add_argument("--layer_decay", default=0.9, type=float, help="factor on the learning rate per layer; paper: 0.55")
+    p.add_argument("--warmup_lr", default=1e-6, type=float, help="no effect: the warm-up starts at 0, as upstream")
+    p.add_argument("--min_lr", default=1e-6, type=float)
+    p.add_argument("--warmup_epochs", default=20, type=int)
+    p.add_argument("--warmup_steps", default=-1, type=int, help="updates of the warm-up, instead of epochs")
+    p.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+    # ---- augmentation
+    p.add_argument("--color_jitter", default=0.4, type=float, help="only without --aa")
+    p.add_argument("--aa", default="rand-m9-mstd0.5-inc1", type=str, help="AutoAugment policy of timm; '' none")
+    p.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    p.add_argument("--train_interpolation", default="bicubic", type=str, help="bicubic, bilinear, lanczos or random")
+    p.add_argument("--crop_pct", default=None, type=float, help="evaluation: share of the side that is seen")
+    p.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
+    p.add_argument("--remode", default="pixel", type=str)
+    p.add_argument("--recount", default=1, type=int)
+    p.add_argument("--resplit", action="store_true", help="no effect, as upstream")
+    p.add_argument("--mixup", default=0, type=float, help="paper: 0.8")
+    p.add_argument("--cutmix", default=0, type=float, help="paper: 1.0")
+    p.add_argument("--cutmix_minmax", default=None, type=float, nargs="+")
+    p.add_argument("--mixup_prob", default=1.0, type=float)
+    p.add_argument("--mixup_switch_prob", default=0.5, type=float)
+    p.add_argument("--mixup_mode", default="batch", type=str, help="batch, pair or elem")
+    p.add_argument("--imagenet_default_mean_and_std", action="store_true", help="instead of 0.5 and 0.5; paper")
+    # ---- data, files, process
+    datasets.add_flags(p)
+    p.add_argument("--eval_data_path", default=None, type=str, help="no effect, as upstream: val/ of --data_path")
+    p.add_argument("--nb_classes", default=0, type=int, help="0: 1000, which upstream always has")
+    p.add_argument("--output_dir", default=DERIVED, help="default: beside --finetune, named by the recipe; '' none")
+    p.add_argument("--log_dir", default=DERIVED, help="TensorBoard; default: the output folder")
+    p.add_argument("--save_ckpt_freq", default=50, type=int, help="no effect: checkpoint.pth is of the last epoch")
+    p.add_argument("--save_ckpt", action="store_true", default=True)
+    p.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
+    p.add_argument("--auto_resume", action="store_true", default=False, help="no effect, as upstream: see --resume")
+    p.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="no effect: use --resume ''")
+    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    p.add_argument("--dist_eval", action="store_true", help="no effect: validation images are always shared")
+    p.add_argument("--disable_eval_during_finetuning", action="store_true")
+    p.add_argument("--enable_deepspeed", action="store_true", help="is refused")
+    p.add_argument("--configure", default="job.yaml", type=str, help="no effect, as upstream")
+    distributed.add_flags(p)
+    p.set_defaults(data_path="/dataset/imageNet100_sicy/", num_workers=10, resume=LATEST)
+    return p
+
+
+def output_dir(args: argparse.Namespace) -> str:
+    """The folder of --output_dir; if that is not given, one beside the weights whose name tells the recipe."""
+    if args.output_dir != DERIVED:
+        return args.output_dir
+    name = (
+        f"fine-tuning-{args.epochs}-{args.warmup_epochs}-b-{args.batch_size}-lr-{args.lr:.3e}-{args.drop_path:.2f}"
+        f"-{args.layer_decay:.2f}-{args.layer_scale_init_value:.2f}-pos-{args.abs_pos_emb:d}"
+        f"-cls-{args.use_mean_pooling:d}-aug-{args.mixup:.1f}-{args.cutmix:.1f}"
+    )
+    return folder_beside(args.finetune, name)
+
+
+def resume_path(args: argparse.Namespace) -> str:
+    """The file of --resume; upstream's checkpoint.pth is that of the output folder, if any; '' starts anew."""
+    return distributed.find_checkpoint(args.output_dir, "") if args.resume == LATEST else args.resume
+
+
+def pretrained_weights(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The weights of --finetune, with the class tokens that are to be kept."""
+    weights = read_weights(args.finetune, args.checkpoint_key, args.model_key, args.model_prefix)
+    tokens = weights["cls_token"].shape[1]
+    if tokens == 1:
+        return weights
+    if args.class_tokens == "all" and not args.rel_pos_bias:
+        read = "none is" if args.use_mean_pooling else "the first one is"
+        distributed.log(f"{args.finetune}: {tokens} class tokens, all are fine-tuned, {read} classified")
+        return weights
+    why = "--class_tokens first" if args.class_tokens == "first" else "relative positions know only one"
+    distributed.log(f"{args.finetune}: {tokens} class tokens, only the first one is fine-tuned: {why}")
+    return first_class_token(weights)
+
+
+def build_model(args: argparse.Namespace, weights: dict[str, Tensor] | None = None, **overrides) -> VisionTransformer:
+    """The network of the flags (and overrides by keyword), with the class tokens and patch size of weights, if given.
+
+    Raises:
+        distributed.UserError: values that do not fit together.
+    """
+    if args.model not in MODELS:
+        raise distributed.UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    patch_size, tokens = args.patch_size, 1
+    if weights is not None and {"cls_token", "patch_embed.proj.weight"} <= set(weights):
+        patch_size, tokens = weights["patch_embed.proj.weight"].shape[-1], weights["cls_token"].shape[1]
+    if patch_size != args.patch_size:
+        distributed.log(f"--patch_size {args.patch_size}: the checkpoint has patches of {patch_size} pixels, taken")
+    keywords = {
+        "img_size": args.input_size,
+        "patch_size": patch_size,
+        "num_classes": args.nb_classes or 1000,
+        "drop_rate": args.drop,
+        "attn_drop_rate": args.attn_drop_rate,
+        "drop_path_rate": args.drop_path,
+        "init_values": args.layer_scale_init_value,
+        "use_abs_pos_emb": args.abs_pos_emb,
+        "use_learned_abs_pos_emb": args.learned_abs_pos_emb,
+        "use_rel_pos_bias": args.rel_pos_bias,
+        "use_mean_pooling": args.use_mean_pooling,
+        "init_scale": args.init_scale,
+        "num_class_token": tokens,
+    }
+    with distributed.user_errors(f"--model {args.model}"):
+        return MODELS[args.model](**{**keywords, **overrides})
+
+
+def create_optimizer(args: argparse.Namespace, groups: Iterable, lr: float) -> torch.optim.Optimizer:
+    """--opt over parameter groups: torch's AdamW, or timm's optimizer of that name.
+
+    Raises:
+        distributed.UserError: the name is unknown, or a value does not suit the optimizer.
+    """
+    kwargs = {"lr": lr, "weight_decay": args.weight_decay, "eps": args.opt_eps}
+    if args.opt_betas is not None:
+        kwargs["betas"] = tuple(args.opt_betas)
+    name = args.opt.lower()
+    with distributed.user_errors(f"--opt {args.opt} and its flags"):
+        if name == "adamw":
+            return torch.optim.AdamW(groups, **kwargs, fused=True)
+        if "sgd" in name or name.endswith(("momentum", "nesterov")):
+            del kwargs["eps"]
+        return create_optimizer_v2(groups, name, momentum=args.momentum, **kwargs)  # type: ignore[arg-type]
+
+
+def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.Optimizer:
+    """--opt with a learning rate that shrinks by --layer_decay per layer towards the input."""
+    skip = model.no_weight_decay()
+    if args.disable_weight_decay_on_rel_pos_bias:
+        skip |= {n for n, _ in model.named_parameters() if "relative_position_bias_table" in n}
+    layers = ()
+    if args.layer_decay < 1:
+        depth = len(model.blocks)
+        assigner = LayerDecayValueAssigner([args.layer_decay ** (depth + 1 - i) for i in range(depth + 2)])
+        layers = (assigner.get_layer_id, assigner.get_scale)
+    return create_optimizer(args, get_parameter_groups(model, args.weight_decay, skip, *layers), lr)
+
+
+def build_rates(args: argparse.Namespace, updates: int) -> Callable[[int, int], tuple[float, float]]:
+    """Learning rate and weight decay by epoch and micro-step; `updates` per epoch."""
+    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
+        lr = cosine_scheduler(
+            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
+        )
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    weight_decay = cosine_scheduler(args.weight_decay, end, args.epochs, updates)
+
+    def rates(epoch: int, step: int) -> tuple[float, float]:
+        update = epoch * updates + min(step // args.update_freq, updates - 1)
+        return float(lr[update]), float(weight_decay[update])
+
+    return rates
+
+
+# same as cae/main_finetune.py
+def build_mixup(args: argparse.Namespace) -> Mixup | None:
+    """timm's Mixup and CutMix; None if both are off."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )
+
+
+def build_transforms(args: argparse.Namespace):
+    """Training and evaluation transforms of the flags."""
+    normal = args.imagenet_default_mean_and_std
+    mean, std = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if normal else (HALF, HALF)
+    with distributed.user_errors(f"--aa {args.aa} --remode {args.remode} --train_interpolation"):
+        augment = datasets.finetune_transform(
+            args.input_size,
+            args.color_jitter,
+            args.aa,
+            args.reprob,
+            args.remode,
+            args.recount,
+            args.train_interpolation,
+            mean,
+            std,
+        )
+    if args.input_size <= 32:  # as upstream
+        augment.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+    crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
+    # As upstream: bilinear, though all else is bicubic.
+    resize = transforms.Resize(int(args.input_size / crop_pct), transforms.InterpolationMode.BILINEAR)
+    crop = transforms.CenterCrop(args.input_size)
+    return augment, transforms.Compose([resize, crop, *datasets.tensor_and_normalize(mean, std)])
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if args.enable_deepspeed:
+        raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
+    args.output_dir, args.accum_iter, args.nb_classes = output_dir(args), args.update_freq, args.nb_classes or 1000
+    # ---- data
+    loader, val_loader = datasets.supervised_loaders(
+        args, *build_transforms(args), device, val_batch_size=int(1.5 * args.batch_size)
+    )
+    with distributed.user_errors("--mixup, --cutmix and their options"):
+        mixup = build_mixup(args)
+    # ---- model
+    resume, weights = resume_path(args), None
+    if resume:
+        weights = distributed.weights_of(distributed.load(resume), resume)
+    elif args.finetune and not args.eval:
+        weights = pretrained_weights(args)
+    model = build_model(args, weights)
+    if weights is not None and not resume:
+        with distributed.user_errors(f"{args.finetune}: check --model, --input_size and the positions' flags"):
+            missing, unexpected = load_pretrained(model, weights)
+        matched = len(model.state_dict()) - len(missing)
+        distributed.log(f"{args.finetune}: {distributed.load_report(matched, missing, unexpected)}")
+    elif args.finetune and resume:
+        distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
+    model.to(device)
+    net = distributed.wrap(model, device, args.compile)
+    place = torch.device("cpu") if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None
+    # ---- optimizer
+    images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
+    optimizer = build_optimizer(args, model, args.lr)
+    rates = build_rates(args, max(1, len(loader) // args.accum_iter))
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
+    # Mixup folds the smoothing into its soft targets.
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    distributed.log(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} trained parameters on {device}, "
+        f"{updater.dtype}; {loader.images} images, {images_per_update} per update (paper: 1024), lr {args.lr:.2e}"
+    )
+    # ---- loop
+    if args.eval:
+        evaluate_checkpoint(resume, model, val_loader, updater)
+        return
+    files = distributed.Files(events="" if args.log_dir == DERIVED else args.log_dir)
+    parts = {"optimizer": optimizer, "scaler": updater.scaler}
+    if ema is not None:
+        parts["model_ema"] = ema.module
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
+    checkpoint.writes = checkpoint.writes and args.save_ckpt
+    val = None if args.disable_eval_during_finetuning else val_loader
+    fit(args, net, criterion, loader, val, updater, rates, checkpoint, resume, mixup, ema)
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())

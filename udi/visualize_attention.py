@@ -1,0 +1,138 @@
+"""Attention of a class token in the last block, a picture per head, as in the README's Fig. 3.
+
+Legend: h heads, c class tokens, G_h x G_w patches, p patch side.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from matplotlib.image import imsave
+from torch import Tensor
+from torchvision import transforms
+from torchvision.datasets.folder import default_loader
+from torchvision.utils import make_grid
+
+from common import datasets, distributed
+from udi.backbone import ALIASES, build_backbone, load_backbone
+from udi.models_udi import MODELS, VisionTransformer
+
+TINT = (1.0, 0.15, 0.1)  # of the attended part
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("UDI attention maps", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
+    p.add_argument("--arch", default="vit_small", choices=[*MODELS, *ALIASES])
+    p.add_argument("--patch_size", default=8, type=int, help="in pixels; a checkpoint's own counts")
+    p.add_argument("--pretrained_weights", default="", type=str, help="'' takes random weights")
+    p.add_argument("--checkpoint_key", default="teacher", type=str, help="whose weights: teacher or student")
+    p.add_argument("--class_tokens", default="all", choices=["all", "first"], help="first: leave out the second one")
+    p.add_argument("--query", default=0, type=int, help="whose attention: class token 0, or 1 where there are two")
+    p.add_argument("--image_path", default=None, type=str, help="an image file")
+    p.add_argument("--image_size", default=[480, 480], type=int, nargs="+", help="height and width it is resized to")
+    p.add_argument("--output_dir", default=".", help="img.png, attn-head<j>.png and mask_th<threshold>_head<j>.png")
+    p.add_argument("--threshold", default=None, type=float, help="also draw masks of this share of the attention")
+    p.add_argument("--device", default="auto", help="auto: CUDA if present, else cpu")
+    return p
+
+
+def read_image(path: str | None, size: list[int], patch_size: int) -> Tensor:
+    """An image (1, 3, H, W), normalised, resized to `size` and cut to multiples of the patch side.
+
+    Raises:
+        distributed.UserError: there is none, or it is smaller than a patch.
+    """
+    if path is None:
+        raise distributed.UserError("--image_path is missing: name an image file; nothing is downloaded")
+    if len(size) not in (1, 2) or min(size) < patch_size:
+        raise distributed.UserError(
+            f"--image_size {' '.join(map(str, size))}: expected height and width of at least {patch_size}, one patch"
+        )
+    resize = transforms.Resize((size[0], size[-1]))
+    try:
+        image = transforms.Compose([resize, *datasets.tensor_and_normalize()])(default_loader(path))
+    except Exception as error:  # Pillow raises many types for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise distributed.UserError(f"--image_path {path}: unreadable image ({reason})") from error
+    height, width = (n - n % patch_size for n in image.shape[-2:])
+    return image[None, :, :height, :width]
+
+
+@torch.inference_mode()
+def attention_maps(model: VisionTransformer, image: Tensor, query: int = 0) -> Tensor:
+    """Attention (h, G_h, G_w) of class token `query` to the patches of an image (1, 3, H, W), in the last block.
+
+    What the class tokens receive is left out.
+    """
+    attention = model.get_last_selfattention(image)[0, :, query, model.num_class_token :]
+    return attention.unflatten(1, (image.shape[-2] // model.patch_size, image.shape[-1] // model.patch_size))
+
+
+def attended(maps: Tensor, threshold: float) -> Tensor:
+    """The patches that attract most: the fewest with a share of about `threshold`; (h, G_h, G_w) -> same, bool."""
+    flat = maps.flatten(1)
+    values, order = flat.sort(dim=1)
+    largest = (values / values.sum(dim=1, keepdim=True)).cumsum(dim=1) > 1 - threshold
+    return torch.zeros_like(largest).scatter(1, order, largest).view_as(maps)
+
+
+def enlarge(maps: Tensor, factor: int) -> Tensor:
+    """Repeat every entry of (h, G_h, G_w) factor x factor times."""
+    return maps.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """An image (1, 3, H, W) stretched to the range 0 to 1, (3, H, W)."""
+    return make_grid(image, normalize=True, scale_each=True)
+
+
+def tinted(pixels: Tensor, mask: Tensor) -> Tensor:
+    """Pixels (3, H, W) with the mask (H, W) coloured and the rest darkened, (H, W, 3)."""
+    colour = pixels.new_tensor(TINT)[:, None, None]
+    return torch.where(mask, 0.5 * pixels + 0.5 * colour, 0.6 * pixels).permute(1, 2, 0)
+
+
+def build_model(args: argparse.Namespace) -> VisionTransformer:
+    """The backbone of the flags with the weights of its checkpoint."""
+    weights = None
+    if args.pretrained_weights:
+        weights = load_backbone(args.pretrained_weights, args.checkpoint_key, args.class_tokens)
+    else:
+        distributed.log("WARNING: no --pretrained_weights, the backbone is random")
+    model = build_backbone(args.arch, args.patch_size, weights).eval()
+    if not 0 <= args.query < model.num_class_token:
+        raise distributed.UserError(f"--query {args.query}: the backbone has {model.num_class_token} class tokens")
+    return model
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise distributed.UserError(f"--threshold {args.threshold}: expected 0 to 1")
+    if args.image_path is None:
+        read_image(None, args.image_size, args.patch_size)  # before weights are loaded
+    torch.manual_seed(0)  # of random weights
+    model = build_model(args)
+    p = model.patch_size
+    image = read_image(args.image_path, args.image_size, p)
+    maps = attention_maps(model.to(device), image.to(device), args.query).cpu()
+    pixels = to_pixels(image)
+    files = {"img.png": pixels.permute(1, 2, 0)}
+    files |= {f"attn-head{j}.png": heat for j, heat in enumerate(enlarge(maps, p))}
+    if args.threshold is not None:
+        masks = enlarge(attended(maps, args.threshold), p)
+        files |= {f"mask_th{args.threshold}_head{j}.png": tinted(pixels, mask) for j, mask in enumerate(masks)}
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        for name, picture in files.items():
+            imsave(str(Path(args.output_dir) / name), picture.numpy())
+    except OSError as error:
+        raise distributed.UserError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
+    distributed.log(f"wrote {', '.join(files)} to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
