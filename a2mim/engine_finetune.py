@@ -119,7 +119,6 @@ def fit(
     plain = distributed.unwrap(model)
     schedule = optim.lr_config(args)
     optim.check_schedule(schedule, args.epochs)
-    groups = updater.optimizer.param_groups
     position = checkpoint.resume(resume, args.start_epoch)
     start, sums = loader.start(position)
     run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
@@ -138,13 +137,13 @@ def fit(
             sums=sums,
         )
         train()
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step, updater):
             stats = train_one_epoch(
                 model,
                 criterion,
                 loader,
                 updater,
-                lambda it: optim.set_rates(groups, schedule, it, len(loader), args.epochs),
+                lambda it: optim.set_rates(updater.optimizer.param_groups, schedule, it, len(loader), args.epochs),
                 epoch_log,
                 mixing,
                 ema,

@@ -22,6 +22,7 @@ def run_files(args: argparse.Namespace, iters_per_epoch: int) -> distributed.Fil
         numbered="epoch_{done}.pth",
         keep_all=False,
         every=args.save_every,
+        phase=1,
         weights="state_dict",
         values=values,
         epoch=1,

@@ -136,14 +136,16 @@ def run(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.sync_bn:
         sync_bn.convert(model, device)
+    net = distributed.wrap(model, device, args.compile)
     ema = None
-    if args.ema:
+    if args.ema:  # of weights that are those of process 0 by now
         ema = optim.EMA(model, args.ema, warmup_iters=args.ema_warmup_iters, update_interval=args.ema_update_interval)
-    net = distributed.wrap(model, device, args.compile, broadcast_buffers=False)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
     precision = args.amp_dtype if args.amp or args.amp_dtype != "auto" else "fp32"
-    updater = distributed.Updater(optimizer, device, precision, args.accum_iter, args.clip_grad)
+    updater = distributed.Updater(
+        optimizer, device, precision, args.accum_iter, args.clip_grad, sync_bn.statistics(model)
+    )
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     images_per_step = args.batch_size * distributed.world_size()
     distributed.log(

@@ -178,13 +178,15 @@ def main(args: argparse.Namespace) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.sync_bn:
         sync_bn.convert(model, device)
-    net = distributed.wrap(model, device, args.compile, broadcast_buffers=False)
+    net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
     schedule = optim.lr_config(args)
     optim.check_schedule(schedule, args.epochs)
     precision = args.amp_dtype if args.amp or args.amp_dtype != "auto" else "fp32"
-    updater = distributed.Updater(optimizer, device, precision, args.accum_iter, args.clip_grad)
+    updater = distributed.Updater(
+        optimizer, device, precision, args.accum_iter, args.clip_grad, sync_bn.statistics(model)
+    )
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     images_per_step = args.batch_size * distributed.world_size()
     distributed.log(
@@ -229,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
             start=start,
             sums=sums,
         )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step, updater):
             stats = train_one_epoch(
                 net,
                 loader,

@@ -5,6 +5,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import distributed
 
@@ -48,6 +49,11 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
                 self.running_var.lerp_(var * count / (count - 1), self.momentum)
         normed = centred * (var + self.eps).rsqrt()[:, None, None]
         return normed if self.weight is None else normed * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics of every batch norm."""
+    return [buffer for m in model.modules() if isinstance(m, _BatchNorm) for buffer in m.buffers()]
 
 
 def convert(model: nn.Module, device: torch.device) -> nn.Module:

@@ -14,4 +14,5 @@ convert extract a2mim/tools/model_converters/extract_backbone_weights.py \
     "$OUT/pretrain/latest.pth" "$OUT/extract/encoder.pth"
 
 launch finetune a2mim/main_finetune.py 2048 "$configs/finetune/imagenet/r50_rsb_a2_ft_sz224_8xb256_cos_fp16_ep300.py" \
-    --batch_size 256 --pretrained "$OUT/extract/encoder.pth"
+    --batch_size 256 --pretrained "$OUT/extract/encoder.pth" \
+    --ema_warmup_iters 12520xaccum

@@ -14,4 +14,5 @@ convert extract a2mim/tools/model_converters/extract_backbone_weights.py \
     "$OUT/pretrain/latest.pth" "$OUT/extract/encoder.pth"
 
 launch finetune a2mim/main_finetune.py 1024 "$configs/finetune/imagenet/vit_large_p16_swin_ft_simmim_sz224_8xb64_accu2_cos_ep150.py" \
-    --batch_size 64 --pretrained "$OUT/extract/encoder.pth"
+    --batch_size 64 --pretrained "$OUT/extract/encoder.pth" \
+    --ema_warmup_iters 25030xaccum --ema_update_interval 1xaccum

@@ -23,7 +23,6 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
@@ -38,6 +37,7 @@ RECIPE = {
     "cae": "--model cae_base_patch16_224_8k_vocab --discrete_vae_weight_path random --batch_size 8 --clip_grad 3 "
     "--drop_path 0.1 --imagenet_default_mean_and_std",
     "a2mim": "--batch_size 8 --mask_layer 3 --mask_init 1e-6 --loss focal_l1 --fft_weight 0.5 --fft_unmask_weight 1e-3",
+    "udi": "--batch_size 4 --local_crops_number 10 --norm_last_layer false",
 }
 METHODS = sorted(p.parent.name for p in Path(__file__).resolve().parents[1].glob("*/main_pretrain.py"))
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -157,10 +157,9 @@ def measure(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes(peak=True)
     variant.memory = max(variant.memory, peak - before)
     if not variant.flops:
-        sample = tree_map(lambda x: x[:1], batch)
         with FlopCounterMode(display=False) as counter:
-            engine.batch_loss(model, sample, **context).backward()
-        variant.flops = counter.get_total_flops()
+            engine.batch_loss(model, batch, **context).backward()
+        variant.flops = counter.get_total_flops() / args.batch_size
 
 
 def profile(args: argparse.Namespace, method: str, loader: datasets.Loader, context: dict, precision: str) -> str:
@@ -207,7 +206,9 @@ def report(variants: list[Variant], flags: argparse.Namespace, device: torch.dev
     """Print the table; ratios are to the first row."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     compiled = ", compiled" if flags.compile else ""
-    what = f"{getattr(flags, 'model', None) or flags.backbone}, {flags.input_size} px, batch {flags.batch_size}{compiled}"
+    network = next(v for k, v in vars(flags).items() if k in ("model", "arch", "backbone"))
+    size = getattr(flags, "input_size", 0) or flags.global_size
+    what = f"{network}, {size} px, batch {flags.batch_size}{compiled}"
     print(f"{what}; {name}; torch {torch.__version__}")
     print(
         f"{'':34}{'images/s':>9}{'ratio':>7}{'ms/step':>9}"

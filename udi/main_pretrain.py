@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
         optim.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
 
     updater = distributed.Updater(
-        optimizer, device, args.amp_dtype, args.accum_iter, model=udi_loss, on_gradients=before_update
+        optimizer, device, args.amp_dtype, args.accum_iter, buffers=udi_loss.buffers(), on_gradients=before_update
     )
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
     distributed.log(
@@ -242,7 +242,7 @@ def main(args: argparse.Namespace) -> None:
             start=start,
             sums=sums,
         )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+        with checkpoint.on_exit(epoch, epoch_log, images_per_step, updater):
             stats = train_one_epoch(
                 net,
                 teacher,

@@ -7,5 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from a2mim.config import script
 
-sys.argv[2:3] = ["--eval", "--resume", *sys.argv[2:3]]
-runpy.run_path(script(sys.argv[1:]), run_name="__main__")
+main = script(sys.argv[1:])
+after = next(i for i, word in enumerate(sys.argv[1:], 2) if word.endswith(".py"))  # a launcher's flags come first
+sys.argv[after : after + 1] = ["--eval", "--resume", *sys.argv[after : after + 1]]
+runpy.run_path(main, run_name="__main__")

@@ -281,7 +281,7 @@ class Checkpoint:
     ) -> Iterator[None]:
         """Save the position inside an epoch when an `Exit` ends it; resuming redoes nothing but the last update.
 
-        updater: of a network with batch statistics, which a non-finite step is to leave no trace in.
+        updater: whose buffers a non-finite step is to leave no trace in.
         """
         try:
             yield

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 # ---- exits
@@ -322,21 +321,15 @@ def seed_step(seed: int, step: int) -> None:
 # ---- model and optimizer step
 
 
-def wrap(
-    model: nn.Module, device: torch.device, compile_model: bool = False, find_unused: bool = False, **options
-) -> nn.Module:
-    """Compile the model in place if asked for and, with several processes, average its gradients over them.
-
-    Args:
-        options: of DistributedDataParallel.
-    """
+def wrap(model: nn.Module, device: torch.device, compile_model: bool = False, find_unused: bool = False) -> nn.Module:
+    """Compile the model in place if asked for and, with several processes, average its gradients over them."""
     if compile_model:
         model.compile()
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=ids, find_unused_parameters=find_unused, gradient_as_bucket_view=True, **options
+        model, device_ids=ids, find_unused_parameters=find_unused, gradient_as_bucket_view=True
     )
 
 
@@ -366,6 +359,10 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
 class Updater:
     """One optimizer's step: autocast, loss scaling, accumulation, clipping, and a guard against non-finite numbers.
 
@@ -376,7 +373,7 @@ class Updater:
         precision: as --amp_dtype.
         accum_iter: micro-steps per update; each micro-step's loss counts 1/accum_iter.
         clip_grad: largest gradient norm; None only measures it.
-        model: whose batch statistics `restore` puts back after a non-finite number.
+        buffers: that forward passes move (batch statistics, centres); `restore` puts back those of the last update.
         on_gradients: called before an update, when the gradients are complete and unscaled.
     """
 
@@ -387,7 +384,7 @@ class Updater:
         precision: str = "auto",
         accum_iter: int = 1,
         clip_grad: float | None = None,
-        model: nn.Module | None = None,
+        buffers: Iterable[Tensor] = (),
         on_gradients: Callable[[], None] | None = None,
     ):
         self.optimizer = optimizer
@@ -402,8 +399,9 @@ class Updater:
         self.second_order = getattr(optimizer, "is_second_order", False)  # such as timm's Adahessian
         self._frozen = torch.zeros((), device=device)  # 1 from the first non-finite norm on
         self._losses: list[tuple[int, Tensor]] = []
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if model is not None else []
-        self._statistics = [(buffer.clone(), buffer) for norm in norms for buffer in norm.buffers()]  # kept, live
+        buffers = list(buffers)
+        self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype: None for b in buffers}]
+        self._kept = [_flat(group) for group in self._buffers]
         optimizer.zero_grad(set_to_none=True)
 
     def is_first(self, step: int) -> bool:
@@ -434,15 +432,16 @@ class Updater:
 
     @torch.no_grad()
     def _keep(self) -> None:
-        """Remember the batch statistics, unless updates are frozen."""
-        for kept, live in self._statistics:
-            kept.copy_(torch.where(self._frozen > 0, kept, live))
+        """Remember the buffers, unless updates are frozen."""
+        for i, group in enumerate(self._buffers):
+            self._kept[i] = torch.where(self._frozen > 0, self._kept[i], _flat(group))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back the batch statistics of the last update: those of a non-finite step may be damaged for good."""
-        for kept, live in self._statistics:
-            live.copy_(kept)
+        """Put back the buffers of the last update: a non-finite step may have damaged them for good."""
+        for kept, group in zip(self._kept, self._buffers, strict=True):
+            for part, live in zip(kept.split([b.numel() for b in group]), group, strict=True):
+                live.copy_(part.view_as(live))
 
     def backward(self, loss: Tensor, step: int) -> Tensor | None:
         """Add the micro-step's gradient and, on the update's last one, update.

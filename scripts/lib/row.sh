@@ -16,12 +16,12 @@ fail() {
     exit 2
 }
 
-# value_of FLAG words...: the last value of a flag, as argparse reads it; empty without the flag
+# value_of FLAG[|ALIAS] words...: the last value of a flag, as argparse reads it; empty without the flag
 value_of() {
-    local flag=$1 previous="" value="" word
+    local names="|$1|" previous="" value="" word
     for word in "${@:2}"; do
-        if [[ $previous == "$flag" ]]; then value=$word; fi
-        if [[ $word == "$flag="* ]]; then value=${word#*=}; fi
+        if [[ $names == *"|$previous|"* ]]; then value=$word; fi
+        if [[ $word == *=* && $names == *"|${word%%=*}|"* ]]; then value=${word#*=}; fi
         previous=$word
     done
     echo "$value"
@@ -46,6 +46,11 @@ is_chosen() {
     [[ " $chosen " == *" $1 "* ]]
 }
 
+# is_first_node: whether files that a stage of one process makes are made here
+is_first_node() {
+    [[ $NNODES == 1 || $NODE_RANK == 0 ]]
+}
+
 # needs VARIABLE STAGE EXAMPLE: an environment variable with a file that a stage reads; a dry run takes the example
 needs() {
     if [[ -z ${!1:-} && -z $dry_run ]] && is_chosen "$2"; then
@@ -54,17 +59,20 @@ needs() {
     printf -v "$1" %s "${!1:-$3}"
 }
 
-# launch STAGE MAIN IMAGES_PER_UPDATE flags...: a training stage; its flags include --batch_size, per process
+# launch STAGE MAIN IMAGES_PER_UPDATE flags...: a training stage; its flags include --batch_size, per process;
+# a value 5xaccum, of a flag that counts micro-steps, stands for 5 updates
 launch() {
     local stage=$1 main=$2 images=$3 flags=("${@:4}") name=EXTRA_${1^^} processes=$((GPUS * NNODES))
-    local extra batch step n works=""
+    local batch_size="--batch_size|--batch_per_gpu" accum_iter="--accum_iter|--accum|--update_freq"
+    local extra batch accum step n works=""
     is_chosen "$stage" || return 0
 
     read -rd '' -a extra <<<"${EXTRA:-} ${!name:-}" || true # read "fails" at the end of the text
-    batch=$(value_of --batch_size "${flags[@]}" "${extra[@]}")
+    batch=$(value_of "$batch_size" "${flags[@]}" "${extra[@]}")
     [[ $batch =~ ^[1-9][0-9]*$ ]] || fail "$stage: --batch_size $batch: expected a whole number of at least 1"
-    if [[ -z $(value_of --accum_iter "${extra[@]}") ]]; then
-        if [[ -z $(value_of --batch_size "${extra[@]}") ]] &&
+    accum=$(value_of "$accum_iter" "${extra[@]}")
+    if [[ -z $accum ]]; then
+        if [[ -z $(value_of "$batch_size" "${extra[@]}") ]] &&
             ((processes * batch > images && images % processes == 0)); then
             batch=$((images / processes))
             flags+=(--batch_size "$batch")
@@ -76,8 +84,13 @@ launch() {
         ((images % step == 0)) ||
             fail "$stage: $images images per update are no multiple of GPUS x NNODES x --batch_size =" \
                 "$GPUS x $NNODES x $batch = $step; GPUS that work:${works:- none}"
-        flags+=(--accum_iter $((images / step)))
+        accum=$((images / step))
+        flags+=(--accum_iter "$accum")
     fi
+    [[ $accum =~ ^[1-9][0-9]*$ ]] || fail "$stage: --accum_iter $accum: expected a whole number of at least 1"
+    for n in "${!flags[@]}"; do
+        if [[ ${flags[n]} =~ ^([0-9]+)xaccum$ ]]; then flags[n]=$((BASH_REMATCH[1] * accum)); fi
+    done
     execute "$stage" "$main" "${flags[@]}" --data_path "$DATA" --output_dir "$OUT/$stage" "${extra[@]}"
 }
 
@@ -89,15 +102,15 @@ evaluate() {
     execute "$@" --data_path "$DATA" "${extra[@]}"
 }
 
-# convert STAGE SCRIPT words...: a stage of one process that makes a file of another
+# convert STAGE SCRIPT words...: a stage of one process that makes a file of another; the other nodes wait in the next
 convert() {
-    is_chosen "$1" || return 0
+    if ! is_chosen "$1" || ! is_first_node; then return 0; fi
     GPUS=1 NNODES=1 execute "$@"
 }
 
 # execute STAGE MAIN flags...: show the command of a stage and, unless this is a dry run, run it
 execute() {
-    local stage=$1 main=$ROOT/$2 command=(python) flag encoder
+    local stage=$1 main=$ROOT/$2 command=(python) flag encoder writer
     if ((GPUS * NNODES > 1)); then
         command+=(-m torch.distributed.launch --nproc_per_node "$GPUS" --nnodes "$NNODES" --node_rank "$NODE_RANK")
         command+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
@@ -106,11 +119,14 @@ execute() {
     show "${command[@]}"
     [[ -z $dry_run ]] || return 0
 
+    # On the other nodes a file that is still being made is waited for: their processes start with the first node's.
     for flag in --finetune --pretrained --pretrained_weights; do
         encoder=$(value_of "$flag" "$@")
         # A stage that has a checkpoint of its own continues from that.
-        if [[ $encoder == "$OUT/"* && ! -f $encoder ]] && ! ls "$OUT/$stage/"*.pth &>/dev/null; then
-            fail "$stage: $encoder does not exist; run the stage pretrain first, or set EXTRA_${stage^^}=\"$flag FILE\""
+        if is_first_node && [[ $encoder == "$OUT/"* && ! -f $encoder ]] && ! ls "$OUT/$stage/"*.pth &>/dev/null; then
+            writer=${encoder#"$OUT/"}
+            writer=${writer%%/*}
+            fail "$stage: $encoder does not exist; run the stage $writer first, or set EXTRA_${stage^^}=\"$flag FILE\""
         fi
     done
     "${command[@]}"

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 NETWORKS = {
-    "saim": {"models_saim": "SaimViT", "models_vit": "VisionTransformer"},
-    "semaim": {"models_semaim": "AimViT", "models_vit": "VisionTransformer"},
-    "cae": {"models_cae": "ContextAutoencoderViT", "models_vit": "VisionTransformer"},
+    "saim": {"models_saim": ["SaimViT"], "models_vit": ["VisionTransformer"]},
+    "semaim": {"models_semaim": ["AimViT"], "models_vit": ["VisionTransformer"]},
+    "cae": {"models_cae": ["ContextAutoencoderViT"], "models_vit": ["VisionTransformer"]},
+    "a2mim": {"models_a2mim": ["MaskedImageModel", "Classifier"]},
 }
 fault, when = os.environ["FAULT"].split(":")
 calls = {"save": 0, "forward": 0, "eval": 0}
@@ -54,6 +55,8 @@ def patch(network: type) -> None:
         out = plain_forward(self, *args, **kwargs)
         if fault != "nan_at" or n != int(when) or not self.training:
             return out
+        if isinstance(out, dict):
+            return {**out, "loss": out["loss"] * float("nan")}
         return (out[0] * float("nan"), *out[1:]) if isinstance(out, tuple) else out * float("nan")
 
     network.forward = forward
@@ -62,6 +65,7 @@ def patch(network: type) -> None:
 torch.save = save
 sys.argv = sys.argv[1:]
 method = Path(sys.argv[0]).parent.name
-for module, name in NETWORKS[method].items():
-    patch(getattr(import_module(f"{method}.{module}"), name))
+for module, names in NETWORKS[method].items():
+    for name in names:
+        patch(getattr(import_module(f"{method}.{module}"), name))
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,4 +1,4 @@
-"""The scripts of the papers' rows: what they would launch, what they refuse, and one of them run at toy size."""
+"""The scripts of the papers' rows: what they would launch, what they refuse, and two of them run at toy size."""
 
 import argparse
 import json
@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from a2mim import config, main_finetune, main_pretrain
+from a2mim.files import run_files as a2mim_files
+from a2mim.tools.model_converters import extract_backbone_weights
 from cae.files import run_files as cae_files
 from common import distributed
 from semaim.files import run_files
@@ -22,26 +25,74 @@ from tests.helpers import ROOT
 from tests.saim import test_commands as saim
 from tests.semaim import test_commands as semaim
 
+Parser = Callable[[list[str]], argparse.Namespace]
+
 
 class Method(NamedTuple):
     commands: dict[str, str]  # of the authors' README, by stage
-    parsers: dict[str, argparse.ArgumentParser]
+    parsers: dict[str, Parser]
     files: Callable[[argparse.Namespace], distributed.Files]  # of a pre-training run
     mains: dict[str, str] = {}  # by stage, where main_<stage>.py is not its script
     nodes: int = 1  # on which the README runs its commands, where they do not tell
 
 
+class Recipe(NamedTuple):
+    """A row of A2MIM's README: its configurations' names and the accuracy."""
+
+    pretrain: str
+    finetune: str
+    published: float
+
+
+def parsers(by_stage: dict[str, argparse.ArgumentParser]) -> dict[str, Parser]:
+    return {stage: parser.parse_args for stage, parser in by_stage.items()}
+
+
 METHODS = {
-    "saim": Method(saim.COMMANDS, saim.PARSERS, lambda args: distributed.Files()),
-    "semaim": Method(semaim.COMMANDS, semaim.PARSERS, run_files),
+    "saim": Method(saim.COMMANDS, parsers(saim.PARSERS), lambda args: distributed.Files()),
+    "semaim": Method(semaim.COMMANDS, parsers(semaim.PARSERS), run_files),
     "cae": Method(
         cae.COMMANDS,
-        cae.PARSERS,
+        parsers(cae.PARSERS),
         lambda args: cae_files(args, args.save_ckpt_freq),
-        mains={"linear": "linprobe"},
+        mains={"linear": "main_linprobe.py"},
         nodes=cae.NODES,
     ),
 }
+A2MIM_PARSERS: dict[str, Parser] = {
+    "pretrain": lambda argv: config.parse_args(main_pretrain.get_args_parser(), argv),
+    "extract": lambda argv: extract_backbone_weights.get_args_parser().parse_args(argv),
+    "finetune": lambda argv: config.parse_args(main_finetune.get_args_parser(), argv),
+}
+CONFIGS = ROOT / "a2mim" / "configs" / "openmixup"
+VIT_S, VIT_B, VIT_L = (f"vit_{size}_p16_swin_ft_simmim_sz224" for size in ("small", "base", "large"))
+VIT_B, VIT_L = f"{VIT_B}_4xb128_accu2_cos", f"{VIT_L}_8xb64_accu2_cos"
+RSB_A2 = "rsb_a2_ft_sz224_8xb256_cos_fp16_ep300"  # each depth's own; the authors link r50's for all
+SPARK = "spark_ft_sz224_8xb256_cos_fp16_ep300"
+RECIPES = {
+    "simmim_vit_small_800e": Recipe("vit_small_sz224_8xb256_step_fp16_ep800", f"{VIT_S}_8xb128_cos_ep100", 81.7),
+    "a2mim_vit_small_800e": Recipe("vit_small_l0_sz224_8xb256_step_ep800", f"{VIT_S}_8xb128_cos_ep200", 82.1),
+    "simmim_vit_base_800e": Recipe("vit_base_sz224_8xb128_accu2_step_fp16_ep800", f"{VIT_B}_ep100", 83.8),
+    "a2mim_vit_base_800e": Recipe("vit_base_l0_sz224_8xb128_accu2_step_ep800", f"{VIT_B}_ep100", 84.3),
+    "simmim_vit_large_800e": Recipe("vit_large_sz224_8xb128_accu2_step_fp16_ep800", f"{VIT_L}_ep100", 85.6),
+    "a2mim_vit_large_800e": Recipe("vit_large_l0_sz224_8xb128_accu2_step_ep800", f"{VIT_L}_ep150", 86.1),
+    "simmim_resnet50_300e": Recipe("r50_sz224_8xb256_fp16_ep300", f"r50_{RSB_A2}", 79.9),
+    "a2mim_resnet50_100e": Recipe(
+        "r50_l3_sz224_init_8xb256_cos_ep100", "r50_rsb_a3_ft_sz160_4xb512_cos_fp16_ep100", 78.8
+    ),
+    "a2mim_resnet50_300e": Recipe("r50_l3_sz224_init_8xb256_cos_ep300", f"r50_{RSB_A2}", 80.4),
+    "simmim_resnet101_300e": Recipe("r101_sz224_8xb256_fp16_ep300", f"r101_{RSB_A2}", 81.3),
+    "a2mim_resnet101_300e": Recipe("r101_l3_sz224_init_8xb256_cos_ep300", f"r101_{RSB_A2}", 81.9),
+    "simmim_resnet152_300e": Recipe("r152_sz224_8xb256_fp16_ep300", f"r152_{RSB_A2}", 81.9),
+    "a2mim_resnet152_300e": Recipe("r152_l3_sz224_init_8xb256_cos_ep300", f"r152_{RSB_A2}", 82.5),
+    "simmim_resnet200_300e": Recipe("r200_sz224_8xb256_fp16_ep300", f"r200_{RSB_A2}", 82.2),
+    "a2mim_resnet200_300e": Recipe("r200_l3_sz224_init_8xb256_cos_ep300", f"r200_{RSB_A2}", 83.0),
+    "simmim_convnext_small_300e": Recipe("convnext_small_sz224_8xb256_fp16_ep300", f"convnext_s_{SPARK}", 83.2),
+    "a2mim_convnext_small_300e": Recipe("convnext_s_l3_sz224_init_8xb256_cos_ep300", f"convnext_s_{SPARK}", 83.7),
+    "simmim_convnext_base_300e": Recipe("convnext_base_sz224_8xb256_fp16_ep300", f"convnext_b_{SPARK}", 83.6),
+    "a2mim_convnext_base_300e": Recipe("convnext_b_l3_sz224_init_8xb256_cos_ep300", f"convnext_b_{SPARK}", 84.1),
+}
+FINETUNE_IMAGES = {"vit": 1024, "resnet": 2048, "convnext": 4096}  # per update
 LARGE = {"model": "vit_large_patch16"}
 LARGE_FINETUNE = LARGE | {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "warmup_epochs": 5}
 BASE_KNN = {"model": "vit_base_patch16"}
@@ -85,16 +136,44 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "finetune": CAE_LARGE
         | {"epochs": 50, "lr": 2e-3, "layer_decay": 0.75, "drop_path": 0.2, "batch_size": 64, "update_freq": 2},
     },
+    **{name: {} for name in RECIPES},
 }
 PATHS = {"data_path", "output_dir", "log_dir", "experiment", "finetune", "pretrained_weights"}  # each user's own
-PATHS |= {"discrete_vae_weight_path"}
+PATHS |= {"discrete_vae_weight_path", "pretrained", "checkpoint", "output"}
 VARIABLES = ["GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA", "OUT", "EXTRA"]
 VARIABLES += ["TEACHER", "TOKENIZER"]
 VARIABLES += {f"EXTRA_{stage.upper()}" for method in METHODS.values() for stage in method.commands}
 
 
+def family(name: str) -> str:
+    """First word of a row's name: saim, semaim, cae, a2mim or simmim."""
+    return name.split("_")[0]
+
+
+def folder_of(name: str) -> str:
+    """Of the row's scripts: SimMIM's are A2MIM's."""
+    return "a2mim" if name in RECIPES else family(name)
+
+
+def launched(stage: str, configuration: Path) -> str:
+    """The command of a configuration, on the GPUs that its name says."""
+    gpus = re.findall(r"_(\d+)xb", configuration.name)[0]
+    return f"python -m torch.distributed.launch --nproc_per_node {gpus} main_{stage}.py {configuration}"
+
+
 def method_of(name: str) -> Method:
-    return METHODS[name.split("_")[0]]
+    """What the authors tell of a row's method; of A2MIM, the row's configurations."""
+    if name not in RECIPES:
+        return METHODS[family(name)]
+    pretrain = CONFIGS / "pretrain" / family(name) / "imagenet" / f"{RECIPES[name].pretrain}.py"
+    finetune = CONFIGS / "finetune" / "imagenet" / f"{RECIPES[name].finetune}.py"
+    extract = "tools/model_converters/extract_backbone_weights.py"
+    commands = {
+        "pretrain": launched("pretrain", pretrain),
+        "extract": f"python {extract} CHECKPOINT OUTPUT",
+        "finetune": launched("finetune", finetune),
+    }
+    return Method(commands, A2MIM_PARSERS, lambda args: a2mim_files(args, 1), mains={"extract": extract})
 
 
 def row(name: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -111,13 +190,14 @@ def dry_run(name: str, *stages: str, **kwargs) -> dict[str, str]:
     done = row(name, "--dry_run", *stages, **kwargs)
     assert (done.returncode, done.stderr) == (0, "")
     commands = done.stdout.replace("\\\n", " ").splitlines()
-    names: dict[str, str] = {main: stage for stage, main in method_of(name).mains.items()}
-    mains: list[str] = [re.findall(r"main_(\w+)\.py ", command)[0] for command in commands]
-    return {names.get(main, main): command for main, command in zip(mains, commands, strict=True)}
+    names: dict[str, str] = {Path(main).stem: stage for stage, main in method_of(name).mains.items()}
+    mains: list[str] = [re.findall(r"(\w+)\.py ", command)[0] for command in commands]
+    stages_of = [names.get(main, main.removeprefix("main_")) for main in mains]
+    return dict(zip(stages_of, commands, strict=True))
 
 
 def parse(stage: str, command: str, name: str = "saim") -> argparse.Namespace:
-    return method_of(name).parsers[stage].parse_args(flags(command))
+    return method_of(name).parsers[stage](flags(command))
 
 
 def images_per_update(args: argparse.Namespace, gpus: int) -> int | None:
@@ -133,12 +213,19 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_rows__are_all_tested():
-    scripts = {path.stem for method in METHODS for path in (ROOT / "scripts").glob(f"{method}_*.sh")}
+    families = [*METHODS, "a2mim", "simmim"]
+    scripts = {path.stem for name in families for path in (ROOT / "scripts").glob(f"{name}_*.sh")}
     assert scripts == set(ROWS)
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("gpus, nodes", [(32, 1), (8, 1), (8, 4), (1, 1), (64, 1), (8, 2)])
+@pytest.mark.parametrize(
+    "name, gpus, nodes",
+    [
+        (name, *counts)
+        for name in ROWS
+        for counts in [(8, 1), (8, 4), (1, 1)] + [(32, 1), (64, 1), (8, 2)] * (name not in RECIPES)
+    ],
+)
 def test_dry_run__keeps_the_images_per_update(name, gpus, nodes):
     commands = dry_run(name, GPUS=str(gpus), NNODES=str(nodes), NODE_RANK="0", MASTER_ADDR="node0", DATA="/imagenet")
     method = method_of(name)
@@ -147,13 +234,13 @@ def test_dry_run__keeps_the_images_per_update(name, gpus, nodes):
     for stage, command in commands.items():
         launcher = f"-m torch.distributed.launch --nproc_per_node {gpus} --nnodes {nodes} --node_rank 0 "
         launcher += "--master_addr node0 --master_port 29500"
-        main = f"{name.split('_')[0]}/main_{method.mains.get(stage, stage)}.py"
-        expected = f"python {launcher if gpus * nodes > 1 else ''} {main}".split()
+        main = f"{folder_of(name)}/{method.mains.get(stage, f'main_{stage}.py')}"
+        expected = f"python {launcher if gpus * nodes > 1 and stage != 'extract' else ''} {main}".split()
         assert shlex.split(command)[: len(expected)] == expected
         args, official = parse(stage, command, name), parse(stage, readme[stage], name)
         processes_of_readme = processes(readme[stage]) * method.nodes
         assert images_per_update(args, gpus * nodes) == images_per_update(official, processes_of_readme)
-        assert args.data_path == "/imagenet"
+        assert getattr(args, "data_path", "/imagenet") == "/imagenet"
         own = f"runs/{name}/{stage}"
         assert getattr(args, "output_dir", own) == own
         assert getattr(args, "log_dir", own) in (own, None)  # None: with the checkpoints
@@ -162,10 +249,15 @@ def test_dry_run__keeps_the_images_per_update(name, gpus, nodes):
 @pytest.mark.parametrize("name", ROWS)
 def test_later_stages__take_the_checkpoint_of_pre_training(name):
     args = {stage: parse(stage, command, name) for stage, command in dry_run(name, GPUS="8", OUT="out").items()}
-    latest = method_of(name).files(args.pop("pretrain")).latest
+    encoder = f"out/pretrain/{method_of(name).files(args.pop('pretrain')).latest}"
     assert len(args) >= 2
+    if "extract" in args:
+        extract = args.pop("extract")
+        assert (extract.checkpoint, extract.output) == (encoder, "out/extract/encoder.pth")
+        encoder = extract.output
     for later in args.values():
-        assert getattr(later, "finetune" if "finetune" in later else "pretrained_weights") == f"out/pretrain/{latest}"
+        flag = next(flag for flag in ("finetune", "pretrained", "pretrained_weights") if flag in later)
+        assert getattr(later, flag) == encoder
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -175,6 +267,33 @@ def test_flags__are_those_of_the_readme(name):
         found, expected = vars(parse(stage, command, name)), vars(parse(stage, official, name))
         own = {key: found[key] for key in PATHS & set(found)}
         assert found == expected | own | ROWS[name].get(stage, {})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_configurations__are_those_of_the_row(name):
+    """Network, epochs, images per update and the script's first lines agree."""
+    commands, (_, *model, epochs) = method_of(name).commands, name.split("_")
+    pretrain, finetune = (parse(stage, commands[stage], name) for stage in ("pretrain", "finetune"))
+    assert (pretrain.method, finetune.method) == (family(name), "finetune")
+    assert pretrain.backbone == finetune.backbone == "_".join(model)
+    assert epochs == f"{pretrain.epochs}e"
+    images = FINETUNE_IMAGES[model[0].rstrip("0123456789")]
+    assert images_per_update(pretrain, processes(commands["pretrain"])) == 2048
+    assert images_per_update(finetune, processes(commands["finetune"])) == images
+    title, told = (ROOT / "scripts" / f"{name}.sh").read_text().splitlines()[1:3]
+    assert re.findall(r"Published: (\S+) ", title) == [str(RECIPES[name].published)]
+    assert re.findall(r"(\d+) epochs", title) == [str(pretrain.epochs), str(finetune.epochs)]
+    assert told.startswith(f"# Images per update: 2048 in pre-training, {images} in fine-tuning;")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_average__counts_updates(name):
+    """A configuration's average of the weights counts micro-steps, whose number per update depends on GPUS."""
+    official = parse("finetune", method_of(name).commands["finetune"], name)
+    for gpus in ("1", "8", "16") if official.ema else ():
+        args = parse("finetune", dry_run(name, "finetune", GPUS=gpus)["finetune"], name)
+        assert args.ema_warmup_iters / args.accum_iter == official.ema_warmup_iters / official.accum_iter
+        assert args.ema_update_interval in (1, args.accum_iter)  # each update moves it, nothing else does
 
 
 def test_stages__are_selected_and_keep_their_order():
@@ -213,6 +332,15 @@ def test_extra__comes_last_and_keeps_the_images_per_update():
     # An explicit --accum_iter is taken as it is.
     command = dry_run("saim_vit_base_800e", "linprobe", GPUS="3", EXTRA_LINPROBE="--accum_iter 5")["linprobe"]
     assert parse("linprobe", command).accum_iter == 5
+
+
+def test_extra__may_use_other_names_of_a_flag():
+    name = "a2mim_resnet50_300e"
+    extra = {"EXTRA_PRETRAIN": "--batch_per_gpu=32", "EXTRA_FINETUNE": "--batch_size 64 --accum 3"}
+    commands = dry_run(name, GPUS="8", **extra)
+    pretrain, finetune = (parse(stage, commands[stage], name) for stage in ("pretrain", "finetune"))
+    assert (pretrain.batch_size, pretrain.accum_iter) == (32, 8)
+    assert (finetune.batch_size, finetune.accum_iter, finetune.ema_warmup_iters) == (64, 3, 3 * 12520)
 
 
 def test_extra__of_an_evaluation_is_its_own():
@@ -261,6 +389,7 @@ def test_help__prints_both_headers():
         ),
         (["--dry_run"], {"NNODES": "3"}, "= 1 x 3 x 64 = 192; GPUS that work: none\n"),
         (["--dry_run", "linprobe"], {"EXTRA_LINPROBE": "--batch_size x"}, "linprobe: --batch_size x: expected a whole"),
+        (["--dry_run", "linprobe"], {"EXTRA_LINPROBE": "--accum_iter=0"}, "linprobe: --accum_iter 0: expected a whole"),
         # A mistake in the last stage is told before the first one starts.
         ([], {"DATA": "data", "EXTRA_LINPROBE": "--batch_size 96"}, "linprobe: 2048 images per update are no multiple"),
     ],
@@ -292,15 +421,16 @@ def calls(fake: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     "name, stage, encoder, flag",
     [
-        ("saim_vit_base_800e", "linprobe", "checkpoint.pth", "--finetune"),
-        ("semaim_vit_base_800e", "finetune", "aim_base.exp.temp.pth", "--finetune"),
+        ("saim_vit_base_800e", "linprobe", "pretrain/checkpoint.pth", "--finetune"),
+        ("semaim_vit_base_800e", "finetune", "pretrain/aim_base.exp.temp.pth", "--finetune"),
         # The teacher is not asked for: pre-training alone reads it.
-        ("semaim_vit_large_clip_800e", "knn", "aim_large.exp.temp.pth", "--pretrained_weights"),
+        ("semaim_vit_large_clip_800e", "knn", "pretrain/aim_large.exp.temp.pth", "--pretrained_weights"),
+        ("simmim_resnet50_300e", "finetune", "extract/encoder.pth", "--pretrained"),
     ],
 )
 def test_missing_encoder__is_one_line(fake, name, stage, encoder, flag):
     done = row(name, stage, **fake)
-    expected = f"{stage}: it's [here]/pretrain/{encoder} does not exist; run the stage pretrain first, "
+    expected = f"{stage}: it's [here]/{encoder} does not exist; run the stage {Path(encoder).parent} first, "
     expected += f'or set EXTRA_{stage.upper()}="{flag} FILE"\n'
     assert (done.returncode, done.stderr) == (2, f"{name}.sh: {expected}")
     assert not calls(fake)
@@ -315,6 +445,7 @@ def test_missing_encoder__is_one_line(fake, name, stage, encoder, flag):
         ("saim_vit_base_800e", "finetune/checkpoint.pth"),
         ("semaim_vit_base_800e", "finetune/vit_base_patch16.exp.temp.pth"),
         ("semaim_vit_base_800e", "linprobe/vit_base_patch16.exp.linear.pth"),
+        ("a2mim_convnext_base_300e", "finetune/latest.pth"),
     ],
 )
 def test_encoder__is_not_needed_to_resume(fake, name, checkpoint):
@@ -324,6 +455,18 @@ def test_encoder__is_not_needed_to_resume(fake, name, checkpoint):
     done = row(name, path.parent.name, **fake)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(calls(fake)) == 1
+
+
+def test_extract__runs_on_the_first_node(fake):
+    """The other nodes, which share its files, go on to fine-tuning; that starts when the first node does."""
+    fake |= {"NNODES": "2", "MASTER_ADDR": "node0"}
+    name, stages = "a2mim_resnet101_300e", ("extract", "finetune")
+    done = row(name, *stages, NODE_RANK="1", **fake)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ["--nnodes 2 --node_rank 1 " in call for call in calls(fake)] == [True]
+    done = row(name, *stages, NODE_RANK="0", **fake)
+    assert "finetune: it's [here]/extract/encoder.pth does not exist" in done.stderr  # this python makes none
+    assert [Path(call.split()[0]).name for call in calls(fake)[1:]] == ["extract_backbone_weights.py"]
 
 
 def test_teacher__is_told_by_its_variable(fake):
@@ -364,6 +507,48 @@ def test_row__runs_and_resumes_at_toy_size(tmp_path, digits):
     again = row("saim_vit_base_300e", "finetune", cwd=tmp_path, **env)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len((tmp_path / "out" / "finetune" / "log.txt").read_text().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def toy_simmim(tmp_path_factory, digits) -> Callable[[], Path]:
+    """Run SimMIM's row of ResNet-50 at toy size; the folder of its stages."""
+    folder = tmp_path_factory.mktemp("simmim")
+    toy = "--backbone resnet_nano --input_size 64 --batch_size 8 --accum_iter 1 --epochs 1 --warmup_epochs 0"
+    toy += " --num_workers 0"
+    env = {"GPUS": "1", "DATA": digits, "OUT": "out", "EXTRA_PRETRAIN": toy}
+    env["EXTRA_FINETUNE"] = f"{toy} --val_resize 64 --val_crop 64 --nb_classes 10"
+
+    def run() -> Path:
+        done = row("simmim_resnet50_300e", cwd=folder, **env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for stage in ("pretrain", "finetune"):
+            lines = (folder / "out" / stage / "log.txt").read_text().splitlines()
+            assert [json.loads(line)["epoch"] for line in lines] == [1]
+        return folder / "out"
+
+    return run
+
+
+def test_extracted_encoder__is_fine_tuned(toy_simmim):
+    out = toy_simmim()
+    names = ("pretrain/latest.pth", "extract/encoder.pth", "finetune/latest.pth")
+    trained, encoder, tuned = (distributed.load(str(out / name))["state_dict"] for name in names)
+    expected = {key.removeprefix("backbone."): value for key, value in trained.items() if key.startswith("backbone.")}
+    assert encoder.keys() == expected.keys()
+    for key, value in encoder.items():
+        assert value.equal(expected[key]), key
+    # Six updates move the weights, but not far from where they start.
+    start, end = encoder["conv1.weight"], tuned["backbone.conv1.weight"]
+    assert 0 < (end - start).norm() < 0.2 * start.norm()
+
+
+@pytest.mark.slow
+def test_complete_row__returns_at_once(toy_simmim):
+    out = toy_simmim()
+    files = {path: path.stat().st_mtime_ns for path in out.glob("*/*.pth") if path.parent.name != "extract"}
+    assert len(files) >= 4
+    toy_simmim()
+    assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
 @pytest.mark.parametrize("path", [*(f"{name}.sh" for name in ROWS), "lib/row.sh"])

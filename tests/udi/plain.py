@@ -1,5 +1,13 @@
-"""The loss as the paper's code computes it: every logit, every average of logits, the teacher's backbone twice."""
+"""The loss as the paper's code computes it: every logit, every average of logits, the teacher's backbone twice.
 
+python -m tests.udi.plain [flags of udi/main_pretrain.py] compares time and memory of a step with what is trained with.
+"""
+
+import gc
+import multiprocessing
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,3 +125,57 @@ def plain_loss(
     out |= {"global": g_losses, "local": l_losses, "student": (s_cls, s_p, l_cls), "teacher": (u, p_g, p_l)}
     out["targets"] = targets
     return out
+
+
+# ---- time and memory of a training step, each in a process of its own
+
+
+def peak_gigabytes() -> float:
+    """Peak memory of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 / 1e9
+
+
+def measure(fused: bool, flags: list[str], results: Any) -> None:
+    """Seconds of forward and backward pass, and gigabytes above those of networks and batch."""
+    from udi import main_pretrain
+    from udi.loss import udi_forward_loss
+    from udi.udi_augmentation import expand
+
+    args = main_pretrain.get_args_parser().parse_args(flags)
+    torch.manual_seed(0)
+    student = main_pretrain.build_model(args)
+    teacher, settings = main_pretrain.build_teacher(student), main_pretrain.build_loss(args)
+    batch, _ = next(main_pretrain.build_loader(args, torch.device("cpu")).batches())
+    views = expand(batch, student.backbone.backbone.patch_size)
+    rows = views.pop("rows")
+    tgt = views["tgt_maps"]
+    seconds = []
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_gigabytes()
+    for _ in range(3):
+        start = time.perf_counter()
+        settings.centering.center.zero_()  # only what is trained with moves it
+        if fused:
+            loss, _ = udi_forward_loss(student, teacher, settings, **views, epoch=0, rows=rows)
+        else:
+            s, nl = views["src_maps"][0].shape[1], args.local_crops_number
+            both = [mix.split([s, *[(mix.shape[1] - s) // nl] * nl], dim=1) for mix in tgt]
+            maps = [part for pair in zip(*both, strict=True) for part in pair]
+            loss = plain_loss(student, teacher, settings, views["crops"], views["src_maps"], maps, epoch=0)["loss"]
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+    results.put((min(seconds[1:]), peak_gigabytes() - before, loss.item()))
+
+
+if __name__ == "__main__":
+    for fused in (False, True, False, True):
+        results = multiprocessing.get_context("spawn").SimpleQueue()
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(fused, sys.argv[1:], results))
+        process.start()
+        seconds, gigabytes, loss = results.get()
+        process.join()
+        print(f"{'fused' if fused else 'plain'}: {seconds:.2f} s, {gigabytes:.2f} GB, loss {loss:.5f}", flush=True)

@@ -1,4 +1,4 @@
-"""One process of two: the loss and the centres of a golden's share of logits, as JSON. Last arguments: golden, folder."""
+"""One process of two: loss and centres of a golden's share of logits, as JSON. Last arguments: golden, folder."""
 
 import json
 import sys

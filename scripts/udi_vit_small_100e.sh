@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# UDI ViT-S/16, 100 epochs. Published: 74.9 k-NN, 76.3 linear; no fine-tuned accuracy.
+# The authors' README gives the command of 300 epochs; that this row changes --epochs and nothing else is inferred.
+# Images per update: 1024 = 8 GPUs x 128 in pre-training, 2048 = 8 x 256 in linear probing, 1024 = 4 x 256 in fine-tuning;
+# with fewer GPUs --accum_iter makes up for them: the loss's centres then move with every micro-step.
+# Usage: DATA=/imagenet [OUT=... GPUS=8 IMAGE=photo.jpg] bash scripts/udi_vit_small_100e.sh [--dry_run] [stage ...]
+# Stages: pretrain knn linear extract finetune attention. After a crash run it again, it resumes by itself. All
+# variables: --help; IMAGE is the picture whose attention is drawn.
+set -euo pipefail
+source "$(dirname "$0")/lib/row.sh"
+needs IMAGE attention /path/to/photo.jpg
+
+launch pretrain udi/main_pretrain.py 1024 --batch_size 128 --epochs 100 \
+    --arch vit_small --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --warmup_epochs 10 \
+    --local_crops_number 10 --norm_last_layer false
+
+evaluate knn udi/main_knn.py --arch vit_small --batch_size_per_gpu 256 \
+    --pretrained_weights "$OUT/pretrain/checkpoint.pth"
+
+launch linear udi/main_linprobe.py 2048 --batch_size 256 --epochs 100 --arch vit_small --lr 0.02 \
+    --pretrained_weights "$OUT/pretrain/checkpoint.pth"
+
+convert extract udi/eval_finetuning/extract_backbone_weights_for_finetuning.py \
+    --checkpoint "$OUT/pretrain/checkpoint.pth" --output "$OUT/extract/backbone.pth" --checkpoint_key teacher
+
+launch finetune udi/main_finetune.py 1024 --batch_size 256 --epochs 200 --warmup_epochs 20 --model vit_small \
+    --finetune "$OUT/extract/backbone.pth" --drop_path 0.1 --lr 0.001 --layer_decay 0.55 \
+    --mixup 0.8 --cutmix 1.0 --layer_scale_init_value 0.0 \
+    --disable_rel_pos_bias --abs_pos_emb --use_cls --imagenet_default_mean_and_std
+
+convert attention udi/visualize_attention.py --arch vit_small --image_path "$IMAGE" \
+    --pretrained_weights "$OUT/pretrain/checkpoint.pth" --output_dir "$OUT/attention"

@@ -1,0 +1,50 @@
+"""Scripts in real processes that are forked from one in which a2mim is imported: a start takes no seconds."""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+from tests.helpers import ROOT
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([f"a2mim.main_{name}" for name in ("pretrain", "finetune", "linprobe")] + [__name__])
+
+
+def run_script(argv: list[str], log: str, env: dict[str, str], cwd: str = str(ROOT)) -> None:
+    """`cd cwd && python argv...`"""
+    import torch
+
+    with open(log, "ab", buffering=0) as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.update(env)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def launch(log: Path, *argv: str, processes: int = 1, cwd: Path = ROOT, **env: str) -> list[int]:
+    """Exit statuses of a script's processes; negative: the signal that ended one. They print into `log`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ranks = [env] if processes == 1 else []
+    for rank in range(processes if processes > 1 else 0):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        ranks.append(env | own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    started = [CONTEXT.Process(target=run_script, args=(list(argv), str(log), own, str(cwd))) for own in ranks]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=120)
+    late = [process for process in started if process.exitcode is None]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, log.read_text()
+    return [process.exitcode or 0 for process in started]
