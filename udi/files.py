@@ -12,7 +12,7 @@ def folder_beside(weights: str, *parts: str) -> str:
 
 
 class TextLog:
-    """Prints lines, and appends them to a file as `INFO:<line>`; rank 0 does both.
+    """Prints lines, and appends them to a file as `INFO:<line>`; rank 0 does both, and an error ends all ranks.
 
     Args:
         folder: is created; '' only prints.
@@ -24,10 +24,11 @@ class TextLog:
         self.path = Path(folder) / name if folder else None
 
     def __call__(self, line: str) -> None:
-        distributed.log(line)
-        distributed.main_does(lambda: self._append(line))
+        distributed.main_does(lambda: self.write(line))
 
-    def _append(self, line: str) -> None:
+    def write(self, line: str) -> None:
+        """For rank 0 alone, when the others have ended."""
+        distributed.log(line)
         if self.path is None:
             return
         try:

@@ -202,12 +202,12 @@ def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: floa
     skip = model.no_weight_decay()
     if args.disable_weight_decay_on_rel_pos_bias:
         skip |= {n for n, _ in model.named_parameters() if "relative_position_bias_table" in n}
-    layers = ()
-    if args.layer_decay < 1:
-        depth = len(model.blocks)
-        assigner = LayerDecayValueAssigner([args.layer_decay ** (depth + 1 - i) for i in range(depth + 2)])
-        layers = (assigner.get_layer_id, assigner.get_scale)
-    return create_optimizer(args, get_parameter_groups(model, args.weight_decay, skip, *layers), lr)
+    if args.layer_decay >= 1:
+        return create_optimizer(args, get_parameter_groups(model, args.weight_decay, skip), lr)
+    depth = len(model.blocks)
+    assigner = LayerDecayValueAssigner([args.layer_decay ** (depth + 1 - i) for i in range(depth + 2)])
+    groups = get_parameter_groups(model, args.weight_decay, skip, assigner.get_layer_id, assigner.get_scale)
+    return create_optimizer(args, groups, lr)
 
 
 def build_rates(args: argparse.Namespace, updates: int) -> Callable[[int, int], tuple[float, float]]:
@@ -263,6 +263,8 @@ def build_transforms(args: argparse.Namespace):
         )
     if args.input_size <= 32:  # as upstream
         augment.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise distributed.UserError(f"--crop_pct {args.crop_pct}: expected a share of the side, above 0, at most 1")
     crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
     # As upstream: bilinear, though all else is bicubic.
     resize = transforms.Resize(int(args.input_size / crop_pct), transforms.InterpolationMode.BILINEAR)
@@ -276,6 +278,8 @@ def main(args: argparse.Namespace) -> None:
     distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
+    if not 0 <= args.model_ema_decay <= 1:
+        raise distributed.UserError(f"--model_ema_decay {args.model_ema_decay}: expected 0 to 1")
     args.output_dir, args.accum_iter, args.nb_classes = output_dir(args), args.update_freq, args.nb_classes or 1000
     # ---- data
     loader, val_loader = datasets.supervised_loaders(

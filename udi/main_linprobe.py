@@ -169,6 +169,8 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if args.val_freq < 1 or args.lr_min < 0:
+        raise distributed.UserError(f"--val_freq {args.val_freq} --lr_min {args.lr_min}: expected at least 1 and 0")
     args.output_dir = output_dir(args)
     # ---- data
     loader, val_loader = build_loaders(args, device)

@@ -21,23 +21,18 @@ from udi.models_udi import DropPath, LayerNorm, init_weights
 # ---- positions
 
 
-# same as cae/blocks.py
-def sincos_pos_embed(dim: int, grid: Sequence[int]) -> Tensor:
-    """Fixed 2-D position table [sin(aw), cos(aw), sin(bw), cos(bw)], a row and b column of token t, row first.
+def sinusoid_pos_embed(dim: int, patches: int) -> Tensor:
+    """Fixed position table [sin(t w_0), cos(t w_0), sin(t w_1), ...] of patch t = 0, 1, ... in raster order.
 
-    As upstream: a = t // rows and b = t % rows, so other than square grids are not walked row by row.
     Args:
-        dim: C, a multiple of 4; w_k = 10000^(-k / (C/4)). grid: (rows, columns).
+        dim: C; w_k = 10000^(-2k / C).
     Returns:
-        (1, 1 + rows * columns, C) float32; the first row, the class token's, is 0.
+        (1, 1 + patches, C) float32; the first row, the class token's, is 0.
     """
-    if dim % 4:
-        raise ValueError(f"width {dim} is not a multiple of 4, as the sin-cos position table needs")
-    rows, columns = grid
-    t = torch.arange(rows * columns)
-    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    a, b = (x.float()[:, None] * omega for x in (t // rows, t % rows))
-    return F.pad(torch.cat([a.sin(), a.cos(), b.sin(), b.cos()], dim=1), (0, 0, 1, 0))[None]
+    pair = torch.arange(dim) // 2
+    angles = torch.arange(patches)[:, None] / 10000 ** (2 * pair.double() / dim)
+    table = torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())
+    return F.pad(table.float(), (0, 0, 1, 0))[None]
 
 
 # same as cae/blocks.py
@@ -97,6 +92,8 @@ class Attention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"a width of {dim} does not divide into {num_heads} heads")
+        if not 0 <= attn_drop < 1:
+            raise ValueError(f"a share of {attn_drop} of the attention cannot be dropped")
         self.num_heads, self.scale = num_heads, qk_scale or (dim // num_heads) ** -0.5
         self.relative_position_bias_table = None
         if window_size is not None:
@@ -261,14 +258,13 @@ class VisionTransformer(nn.Module):
         self.use_mean_pooling = use_mean_pooling
         # Registration order is upstream's: optimizer states refer to parameters by position.
         self.cls_token = nn.Parameter(torch.zeros(1, num_class_token, embed_dim))
-        self.pos_embed = None
         grid_size = img_size // patch_size
-        if use_abs_pos_emb and use_learned_abs_pos_emb:
+        if not use_abs_pos_emb:
+            self.pos_embed = None
+        elif use_learned_abs_pos_emb:
             self.pos_embed = nn.Parameter(torch.zeros(1, grid_size**2 + num_class_token, embed_dim))
-        elif use_abs_pos_emb:
-            del self.pos_embed
-            fixed = sincos_pos_embed(embed_dim, (grid_size, grid_size))
-            fixed = F.pad(fixed, (0, 0, num_class_token - 1, 0))
+        else:
+            fixed = F.pad(sinusoid_pos_embed(embed_dim, grid_size**2), (0, 0, num_class_token - 1, 0))
             self.register_buffer("pos_embed", fixed, persistent=False)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.pos_drop = nn.Dropout(drop_rate)

@@ -129,12 +129,12 @@ class Photometric:
 
 
 class Points(NamedTuple):
-    """Sampled patches of one view that another view shows, padded to s; rows are valid patches in raster order."""
+    """Sampled patches of P views that each another view shows; rows are valid patches in raster order, then zeros."""
 
-    count: int  # of valid ones
-    token: NDArray[np.int16]  # (s,) number of the patch in its view
-    corner: NDArray[np.int16]  # (s, 4) numbers of the four patches around it in the other view
-    weight: Array  # (s, 4) their bilinear weights; 0 where invalid
+    count: NDArray[np.int64]  # (P,) of valid ones
+    token: NDArray[np.int64]  # (P, s) number of the patch in its view
+    corner: NDArray[np.int64]  # (P, s, 4) numbers of the four patches around it in the other view
+    weight: Array  # (P, s, 4) their bilinear weights
 
 
 class DataAugmentation:
@@ -198,37 +198,47 @@ class DataAugmentation:
         """Smallest box around two crops' coordinates; as upstream, those of flipped ones enter as they are."""
         return np.concatenate([np.minimum(c1[:2], c2[:2]), np.maximum(c1[2:], c2[2:])])
 
-    def points(self, src_crop: Array, tgt_crop: Array, mask: NDArray[np.bool_]) -> Points:
-        """Where the sampled patches of a view lie in a global view; the first and the last patch lie on its border."""
+    def points(self, src_crops: Array, tgt_crops: Array, mask: NDArray[np.bool_]) -> Points:
+        """Where the sampled patches of views lie in global views; the first and the last patch lie on the border.
+
+        Args:
+            src_crops, tgt_crops: coordinates (P, 4) of the pairs. mask: (F * F,), the sampled patches of the sources.
+        """
         side, last = math.isqrt(len(mask)), np.float32(self.features_g - 1)
         tokens = np.flatnonzero(mask)
         line = np.linspace(0, 1, side, dtype=np.float32)
-        grid = np.stack([line[tokens // side], line[tokens % side]], axis=1)
-        position = src_crop[:2] + grid * (src_crop[2:] - src_crop[:2])  # (s, 2)
-        low, high = np.minimum(tgt_crop[:2], tgt_crop[2:]), np.maximum(tgt_crop[:2], tgt_crop[2:])
-        valid = ((position > low) & (position < high)).all(axis=1)
-        count, s = int(valid.sum()), len(tokens)
-        token, corner, weight = np.zeros(s, np.int16), np.zeros((s, 4), np.int16), np.zeros((s, 4), np.float32)
-        if count:
-            t = (position[valid] - tgt_crop[:2]) * last / (tgt_crop[2:] - tgt_crop[:2])
-            floor = np.floor(t)
-            ceil = np.minimum(floor + 1, last)
-            near, far = ceil - t, t - floor  # (n, 2) weights of floor and ceil
-            i, j = np.stack([floor, ceil]).astype(np.int16).transpose(2, 0, 1)  # (2, n) each
-            token[:count] = tokens[valid]
-            corner[:count] = (i[[0, 0, 1, 1]] * self.features_g + j[[0, 1, 0, 1]]).T
-            wi, wj = np.stack([near, far]).transpose(2, 0, 1)
-            weight[:count] = (wi[[0, 0, 1, 1]] * wj[[0, 1, 0, 1]]).T
-        return Points(count, token, corner, weight)
+        grid = np.stack([line[tokens // side], line[tokens % side]], axis=1)  # (s, 2)
+        src, tgt = src_crops[:, None], tgt_crops[:, None]
+        position = src[..., :2] + grid * (src[..., 2:] - src[..., :2])  # (P, s, 2)
+        low, high = np.minimum(tgt[..., :2], tgt[..., 2:]), np.maximum(tgt[..., :2], tgt[..., 2:])
+        valid = ((position > low) & (position < high)).all(axis=2)
+        order = np.argsort(~valid, axis=1, kind="stable")
+        valid = np.take_along_axis(valid, order, axis=1)
+        extent = tgt[..., 2:] - tgt[..., :2]
+        t = (np.take_along_axis(position, order[..., None], axis=1) - tgt[..., :2]) * last
+        t = np.divide(t, extent, out=np.zeros_like(t), where=valid[..., None])  # nothing is valid in a single pixel
+        floor = np.floor(t)
+        ceil = np.minimum(floor + 1, last)
+        (wi, wj), (i, j) = (x.transpose(3, 0, 1, 2) for x in (np.stack([ceil - t, t - floor]), np.stack([floor, ceil])))
+        corner = i[[0, 0, 1, 1]] * self.features_g + j[[0, 1, 0, 1]]  # (4, P, s)
+        weight = wi[[0, 0, 1, 1]] * wj[[0, 1, 0, 1]] * valid
+        return Points(
+            valid.sum(axis=1),
+            np.where(valid, tokens[order], 0),
+            corner.transpose(1, 2, 0).astype(np.int64),
+            weight.transpose(1, 2, 0),
+        )
 
     def _create_map(self, src_crop: Array, tgt_crop: Array, mask: NDArray[np.bool_]) -> tuple[Array, Array]:
         """`points` as maps: (s, F * F) that picks the valid patches, (s, F_g * F_g) that mixes those around them."""
-        found = self.points(np.asarray(src_crop), np.asarray(tgt_crop), np.asarray(mask))
-        src = np.zeros((len(found.token), len(mask)), np.float32)
-        tgt = np.zeros((len(found.token), self.features_g**2), np.float32)
-        src[np.arange(found.count), found.token[: found.count]] = 1
+        mask = np.asarray(mask)
+        found = self.points(np.asarray(src_crop)[None], np.asarray(tgt_crop)[None], mask)
+        n, (token,), (corner,), (weight,) = int(found.count[0]), found.token, found.corner, found.weight
+        src = np.zeros((len(token), len(mask)), np.float32)
+        tgt = np.zeros((len(token), self.features_g**2), np.float32)
+        src[np.arange(n), token[:n]] = 1
         for k in range(4):  # added up, for corners that coincide on the border
-            tgt[np.arange(found.count), found.corner[: found.count, k]] += found.weight[: found.count, k]
+            tgt[np.arange(n), corner[:n, k]] += weight[:n, k]
         return src, tgt
 
     def views(
@@ -257,12 +267,15 @@ class DataAugmentation:
 
     def __call__(self, img: Image.Image) -> "Sample":
         views, coords, pairs = self.views(img)
-        found = [self.points(coords[source], coords[target], mask) for source, target, mask in pairs]
-        return Sample([tf.pil_to_tensor(view) for view in views], found)
+        src, tgt = np.stack([coords[i] for i, _, _ in pairs]), np.stack([coords[i] for _, i, _ in pairs])
+        points = [self.points(src[:2], tgt[:2], pairs[0][2])]
+        if pairs[2:]:
+            points.append(self.points(src[2:], tgt[2:], pairs[2][2]))
+        return Sample([tf.pil_to_tensor(view) for view in views], points)
 
 
 class Sample(NamedTuple):
-    """An image's views (3, H, W) uint8, and the correspondence of each pair of `DataAugmentation.views`."""
+    """An image's views (3, H, W) uint8, and the points of its global pairs and of its local ones, if any."""
 
     views: list[Tensor]
     points: list[Points]
@@ -277,27 +290,24 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         are patches of the second view. rows_s, rows_t: numbers of valid rows, for `udi_forward_loss`.
     """
     crops = [torch.stack(views) for views in zip(*(sample.views for sample in samples), strict=True)]
-    counts = np.array([[points.count for points in sample.points] for sample in samples])  # (B, 2 + 2 nl)
-    sizes = [len(points.token) for points in samples[0].points]
-    valid = [np.arange(size) < counts[:, [k]] for k, size in enumerate(sizes)]  # of (B, s) each
-    token = np.stack([[sample.points[k].token for sample in samples] for k in (0, 1)])
-    token = np.where(np.stack(valid[:2]), token, -1)
+    # Of the global and of the local pairs, (B, P, ...); pairs alternate between the second and the first view.
+    found = zip(*(sample.points for sample in samples), strict=True)
+    groups = [Points(*map(np.stack, zip(*points, strict=True))) for points in found]
+    valid = [np.arange(group.token.shape[2]) < group.count[..., None] for group in groups]
 
-    def of_views(field: str) -> Array:
-        """A field of the points in both of the teacher's views, (2 B, s + nl s_l, 4)."""
-        views = [
-            [np.concatenate([getattr(p, field) for p in sample.points[v::2]]) for sample in samples] for v in (0, 1)
-        ]
-        return np.concatenate([np.stack(view) for view in views])
+    def of_views(values: list[Any]) -> Any:
+        """Values (B, P, s, ...) of both groups -> (2 B, s + nl s_l, ...)."""
+        views = [np.concatenate([x[:, v::2].reshape(len(x), -1, *x.shape[3:]) for x in values], axis=1) for v in (0, 1)]
+        return np.concatenate(views)
 
-    shown = np.concatenate([np.concatenate(valid[view::2], axis=1) for view in (0, 1)])  # (2 B, s + nl s_l)
+    token = np.where(valid[0], groups[0].token, -1).swapaxes(0, 1)
     return {
         "crops": crops,
-        "token": torch.from_numpy(token.astype(np.int64)),
-        "corner": torch.from_numpy(of_views("corner").astype(np.int64)),
-        "weight": torch.from_numpy(of_views("weight")),
-        "rows_s": torch.from_numpy(np.flatnonzero(np.stack(valid[:2]))),
-        "rows_t": torch.from_numpy(np.flatnonzero(shown)),
+        "token": torch.from_numpy(token.copy()),
+        "corner": torch.from_numpy(of_views([group.corner for group in groups])),
+        "weight": torch.from_numpy(of_views([group.weight for group in groups])),
+        "rows_s": torch.from_numpy(np.flatnonzero(valid[0].swapaxes(0, 1))),
+        "rows_t": torch.from_numpy(np.flatnonzero(of_views(valid))),
     }
 
 

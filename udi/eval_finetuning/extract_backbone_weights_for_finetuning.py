@@ -1,6 +1,7 @@
 """Take the backbone out of a pre-training checkpoint, for fine-tuning or elsewhere."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -62,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, output)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = " ".join(str(error).split())
         raise distributed.UserError(f"--output {output}: cannot be written ({reason})") from error
     distributed.log(f"{len(weights)} tensors of '{args.checkpoint_key}' of {args.checkpoint} are in {output}")
