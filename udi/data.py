@@ -78,7 +78,7 @@ def semi_supervised_sets(args: argparse.Namespace) -> tuple[Any, Any]:
         UserError: something is missing or does not fit together.
     """
     train, val = (datasets.image_dataset(args.data_path, split) for split in (True, False))
-    datasets.check_classes(train, val, len(train.classes))
+    datasets.check_classes(train, val, max(len(train.classes), len(val.classes)))
     train, val = (first_classes(dataset, args.class_num) for dataset in (train, val))
     return listed(train, args.target_list_path), val
 
@@ -92,7 +92,7 @@ class LabelledImages(Dataset):
     Args:
         where: names the data set in messages.
     Raises:
-        UserError: there is none, or the first file is missing.
+        UserError: there is none, the first file is missing, or a label is out of range.
     """
 
     def __init__(self, samples: list[tuple[str, int]], classes: list[str], where: str):
@@ -100,6 +100,9 @@ class LabelledImages(Dataset):
             raise UserError(f"{where}: lists no images")
         if not Path(samples[0][0]).is_file():
             raise UserError(f"{where}: lists {samples[0][0]}, which is missing")
+        odd = next((label for _, label in samples if not 0 <= label < len(classes)), None)
+        if odd is not None:
+            raise UserError(f"{where}: class {odd}, counted from 0, is none of {len(classes)}")
         self.samples, self.classes = samples, classes
 
     def __len__(self) -> int:

@@ -24,7 +24,9 @@ DUMPS = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("UDI k-NN", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process")
+    p.add_argument(
+        "--batch_size_per_gpu", "--batch_size", dest="batch_size", default=128, type=int, help="images per process"
+    )
     # ---- vote
     p.add_argument(
         "--nb_knn", default=[10, 15, 20, 30, 40, 50, 100, 200], nargs="+", type=int, help="numbers of neighbours to try"
@@ -152,10 +154,7 @@ def compute(args: argparse.Namespace, device: torch.device, keep: torch.device) 
     val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split)
     datasets.check_classes(train, val, args.nb_classes)
     transform = datasets.eval_transform(args.input_size, 224 / 256)
-    loaders = [
-        datasets.build_loader(args, images, transform, device, train=False, batch_size=args.batch_size_per_gpu)
-        for images in (train, val)
-    ]
+    loaders = [datasets.build_loader(args, images, transform, device, train=False) for images in (train, val)]
     model = build_model(args).to(device)
     own_train = extract_features(model, loaders[0], keep)
     own_test = [x.cpu() for x in extract_features(model, loaders[1], keep)]

@@ -95,10 +95,10 @@ class ClassProjHead(nn.Module):
         in_dim: int,
         out_dim: int,
         cls_dim: int,
-        nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         finetune_layer: int = 1,
+        nlayers: int = 3,
     ):
         super().__init__()
         if not 1 <= finetune_layer <= nlayers:

@@ -1,0 +1,85 @@
+"""Fine-tuning of a UDI backbone with few labels: the images of ImageNet that a list names, 1 % or 10 % of all."""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import distributed
+from udi import data, engine_deit
+from udi.models_eval import EvaluationViT, build_proj_head, linear_head, load_head
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "UDI semi-supervised fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help"
+    )
+    p.add_argument("--batch_size", "--batch-size", default=128, type=int, help="images per process and micro-step")
+    p.add_argument("--epochs", default=300, type=int, help="README: 1000")
+    p.add_argument("--lr", default=1e-3, type=float, help="of 512 images per update, it grows with them; README: 5e-6")
+    # ---- model
+    engine_deit.add_model_flags(p)
+    p.add_argument("--finetune_head_layer", default=0, type=int, help="layers of the projection head that are kept")
+    p.add_argument("--random_head", action="store_true", help="with fresh weights in them, as upstream")
+    p.add_argument("--out_dim", default=8192, type=int, help="prototypes; a checkpoint's own count")
+    # ---- optimizer
+    engine_deit.add_optimizer_flags(p)
+    p.add_argument("--layer_decay", default=1.0, type=float, help="no effect, as upstream")
+    p.add_argument("--layer_scale_init_value", default=0, type=float, help="no effect, as upstream")
+    p.add_argument("--disable_weight_decay_on_cls_pos", action="store_true", help="no effect, as upstream")
+    p.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true", help="no effect, as upstream")
+    p.add_argument("--distill_epochs", default=150, type=int, help="no effect, as upstream")
+    # ---- augmentation
+    engine_deit.add_augmentation_flags(p)
+    p.add_argument("--repeated-aug", "--repeated_aug", action="store_true", default=True, help="no effect, as upstream")
+    p.add_argument(
+        "--no-repeated-aug", "--no_repeated_aug", action="store_false", dest="repeated_aug", help="no effect"
+    )
+    # ---- data, files, process
+    p.add_argument("--data_path", default="/dataset/imageNet/", type=str, help="folder with train/ and val/")
+    p.add_argument(
+        "--target_list_path", default="./subset/1percent.txt", type=str, help="file names of the labelled images"
+    )
+    p.add_argument("--class_num", default=1000, type=int, help="of the sorted class folders, the first so many")
+    p.add_argument(
+        "--inat-category", "--inat_category", default="name", choices=engine_deit.CATEGORIES, help="no effect"
+    )
+    p.add_argument("--gpu", default=0, type=int, help="no effect: --device names one")
+    p.add_argument("--enable_deepspeed", action="store_true", help="no effect, as upstream")
+    engine_deit.add_process_flags(p)
+    return p
+
+
+def results_folder(args: argparse.Namespace) -> str:
+    """Where the results go, under the folder of the weights."""
+    name = (
+        f"{args.opt}_b_{args.batch_size}_lr_{args.lr:.2e}_wd_{args.weight_decay:.2e}_dp_{args.drop_path:.2f}"
+        f"_ep_{args.epochs}_layer_{args.finetune_head_layer}"
+    )
+    return str(Path("semi_supervised_learning", Path(args.target_list_path).stem, name))
+
+
+def main(args: argparse.Namespace) -> None:
+    device = distributed.init(args.device)
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if not 0 <= args.finetune_head_layer <= 3:
+        raise distributed.UserError(f"--finetune_head_layer {args.finetune_head_layer}: expected 0 to 3")
+
+    def add_head(model: EvaluationViT, path: str, key: str) -> None:
+        layer = args.finetune_head_layer
+        if layer == 0:
+            model.head = classifier = linear_head(model.embed_dim, args.class_num)
+        else:
+            pretrained = path and not args.random_head
+            weights = load_head(distributed.load(path), key, path) if pretrained else None
+            model.head = head = build_proj_head(model.embed_dim, args.class_num, layer, args.out_dim, weights)
+            classifier = head.cls_head
+        engine_deit.scale_classifier(classifier, args.init_scale)
+
+    sets = data.semi_supervised_sets(args)
+    engine_deit.run(args, device, results_folder(args), add_head, sets, engine_deit.DeitFiles())
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
