@@ -1,5 +1,6 @@
 """What both analyses need: files that appear when they are complete, progress, a style of figures, timm's networks."""
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -110,6 +111,11 @@ def timm_network(name: str, classes: int, size: int, path: str | None, pretraine
                 raise ValueError(f"{key} is {tuple(weights[key].shape)}, expected {tuple(own.shape)}")
         model.load_state_dict(weights)
     return model
+
+
+def patch_keywords(args: argparse.Namespace, backbone: str) -> dict[str, Any]:
+    """--patch_size for `build_classifier`, where the backbone is a ViT."""
+    return {"patch_size": args.patch_size} if "vit" in backbone or "deit" in backbone else {}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -157,8 +157,10 @@ def pieces(net: Backbone) -> list[Piece]:
 
 
 def insertion_stride(backbone: str, mask_layer: int, patch_size: int = 16) -> int:
-    """Pixels per feature at mask insertion `mask_layer` of a backbone of `BACKBONES`."""
+    """Pixels per feature at mask insertion `mask_layer` of a backbone of `BACKBONES`; raises ValueError."""
     family = getattr(BACKBONES[backbone], "func", None)
+    if family in (resnet, convnext) and not 0 <= mask_layer <= 3:
+        raise ValueError(f"mask_layer {mask_layer}: expected 0 to 3")
     if family is resnet:
         return 4 * 2 ** max(mask_layer - 1, 0)
     return 4 * 2**mask_layer if family is convnext else patch_size
@@ -175,8 +177,9 @@ def insertion_channels(net: Backbone, mask_layer: int) -> int:
 # ---- initial weights
 
 
-def _reset(net: Backbone) -> None:
-    """PyTorch's initial weights everywhere; tokens and positions zero."""
+@torch.no_grad()
+def init_from_scratch(net: Backbone) -> None:
+    """PyTorch's own weights, of classifiers without pre-training; tokens and positions are zero (as upstream)."""
     for module in net.modules():
         if hasattr(module, "reset_parameters") and module is not net:
             module.reset_parameters()
@@ -186,15 +189,9 @@ def _reset(net: Backbone) -> None:
 
 
 @torch.no_grad()
-def init_from_scratch(net: Backbone) -> None:
-    """Weights of a classifier that starts without pre-training: PyTorch's own (as upstream)."""
-    _reset(net)
-
-
-@torch.no_grad()
 def init_pretraining(net: Backbone) -> None:
     """Weights with which pre-training starts (the values that remain after upstream's double initialisation)."""
-    _reset(net)
+    init_from_scratch(net)
     for name, module in net.named_modules():
         if is_resnet(net):
             if isinstance(module, nn.Conv2d):

@@ -61,8 +61,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--deterministic", action="store_true", help="deterministic kernels on GPUs")
     p.add_argument("--diff-seed", action="store_true", help="no effect: random draws differ between processes")
     p.add_argument("--launcher", default="none", help="no effect: the environment tells the launcher")
-    for flag in ("--gpus", "--gpu_ids", "--gpu-id", "--port"):
-        p.add_argument(flag, nargs="+", help="no effect: the launcher decides")
+    for flag in ("--gpus", "--gpu-id", "--port"):
+        p.add_argument(flag, type=int, help="no effect: the launcher decides")
+    p.add_argument("--gpu_ids", type=int, nargs="+", help="no effect: the launcher decides")
 
 
 def read(path: str) -> dict[str, Any]:
@@ -114,6 +115,9 @@ def _set_defaults(parser: argparse.ArgumentParser, where: str, values: dict[str,
     def error(message: str) -> NoReturn:
         raise UserError(f"{where}: {message}")
 
+    empty = next((n for n, v in values.items() if v is None and parser.get_default(actions[n].dest) is not None), None)
+    if empty:
+        raise UserError(f"{where}: {empty} None: expected a value")
     parser.error = error  # type: ignore[method-assign]
     switches = {n: v for n, v in values.items() if actions[n].nargs == 0 or v is None}
     bad = next((n for n, v in switches.items() if v not in (True, False, None)), None)
@@ -163,17 +167,17 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if args.pretrained and args.load_checkpoint:
         raise UserError("--pretrained and --load_checkpoint: expected one of them")
     if args.output_dir is None:
-        args.output_dir = work_dir(args.config)
+        args.output_dir = work_dir(args.config or args.method, args.pretrained)
     if args.print_config:
         print(to_text(parser, args), end="")
         raise SystemExit(0)
     return args
 
 
-def work_dir(config: str) -> str:
-    """Upstream's folder of a configuration's runs: work_dirs/<its second folder>/<its name>."""
-    parts = Path(config).with_suffix("").parts if config else ()
-    return str(Path("work_dirs", *parts[1:2] if len(parts) > 2 else (), *parts[-1:]))
+def work_dir(config: str, pretrained: str = "") -> str:
+    """Folder of a configuration's runs: work_dirs/<its second folder>/<its name>[/<folder of the weights>/<file>]."""
+    parts, weights = Path(config).with_suffix("").parts, Path(pretrained).parts[-2:]
+    return str(Path("work_dirs", *parts[1:2] if len(parts) > 2 else (), *parts[-1:], *weights))
 
 
 def to_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:

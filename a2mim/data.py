@@ -32,11 +32,11 @@ def images(args: argparse.Namespace, train: bool, labelled: bool) -> Any:
     """
     root = Path(args.data_path)
     meta = root.parent / "meta" / root.name
-    lists = meta / ("train_labeled_full.txt" if train else "val_labeled.txt")
-    if train and not labelled:
-        lists = meta / "train_full.txt"
-    if not args.dataset and lists.is_file():
-        return datasets.ListedImages(lists, root / ("train" if train else "val"), root, labelled=labelled)
+    labels = meta / "train_labeled_full.txt", meta / "val_labeled.txt"
+    lists = labels[not train] if labelled or not train else meta / "train_full.txt"
+    # The numbers of list files need not be those of class folders: both lists, or none.
+    if not args.dataset and lists.is_file() and (not labelled or args.eval or all(x.is_file() for x in labels)):
+        return datasets.ListedImages(lists, root / ("train" if train else "val"), root, labelled=lists in labels)
     split = args.train_split if train else args.val_split
     return datasets.image_dataset(args.data_path, train, labelled, args.dataset, split, args.batch_size)
 

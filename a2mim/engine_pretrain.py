@@ -64,7 +64,6 @@ def train_one_epoch(
         with updater.forward(model, step):
             out = reconstruct(model, batch, **context)
         norm = updater.backward(out["loss"], step)
-        draw(iteration, out)
         epoch_log.update(
             step,
             updater.is_last(step),
@@ -74,4 +73,5 @@ def train_one_epoch(
             loss_freq=out["loss_freq"],
             grad_norm=norm,
         )
+        draw(iteration, out)
     return epoch_log.means()

@@ -11,14 +11,13 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-from a2mim import config, data, optim, sync_bn
+from a2mim import config, data, optim, setup
 from a2mim.backbones import BACKBONES
 from a2mim.config import boolean
 from a2mim.engine_finetune import evaluate_checkpoint, fit
 from a2mim.files import run_files
 from a2mim.mix import Mix, ft_loss
 from a2mim.models_a2mim import Classifier, build_classifier
-from a2mim.openmixup import load_encoder, load_openmixup_state_dict
 from common import datasets, distributed
 
 
@@ -94,15 +93,20 @@ def build_model(args: argparse.Namespace, **overrides) -> Classifier:
         return build_classifier(args.backbone, **{**keywords, **overrides})
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, datasets.Loader]:
-    """Training and validation batches of the flags, whose classes agree."""
+def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader | None, datasets.Loader]:
+    """Training (not with --eval) and validation batches of the flags, whose classes agree."""
     with distributed.user_errors(f"--aug {args.aug} --ra_level {args.ra_level}"):
         augment = data.finetune_transform(args.aug, args.train_size, args.ra_level)
-    train, val = (data.images(args, train=is_train, labelled=True) for is_train in (True, False))
+    train = None if args.eval else data.images(args, train=True, labelled=True)
+    val = data.images(args, train=False, labelled=True)
     datasets.check_classes(train, val, args.nb_classes)
-    loader = data.train_loader(args, train, augment, device, args.repeated_aug)
     view = data.eval_transform(args.val_resize, args.val_crop)
-    return loader, datasets.build_loader(args, val, view, device, train=False)
+    val_loader = datasets.build_loader(args, val, view, device, train=False)
+    if train is None:
+        return None, val_loader
+    loader = data.train_loader(args, train, augment, device, args.repeated_aug)
+    setup.check_last_batch(args, loader, args.train_size)
+    return loader, val_loader
 
 
 def build_optimizer(args: argparse.Namespace, model: Classifier, lr: float) -> torch.optim.Optimizer:
@@ -114,7 +118,7 @@ def run(
     args: argparse.Namespace,
     model: Classifier,
     device: torch.device,
-    loaders: tuple[datasets.Loader, datasets.Loader],
+    loaders: tuple[datasets.Loader | None, datasets.Loader],
     train: Callable[[], Any],
 ) -> None:
     """Load, train, evaluate as the flags say.
@@ -124,38 +128,21 @@ def run(
     """
     loader, val_loader = loaders
     # ---- model
-    resume = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
-    if args.pretrained and not args.eval and not resume:
-        load_encoder(model, args.pretrained, resize_rel_pos=args.resize_rel_pos)
-    if args.load_checkpoint and not args.eval and not resume:
-        with distributed.user_errors(args.load_checkpoint):
-            state = distributed.load(args.load_checkpoint)
-            load_openmixup_state_dict(model, distributed.weights_of(state, args.load_checkpoint))
-    model.to(device)
-    if model.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if args.sync_bn:
-        sync_bn.convert(model, device)
-    net = distributed.wrap(model, device, args.compile)
+    if loader is None:
+        setup.prepare(args, model, device, starts=False)
+        found = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
+        updater = distributed.Updater(optim.no_updates(), device, setup.precision(args))
+        evaluate_checkpoint(found, model, val_loader, updater)
+        return
+    resume = setup.resume_path(args)
+    net = setup.prepare(args, model, device, starts=not resume, resize_rel_pos=args.resize_rel_pos)
     ema = None
     if args.ema:  # of weights that are those of process 0 by now
         ema = optim.EMA(model, args.ema, warmup_iters=args.ema_warmup_iters, update_interval=args.ema_update_interval)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
-    precision = args.amp_dtype if args.amp or args.amp_dtype != "auto" else "fp32"
-    updater = distributed.Updater(
-        optimizer, device, precision, args.accum_iter, args.clip_grad, sync_bn.statistics(model)
-    )
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    images_per_step = args.batch_size * distributed.world_size()
-    distributed.log(
-        f"{args.backbone}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; {loader.images} images, "
-        f"{images_per_step * args.accum_iter} per update, lr {args.lr:.2e}"
-    )
+    updater = setup.build_updater(args, optimizer, model, loader)
     # ---- loop
-    if args.eval:
-        evaluate_checkpoint(resume, model, val_loader, updater)
-        return
     checkpoint = distributed.Checkpoint(
         args.output_dir,
         args,

@@ -23,7 +23,7 @@ from matplotlib.cm import ScalarMappable
 from torch import Tensor
 from torchvision import transforms
 
-from a2mim.analysis import axes, fingerprint, load_file, replacing, save_figure, timm_network
+from a2mim.analysis import axes, fingerprint, load_file, patch_keywords, replacing, save_figure, timm_network
 from a2mim.fourier import feature_variance, observed, relative_log_amplitude
 from a2mim.models_a2mim import BACKBONES, build_classifier
 from a2mim.openmixup import load_encoder
@@ -38,7 +38,7 @@ CLASSES = {"cl_": "contrastive", "mim_": "masked images", "ssl_": "self-supervis
 DEAD = (
     *("test_image", "shuffle", "shuffle_size", "shuffle_h", "shuffle_w", "random_drop", "random_offset_drop"),
     *("cascade", "exp_count", "saliency", "saliency_box", "drop_count", "drop_best", "drop_lambda", "standard_box"),
-    *("dino", "lesion", "block_index", "draw_plots", "select_im", "threshold", "pretrained_weights", "patch_size"),
+    *("dino", "lesion", "block_index", "draw_plots", "select_im", "threshold", "pretrained_weights"),
     *("use_shape", "generate_images"),
 )
 
@@ -82,7 +82,8 @@ def build_encoder(args: argparse.Namespace) -> Any:
     if args.model_name not in BACKBONES:
         return timm_network(args.model_name, 0, args.img_size, path).eval()
     with distributed.user_errors(f"--model_name {args.model_name}"):
-        model = build_classifier(args.model_name, 2, img_size=args.img_size)  # ours: the classes are not looked at
+        # Ours: the classes are not looked at.
+        model = build_classifier(args.model_name, 2, img_size=args.img_size, **patch_keywords(args, args.model_name))
     if path:
         load_encoder(model, path)
     return model.net.eval()

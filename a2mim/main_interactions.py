@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import transforms
 
-from a2mim.analysis import axes, fingerprint, load_file, progress, replacing, save_figure, timm_network
+from a2mim.analysis import axes, fingerprint, load_file, patch_keywords, progress, replacing, save_figure, timm_network
 from a2mim.config import boolean
 from a2mim.interactions import REWARDS, gen_contexts, gen_pairs, interactions, order_of, presence, rewards, strength
 from a2mim.models_a2mim import BACKBONES, build_classifier
@@ -60,6 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--backbone", default="", choices=["", *BACKBONES], help="or a network of this method's main_finetune.py"
     )
+    p.add_argument("--patch_size", default=16, type=int, help="of a ViT of --backbone, in pixels")
     p.add_argument("--checkpoint_path", help="its weights: of main_finetune.py or OpenMixup, or of timm's names")
     p.add_argument("--checkpoint_name", help="file in --checkpoint_path, where that is a folder")
     p.add_argument("--pretrained", default=False, type=boolean, nargs="?", const=True, help="timm's own weights")
@@ -113,7 +114,7 @@ def build_network(args: argparse.Namespace, classes: int) -> nn.Module:
     try:
         if args.backbone:
             with distributed.user_errors(f"--backbone {name}"):
-                model: nn.Module = build_classifier(name, classes, img_size=size)
+                model: nn.Module = build_classifier(name, classes, img_size=size, **patch_keywords(args, name))
             if path:
                 load_classifier(model, path)
         else:

@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
+    if not args.pretrained and not args.load_checkpoint and not args.resume:
+        distributed.log("WARNING: no --pretrained: a new probe has a random encoder")
     loaders = main_finetune.build_loaders(args, device)
     # A ViT's class token is told from after the pre-trained norm.
     model = main_finetune.build_model(args, **({"global_pool": "token"} if "vit_" in args.backbone else {}))

@@ -9,7 +9,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-from a2mim import config, data, optim, sync_bn
+from a2mim import config, data, optim, setup
 from a2mim.backbones import BACKBONES, insertion_stride
 from a2mim.config import boolean
 from a2mim.engine_pretrain import train_one_epoch
@@ -17,7 +17,6 @@ from a2mim.files import run_files
 from a2mim.losses import PIXEL_LOSSES, MIMLoss
 from a2mim.masking_generator import BlockwiseMaskGenerator
 from a2mim.models_a2mim import MASK_TOKENS, MaskedImageModel, build_masked
-from a2mim.openmixup import load_encoder, load_openmixup_state_dict
 from a2mim.pictures import save_reconstructions
 from common import datasets, distributed
 
@@ -27,7 +26,7 @@ TITLES = {"a2mim": "A2MIM", "simmim": "SimMIM"}
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("A2MIM pre-training", allow_abbrev=False, usage="%(prog)s [CONFIG] [flags], see --help")
     config.add_flags(p)
-    p.add_argument("--method", default="a2mim", choices=TITLES, help="simmim: L1 loss, replaced tokens")
+    p.add_argument("--method", default="a2mim", choices=TITLES, help="simmim: L1 loss of masked pixels")
     p.add_argument("--epochs", default=300, type=int)
     p.add_argument("--batch_per_gpu", "--batch_size", dest="batch_size", default=256, type=int, help="and micro-step")
     p.add_argument("--accum", "--accum_iter", dest="accum_iter", default=1, type=int, help="micro-steps per update")
@@ -78,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     datasets.add_flags(p)
     p.add_argument("--save_every", default=10, type=int, help="epochs between the numbered checkpoints")
     p.add_argument("--save_recon_every", default=0, type=int, help="iterations between pictures; 0 draws none")
-    p.add_argument("--recon_iters_per_epoch", default=0, type=int, help="for the pictures' names; 0: of this run")
+    p.add_argument("--recon_iters_per_epoch", default=0, type=int, help="in which that is counted; 0: of this run")
     distributed.add_flags(p)
     p.set_defaults(data_path="data/ImageNet")
     return p
@@ -87,6 +86,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def build_loss(args: argparse.Namespace) -> MIMLoss:
     """The loss of the flags."""
     if args.method == "simmim":
+        if args.loss != "l1" or args.fft_weight:
+            raise distributed.UserError("--method simmim: has no --loss but l1 and no --fft_weight")
         return MIMLoss(type="SimMIMHead")
     return MIMLoss(
         loss={"mode": f"{args.loss}_loss", "alpha": args.focal_alpha, "gamma": args.focal_gamma},
@@ -113,8 +114,6 @@ def build_model(args: argparse.Namespace, **overrides) -> MaskedImageModel:
         "channels_last": torch.cuda.is_available() and args.device != "cpu",
         "loss": build_loss(args),
     }
-    if args.backbone.startswith(("mae_", "deit_")):
-        raise distributed.UserError(f"--backbone {args.backbone}: is for fine-tuning only")
     with distributed.user_errors(f"--backbone {args.backbone} --input_size {args.input_size}"):
         return build_masked(args.backbone, **{**keywords, **overrides})
 
@@ -123,7 +122,10 @@ def build_masking(args: argparse.Namespace) -> BlockwiseMaskGenerator:
     """The mask generator of the flags, on the grid of the masked features."""
     if args.backbone not in BACKBONES:
         raise distributed.UserError(f"--backbone {args.backbone}: expected one of {', '.join(BACKBONES)}")
-    stride = insertion_stride(args.backbone, args.mask_layer, args.patch_size)
+    if args.backbone.startswith(("mae_", "deit_")):
+        raise distributed.UserError(f"--backbone {args.backbone}: is for fine-tuning only")
+    with distributed.user_errors(f"--backbone {args.backbone}"):
+        stride = insertion_stride(args.backbone, args.mask_layer, args.patch_size)
     if args.model_patch_size not in (0, stride):
         raise distributed.UserError(
             f"--model_patch_size {args.model_patch_size}: {args.backbone} has features of {stride} pixels at "
@@ -164,35 +166,17 @@ def main(args: argparse.Namespace) -> None:
     loader, context = build_data(args, device)
     if context["filled_target"]:
         distributed.log("simmim with --mask_color mean: masked targets are the mean colour, too, as upstream")
+    setup.check_last_batch(args, loader, args.input_size)
     # ---- model
     model = build_model(args)
-    resume = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
-    if args.pretrained and not resume:
-        load_encoder(model, args.pretrained)
-    if args.load_checkpoint and not resume:
-        with distributed.user_errors(args.load_checkpoint):
-            state = distributed.load(args.load_checkpoint)
-            load_openmixup_state_dict(model, distributed.weights_of(state, args.load_checkpoint))
-    model.to(device)
-    if model.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if args.sync_bn:
-        sync_bn.convert(model, device)
-    net = distributed.wrap(model, device, args.compile)
+    resume = setup.resume_path(args)
+    net = setup.prepare(args, model, device, starts=not resume)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
     schedule = optim.lr_config(args)
     optim.check_schedule(schedule, args.epochs)
-    precision = args.amp_dtype if args.amp or args.amp_dtype != "auto" else "fp32"
-    updater = distributed.Updater(
-        optimizer, device, precision, args.accum_iter, args.clip_grad, sync_bn.statistics(model)
-    )
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    updater = setup.build_updater(args, optimizer, model, loader)
     images_per_step = args.batch_size * distributed.world_size()
-    distributed.log(
-        f"{args.backbone}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; {loader.images} images, "
-        f"{images_per_step * args.accum_iter} per update (recipes: 2048), lr {args.lr:.2e}"
-    )
     # ---- loop
     checkpoint = distributed.Checkpoint(
         args.output_dir,
@@ -207,17 +191,17 @@ def main(args: argparse.Namespace) -> None:
     run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
     tags = {name: f"train/{name}" for name in ("loss", "loss_spatial", "loss_freq", "lr", "grad_norm")}
 
+    # The interval is told in iterations of --recon_iters_per_epoch; this run's epochs may have others.
+    every = -(-args.save_recon_every * len(loader) // (args.recon_iters_per_epoch or len(loader)))
+
     def draw(iteration: int, out: dict[str, Any]) -> None:
-        """Every --save_recon_every iterations: reconstruction/epoch_<n>.png, unless it exists."""
-        if not args.save_recon_every or iteration % args.save_recon_every or not distributed.is_main():
-            return
-        epoch = iteration // (args.recon_iters_per_epoch or len(loader))
-        path = Path(args.output_dir, "reconstruction", f"epoch_{epoch}.png")
-        if not path.exists():
+        """Where it is due: reconstruction/epoch_<n>.png, unless it exists; a full disk does not end the run."""
+        path = Path(args.output_dir, "reconstruction", f"epoch_{iteration // len(loader)}.png")
+        if every and iteration % every == 0 and distributed.is_main() and args.output_dir and not path.exists():
             try:
                 save_reconstructions(path, out["target"], out["pred"].detach(), out["mask"], TITLES[args.method])
             except OSError as error:
-                raise distributed.UserError(f"{path}: cannot be written ({error.strerror})") from error
+                distributed.log(f"WARNING: {path}: cannot be written ({error.strerror})")
 
     for epoch in range(position.epoch, args.epochs):
         epoch_log = distributed.EpochLog(

@@ -68,7 +68,7 @@ class MaskedImageModel(nn.Module):
         self.mask_token = self.mask_gamma = None
         if mask_token not in ("none", "instance_mean"):
             self.mask_token = nn.Parameter(torch.zeros(shape), requires_grad=mask_token == "learnable")
-        if mask_init > 0 and not mask_replace:
+        if mask_init > 0 and not mask_replace and mask_token != "none":
             self.mask_gamma = nn.Parameter(torch.full(shape[2:] if is_vit(encoder) else shape, mask_init))
         self.stride = encoder.patch_embed.patch_size[0] if is_vit(encoder) else 32
         self.decoder = nn.Conv2d(encoder.num_features, 3 * self.stride**2, kernel_size, padding=kernel_size // 2)

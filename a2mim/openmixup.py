@@ -154,7 +154,8 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
         raise UserError(f"{path}: {odd} is {tuple(loaded[odd].shape)}, expected {tuple(own[odd].shape)}")
     net.load_state_dict(loaded, strict=False)
     anew = sorted(set(net.state_dict()) - set(loaded))
-    distributed.log(f"{path}: {distributed.load_report(len(loaded), anew, [k for k in found if k not in ours])}")
+    others = [k for k in found if k not in ours and "position_index" not in k]
+    distributed.log(f"{path}: {distributed.load_report(len(loaded), anew, others)}")
     if isinstance(model, Classifier):
         init = nn.init.trunc_normal_ if is_convnext(net) else nn.init.normal_
         init(model.head.weight, std=0.02 if is_convnext(net) else head_std)
@@ -177,7 +178,10 @@ def _resize(net: Any, loaded: dict[str, Tensor], own: dict[str, Tensor], resize_
                 resize_rel_pos_bias_table(loaded[name], (side, side), own[name].shape) if resize_rel_pos else zeros
             )
             loaded[name] = resized
-            distributed.log(f"{name}: {'resized' if resize_rel_pos else 'of another grid, starts at zero'}")
+            if name.startswith("blocks.0."):
+                distributed.log(
+                    f"relative positions of another grid {'resized' if resize_rel_pos else 'start at zero'}"
+                )
 
 
 def extract_encoder(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -193,9 +197,9 @@ def extract_encoder(state: dict[str, Any]) -> dict[str, Tensor]:
         if "momentum" in key:
             continue
         stripped = name
-        # Longer prefixes first: `encoder` would make `q.x` of `encoder_q.x`.
-        for prefix in ("backbone", "encoder_q", "base_encoder", "encoder", "timm_model"):
-            if stripped.startswith(prefix):
+        for prefix in ("backbone", "encoder", "encoder_q", "base_encoder", "timm_model"):
+            # Upstream makes `q.x` of `encoder_q.x`.
+            if stripped.startswith(prefix) and not (prefix == "encoder" and stripped.startswith("encoder_q")):
                 stripped = stripped[len(prefix) + 1 :]
         if stripped != name:
             found[stripped] = value

@@ -53,7 +53,7 @@ def param_options(
     for pattern, options in (optimizer_cfg.get("paramwise_options") or {}).items():
         if re.search(pattern, official_name):
             weight_decay = options.get("weight_decay", weight_decay)
-            lr = options.get("lr", optimizer_cfg["lr"] * options.get("lr_mult", 1.0))
+            lr = options.get("lr", optimizer_cfg["lr"] * options["lr_mult"] if "lr_mult" in options else lr)
     decay = optimizer_cfg.get("layer_decay")
     if decay:
         assert n_blocks is not None, "layer decay needs the number of blocks"
@@ -95,6 +95,11 @@ def build_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> t
     if args.opt == "sgd":
         return torch.optim.SGD(groups, momentum=args.momentum, fused=True)
     return torch.optim.AdamW(groups, betas=tuple(args.betas), eps=args.eps, fused=True)
+
+
+def no_updates() -> torch.optim.Optimizer:
+    """An optimizer of nothing, for evaluations."""
+    return torch.optim.SGD([torch.zeros(0)], lr=0.0)
 
 
 class OfficialOptimizer:

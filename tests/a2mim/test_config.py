@@ -382,12 +382,16 @@ def test_switches_mean_what_they_say(name, value, tmp_path):
 @pytest.mark.parametrize("name", ["switch", "number"])
 @pytest.mark.parametrize("value", ["None", "False"])
 def test_values_that_are_off(tmp_path, name, value):
-    """None and False switch a flag off; a number's False is no number."""
+    """False switches a flag off; a number's is no number; None is a value where it is the flag's default."""
     flag = {"switch": "deterministic", "number": "lr"}[name]
     path = written(tmp_path, f'method = "a2mim"\n{flag} = {value}\n')
     if name == "number" and value == "False":
         with pytest.raises(UserError, match="argument --lr: invalid float value: 'False'"):
             parsed(path)
+    elif value == "None":
+        with pytest.raises(UserError, match=f"{flag} None: expected a value"):
+            parsed(path)
+        assert parsed(written(tmp_path, 'method = "a2mim"\nclip_grad = None\n')).clip_grad is None
     else:
         assert getattr(parsed(path), flag) in (None, False)
 

@@ -16,10 +16,11 @@ from PIL import Image
 from torch import nn
 
 from a2mim import main_finetune, main_linprobe, main_pretrain
-from a2mim.models_a2mim import Classifier, MaskedImageModel
+from a2mim.models_a2mim import Classifier, MaskedImageModel, build_classifier
+from a2mim.openmixup import to_openmixup_state_dict
 from common import distributed
-from tests.a2mim.processes import CONTEXT, launch, run_script
 from tests.helpers import ROOT
+from tests.processes import CONTEXT, launch, run_script
 from tests.runs import FAULTS, assert_same, mistake, run_main, spoil
 
 # 48 images: 6 steps of 8; or 7 steps of 7, the last one of 6 images and half an update.
@@ -665,3 +666,14 @@ def test_a_damaged_checkpoint_names_the_one_before(digits, reference, tmp_path, 
     assert newest == str(tmp_path / "epoch_3.pth")
     run_main(main_pretrain, *flags_of("vit", digits, tmp_path, "--epochs", "4"), "--resume", newest)
     assert state_of(tmp_path)["meta"]["epoch"] == 4
+
+
+def test_another_encoder_does_not_continue_a_run(digits, tmp_path, capsys):
+    """A folder's run is continued without a flag, but not one that began with other weights."""
+    encoders = [str(tmp_path / f"{k}.pth") for k in (0, 1)]
+    for path in encoders:
+        torch.save({"state_dict": to_openmixup_state_dict(build_classifier("resnet_nano", 10))}, path)
+    own = flags_of("finetune", digits, tmp_path / "run", "--warmup_epochs", "0", "--epochs", "1", "--pretrained")
+    run_main(main_finetune, *own, encoders[0])
+    assert f"began with {encoders[0]}" in mistake(main_finetune, *own, encoders[1], capsys=capsys)
+    run_main(main_finetune, *own, encoders[0])  # done: returns at once

@@ -1,4 +1,4 @@
-"""Scripts in real processes that are forked from one in which a2mim is imported: a start takes no seconds."""
+"""Scripts in real processes that are forked from one in which their imports are done: a start takes no seconds."""
 
 import multiprocessing
 import os
@@ -10,7 +10,9 @@ from pathlib import Path
 from tests.helpers import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([f"a2mim.main_{name}" for name in ("pretrain", "finetune", "linprobe")] + [__name__])
+MAINS = {"a2mim": ("pretrain", "finetune", "linprobe"), "udi": ("pretrain", "finetune", "linprobe", "knn")}
+PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]
+CONTEXT.set_forkserver_preload([*PRELOAD, __name__])
 
 
 def run_script(argv: list[str], log: str, env: dict[str, str], cwd: str = str(ROOT)) -> None:

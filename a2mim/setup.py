@@ -1,0 +1,82 @@
+"""How both kinds of training begin: what to continue or start from, memory layout, batch norms, processes, updates."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from a2mim import openmixup, sync_bn
+from common import datasets, distributed
+
+
+def resume_path(args: argparse.Namespace) -> str:
+    """The file of --resume; else latest.pth of --work_dir, if there is one; else ''.
+
+    Raises:
+        distributed.UserError: the run in --work_dir started from other weights than this one is to.
+    """
+    path = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
+    if not path or args.resume:
+        return path
+    stored = distributed.load(path).get("args")
+    for flag in ("pretrained", "load_checkpoint"):
+        given = getattr(args, flag)
+        began = stored.get(flag, given) if isinstance(stored, dict) else given
+        if given and Path(began).resolve() != Path(given).resolve():
+            raise distributed.UserError(
+                f"--{flag} {given}: the run in --work_dir {args.output_dir} began with "
+                f"{began or 'random weights'}; name another --work_dir, or continue it by --resume {path}"
+            )
+    return path
+
+
+def prepare(
+    args: argparse.Namespace, model: openmixup.Model, device: torch.device, starts: bool, **kwargs
+) -> nn.Module:
+    """Move a model to the device, with the weights of the flags if the run starts, and wrap it for all processes.
+
+    Args:
+        kwargs: of `load_encoder`.
+    """
+    if args.pretrained and starts:
+        openmixup.load_encoder(model, args.pretrained, **kwargs)
+    if args.load_checkpoint and starts:
+        with distributed.user_errors(args.load_checkpoint):
+            state = distributed.load(args.load_checkpoint)
+            openmixup.load_openmixup_state_dict(model, distributed.weights_of(state, args.load_checkpoint))
+    model.to(device)
+    if model.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if args.sync_bn:
+        sync_bn.convert(model, device)
+    return distributed.wrap(model, device, args.compile)
+
+
+def precision(args: argparse.Namespace) -> str:
+    """--amp false means float32, unless --amp_dtype asks for something."""
+    return args.amp_dtype if args.amp or args.amp_dtype != "auto" else "fp32"
+
+
+def build_updater(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, model: openmixup.Model, loader: datasets.Loader
+) -> distributed.Updater:
+    """The updates of the flags; says what is trained, and with how many images."""
+    moved = sync_bn.statistics(model)
+    updater = distributed.Updater(optimizer, loader.device, precision(args), args.accum_iter, args.clip_grad, moved)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    images = args.batch_size * distributed.world_size() * args.accum_iter
+    distributed.log(
+        f"{args.backbone}: {n_parameters:,} trained parameters on {loader.device}, {updater.dtype}; {loader.images} "
+        f"images, {images} per update, lr {args.lr:.2e}"
+    )
+    return updater
+
+
+def check_last_batch(args: argparse.Namespace, loader: datasets.Loader, size: int) -> None:
+    """Raise UserError if a ResNet's last map of an epoch's last batch is a single pixel of a single image."""
+    last = loader.own_images() % args.batch_size or args.batch_size
+    if "resnet" in args.backbone and size <= 32 and last == 1:
+        raise distributed.UserError(
+            f"--batch_size {args.batch_size}: an epoch's last batch has one image, too few for batch norm at {size} px"
+        )
