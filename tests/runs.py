@@ -111,7 +111,9 @@ def spoil(monkeypatch: Any, network: type, when: int, stop: bool) -> None:
             return out
         if isinstance(out, dict):
             return {**out, "loss": out["loss"] * float("nan")}
-        return (out[0] * float("nan"), *out[1:]) if isinstance(out, tuple) else out * float("nan")
+        if not isinstance(out, tuple):
+            return out * float("nan")
+        return getattr(out, "_make", tuple)((out[0] * float("nan"), *out[1:]))  # a named tuple stays one
 
     monkeypatch.setattr(network, "forward", forward)
     monkeypatch.setattr("common.distributed.process._received", [])

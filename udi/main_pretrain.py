@@ -30,6 +30,11 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text}: expected true or false")
 
 
+def limit(text: str) -> float | None:
+    """Type of a largest value, 0 being none."""
+    return float(text) or None
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("UDI pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
     p.add_argument(
@@ -62,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument("--use_fp16", default=True, type=boolean, help="false: float32")
     p.add_argument("--weight_decay", default=0.04, type=float)
     p.add_argument("--weight_decay_end", default=0.1, type=float)
-    p.add_argument("--clip_grad", default=3.0, type=float, help="largest norm of each parameter's gradient; 0: none")
+    p.add_argument("--clip_grad", default=3.0, type=limit, help="largest norm of each parameter's gradient; 0: none")
     p.add_argument("--freeze_last_layer", default=1, type=int, help="epochs in which the prototypes stay")
     p.add_argument("--lr", default=5e-4, type=float, help="of 256 images per update; it grows with them")
     p.add_argument("--warmup_epochs", default=10, type=int)
@@ -206,8 +211,9 @@ def main(args: argparse.Namespace) -> None:
             optim.clip_gradients(student, args.clip_grad)
         optim.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
 
+    buffers = [*student.buffers(), *teacher.buffers(), *udi_loss.buffers()]
     updater = distributed.Updater(
-        optimizer, device, args.amp_dtype, args.accum_iter, buffers=udi_loss.buffers(), on_gradients=before_update
+        optimizer, device, args.amp_dtype, args.accum_iter, buffers=buffers, on_gradients=before_update
     )
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
     distributed.log(

@@ -59,7 +59,7 @@ def build_optimizer(name: str, groups: Iterable[dict]) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)  # fused fails when frozen parameters join later
     return lr_decay.LARS(groups, lr=0.0)
 
 

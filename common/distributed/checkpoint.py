@@ -281,7 +281,7 @@ class Checkpoint:
     ) -> Iterator[None]:
         """Save the position inside an epoch when an `Exit` ends it; resuming redoes nothing but the last update.
 
-        updater: whose buffers a non-finite step is to leave no trace in.
+        updater: whose buffers the steps since the last update (non-finite ones, say) are to leave no trace in.
         """
         try:
             yield
@@ -289,7 +289,7 @@ class Checkpoint:
             bad = isinstance(end, NonFinite)
             step = epoch_log.boundary(end.step if bad else math.inf)
             name = self.files.variant("nonfinite") if bad else ""
-            if bad and updater is not None:
+            if updater is not None:
                 updater.restore()
             self.save(Position(epoch, step * images_per_step, gather(epoch_log.sums(step))), name)
             if self.writes:
@@ -309,6 +309,7 @@ class Checkpoint:
         state = load_weights(self.model, path, tuple(dict.fromkeys((self.files.weights, *WEIGHT_KEYS))))
         epoch = state.get("epoch", state["meta"].get("epoch") if isinstance(state.get("meta"), dict) else None)
         complete = "optimizer" in state and isinstance(epoch, int)
+        settings = set(getattr(optimizer, "defaults", ()))  # before loading, which adds some
         if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice
             for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
                 group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
@@ -317,6 +318,10 @@ class Checkpoint:
                 _restore(part, state[key], path, key)
             else:
                 self.missing.append(key)
+        if complete and isinstance(optimizer, torch.optim.Optimizer):
+            lost = settings.difference(*optimizer.param_groups)
+            if lost:
+                raise UserError(f"{path}: 'optimizer' does not fit this run: it lacks {', '.join(sorted(lost))}")
         if not complete or epoch is None:
             log(f"resumed weights only from {path}")
             return Position(start_epoch)

@@ -23,6 +23,8 @@ NETWORKS = {
     "semaim": {"models_semaim": ["AimViT"], "models_vit": ["VisionTransformer"]},
     "cae": {"models_cae": ["ContextAutoencoderViT"], "models_vit": ["VisionTransformer"]},
     "a2mim": {"models_a2mim": ["MaskedImageModel", "Classifier"]},
+    # in pre-training two calls per step, the teacher's first
+    "udi": {"models_udi": ["MultiCropWrapper"], "models_finetune": ["VisionTransformer"]},
 }
 fault, when = os.environ["FAULT"].split(":")
 calls = {"save": 0, "forward": 0, "eval": 0}
@@ -57,7 +59,9 @@ def patch(network: type) -> None:
             return out
         if isinstance(out, dict):
             return {**out, "loss": out["loss"] * float("nan")}
-        return (out[0] * float("nan"), *out[1:]) if isinstance(out, tuple) else out * float("nan")
+        if not isinstance(out, tuple):
+            return out * float("nan")
+        return getattr(out, "_make", tuple)((out[0] * float("nan"), *out[1:]))  # a named tuple stays one
 
     network.forward = forward
 

@@ -24,6 +24,7 @@ from tests.commands import flags, processes
 from tests.helpers import ROOT
 from tests.saim import test_commands as saim
 from tests.semaim import test_commands as semaim
+from tests.udi import test_commands as udi
 
 Parser = Callable[[list[str]], argparse.Namespace]
 
@@ -57,6 +58,16 @@ METHODS = {
         lambda args: cae_files(args, args.save_ckpt_freq),
         mains={"linear": "main_linprobe.py"},
         nodes=cae.NODES,
+    ),
+    "udi": Method(
+        udi.COMMANDS,
+        parsers(udi.PARSERS),
+        lambda args: distributed.Files(),
+        mains={
+            "linear": "main_linprobe.py",
+            "extract": "eval_finetuning/extract_backbone_weights_for_finetuning.py",
+            "attention": "visualize_attention.py",
+        },
     ),
 }
 A2MIM_PARSERS: dict[str, Parser] = {
@@ -137,16 +148,19 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         | {"epochs": 50, "lr": 2e-3, "layer_decay": 0.75, "drop_path": 0.2, "batch_size": 64, "update_freq": 2},
     },
     **{name: {} for name in RECIPES},
+    "udi_vit_small_100e": {"pretrain": {"epochs": 100}},
+    "udi_vit_small_300e": {},
 }
+ALONE = ("extract", "attention")  # stages of one process
 PATHS = {"data_path", "output_dir", "log_dir", "experiment", "finetune", "pretrained_weights"}  # each user's own
-PATHS |= {"discrete_vae_weight_path", "pretrained", "checkpoint", "output"}
+PATHS |= {"discrete_vae_weight_path", "pretrained", "checkpoint", "output", "image_path"}
 VARIABLES = ["GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA", "OUT", "EXTRA"]
-VARIABLES += ["TEACHER", "TOKENIZER"]
+VARIABLES += ["TEACHER", "TOKENIZER", "IMAGE"]
 VARIABLES += {f"EXTRA_{stage.upper()}" for method in METHODS.values() for stage in method.commands}
 
 
 def family(name: str) -> str:
-    """First word of a row's name: saim, semaim, cae, a2mim or simmim."""
+    """First word of a row's name: saim, semaim, cae, a2mim, simmim or udi."""
     return name.split("_")[0]
 
 
@@ -202,7 +216,9 @@ def parse(stage: str, command: str, name: str = "saim") -> argparse.Namespace:
 
 def images_per_update(args: argparse.Namespace, gpus: int) -> int | None:
     accum = getattr(args, "accum_iter", getattr(args, "update_freq", None))
-    return None if accum is None else args.batch_size * accum * gpus
+    if accum is None:
+        return None
+    return (args.batch_size if "batch_size" in args else args.batch_size_per_gpu) * accum * gpus
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -235,15 +251,16 @@ def test_dry_run__keeps_the_images_per_update(name, gpus, nodes):
         launcher = f"-m torch.distributed.launch --nproc_per_node {gpus} --nnodes {nodes} --node_rank 0 "
         launcher += "--master_addr node0 --master_port 29500"
         main = f"{folder_of(name)}/{method.mains.get(stage, f'main_{stage}.py')}"
-        expected = f"python {launcher if gpus * nodes > 1 and stage != 'extract' else ''} {main}".split()
+        expected = f"python {launcher if gpus * nodes > 1 and stage not in ALONE else ''} {main}".split()
         assert shlex.split(command)[: len(expected)] == expected
         args, official = parse(stage, command, name), parse(stage, readme[stage], name)
         processes_of_readme = processes(readme[stage]) * method.nodes
         assert images_per_update(args, gpus * nodes) == images_per_update(official, processes_of_readme)
         assert getattr(args, "data_path", "/imagenet") == "/imagenet"
         own = f"runs/{name}/{stage}"
-        assert getattr(args, "output_dir", own) == own
-        assert getattr(args, "log_dir", own) in (own, None)  # None: with the checkpoints
+        beside = "" if (family(name), stage) == ("udi", "knn") else own  # the weights
+        assert getattr(args, "output_dir", own) == beside
+        assert getattr(args, "log_dir", own) in (own, None, "./test_exp/")  # the others: with the checkpoints
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -251,13 +268,14 @@ def test_later_stages__take_the_checkpoint_of_pre_training(name):
     args = {stage: parse(stage, command, name) for stage, command in dry_run(name, GPUS="8", OUT="out").items()}
     encoder = f"out/pretrain/{method_of(name).files(args.pop('pretrain')).latest}"
     assert len(args) >= 2
+    extracted = encoder
     if "extract" in args:
         extract = args.pop("extract")
-        assert (extract.checkpoint, extract.output) == (encoder, "out/extract/encoder.pth")
-        encoder = extract.output
-    for later in args.values():
+        extracted = f"out/extract/{'backbone' if family(name) == 'udi' else 'encoder'}.pth"
+        assert (extract.checkpoint, extract.output) == (encoder, extracted)
+    for stage, later in args.items():
         flag = next(flag for flag in ("finetune", "pretrained", "pretrained_weights") if flag in later)
-        assert getattr(later, flag) == encoder
+        assert getattr(later, flag) == (extracted if stage == "finetune" else encoder)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -426,6 +444,8 @@ def calls(fake: dict[str, Any]) -> list[str]:
         # The teacher is not asked for: pre-training alone reads it.
         ("semaim_vit_large_clip_800e", "knn", "pretrain/aim_large.exp.temp.pth", "--pretrained_weights"),
         ("simmim_resnet50_300e", "finetune", "extract/encoder.pth", "--pretrained"),
+        ("udi_vit_small_300e", "knn", "pretrain/checkpoint.pth", "--pretrained_weights"),
+        ("udi_vit_small_100e", "finetune", "extract/backbone.pth", "--finetune"),
     ],
 )
 def test_missing_encoder__is_one_line(fake, name, stage, encoder, flag):
@@ -479,6 +499,24 @@ def test_teacher__is_told_by_its_variable(fake):
     assert parse("pretrain", command, "semaim").teacher_path == "my clip.pt"
 
 
+def test_image__is_told_by_its_variable(fake):
+    """Before the first stage starts; only the stage that draws it asks for it, on the first node alone."""
+    done = row("udi_vit_small_300e", **fake)
+    assert "attention: set IMAGE, see --help: IMAGE=/path/to/photo.jpg bash " in refused(done)
+    assert not calls(fake)
+    pretrained = fake["cwd"] / fake["OUT"] / "pretrain" / "checkpoint.pth"
+    pretrained.parent.mkdir(parents=True)
+    pretrained.touch()
+    assert row("udi_vit_small_300e", "linear", **fake).returncode == 0
+    nodes = {"NNODES": "2", "MASTER_ADDR": "node0", "IMAGE": "my photo.jpg"}
+    for number in ("1", "0"):
+        done = row("udi_vit_small_300e", "attention", NODE_RANK=number, **{**fake, **nodes})
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(calls(fake)) == 1 + (number == "0")
+    args = parse("attention", done.stdout.replace("\\\n", " "), "udi")
+    assert (args.image_path, args.output_dir) == ("my photo.jpg", f"{fake['OUT']}/attention")
+
+
 def test_failed_stage__stops_the_script(fake):
     done = row("saim_vit_base_800e", STATUS="3", **fake)
     assert done.returncode == 3
@@ -507,6 +545,35 @@ def test_row__runs_and_resumes_at_toy_size(tmp_path, digits):
     again = row("saim_vit_base_300e", "finetune", cwd=tmp_path, **env)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len((tmp_path / "out" / "finetune" / "log.txt").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_udi__runs_at_toy_size_and_returns_at_once(tmp_path, digits):
+    """All stages; a second run adds nothing."""
+    common = "--epochs 1 --warmup_epochs 0 --batch_size 8 --accum_iter 1 --num_workers 0"
+    env = {
+        "GPUS": "1",
+        "DATA": digits,
+        "OUT": "out",
+        "IMAGE": str(min(Path(digits).glob("val/*/*.png"))),
+        "EXTRA_PRETRAIN": f"{common} --arch vit_nano{udi.VIEWS}",
+        "EXTRA_KNN": "--arch vit_nano --input_size 64 --nb_classes 10 --nb_knn 10 --num_workers 0",
+        "EXTRA_LINEAR": "--epochs 1 --batch_size 8 --accum_iter 1 --num_workers 0 --arch vit_nano --input_size 64"
+        " --num_labels 10",
+        "EXTRA_FINETUNE": f"{common} --model vit_nano --input_size 64 --nb_classes 10",
+    }
+    stages = ["pretrain", "knn", "linear", "extract", "finetune"]  # attention has no EXTRA_..., and vit_small's name
+    done = row("udi_vit_small_100e", *stages, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("pretrain", "linear", "finetune"):
+        lines = (tmp_path / "out" / stage / "log.txt").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [0]
+    assert (tmp_path / "out" / "extract" / "backbone.pth").is_file()
+    assert "10-NN classifier result" in done.stdout
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*.pth") if path.parent.name != "extract"}
+    again = row("udi_vit_small_100e", *stages, cwd=tmp_path, **env)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
 @pytest.fixture(scope="module")
