@@ -63,6 +63,7 @@ def build_backbone(
     """
     if ALIASES.get(arch, arch) not in MODELS:
         raise UserError(f"--arch {arch}: expected one of {', '.join([*MODELS, *ALIASES])}")
+    size = img_size
     if weights is not None:
         found = weights["patch_embed.proj.weight"].shape[-1]
         if found != patch_size:
@@ -70,6 +71,8 @@ def build_backbone(
         patch_size = found
         keywords["num_class_token"] = weights["cls_token"].shape[1]
         img_size = patch_size * round((weights["pos_embed"].shape[1] - keywords["num_class_token"]) ** 0.5)
+    if weights is not None and size % patch_size:
+        raise UserError(f"--input_size {size}: is no multiple of {patch_size} pixels")
     with distributed.user_errors(f"--arch {arch}"):
         model = MODELS[ALIASES.get(arch, arch)](img_size=[img_size], patch_size=patch_size, **keywords)
         if weights is not None:

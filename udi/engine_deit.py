@@ -308,6 +308,8 @@ def run(
     if not keys:
         raise distributed.UserError("--checkpoint_key: expected teacher, student or both, with a comma")
     folder = args.output_dir or folder_beside(path, folder)
+    if args.resume == "checkpoint.pth" and not Path(args.resume).exists():
+        args.resume = ""  # upstream's switch: what is in the run's folder
     if args.resume and len(keys) > 1:
         raise distributed.UserError(f"--resume: expected one --checkpoint_key, not {args.checkpoint_key}")
     train, val = sets

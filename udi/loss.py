@@ -29,7 +29,7 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     """(G, S, E) and (K, E) -> (G, S, K) at least float32; on GPUs products of halves are summed in that."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x.flatten(0, 1), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:2])
-    return wide(x @ weight.T)
+    return wide(x) @ wide(weight).T
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -50,20 +50,23 @@ class _CrossEntropy(torch.autograd.Function):
         losses, grad_z, grad_w = zeros(groups, students), zeros(z.shape), zeros(weight.shape)
         mean, entropy = zeros(prototypes), zeros(())  # of the first targets
         step = max(1, CHUNK // (prototypes * (students + teachers)))
-        for a in range(0, groups, step):
-            b = min(a + step, groups)
-            predictions = ((_logits(target[a:b].to(half), tw) - centre) / temp).softmax(dim=-1)  # (g, T, K)
-            logits = _logits(z[a:b].to(half), w) / student_temp  # (g, S, K)
-            log_sum = logits.logsumexp(dim=-1)
-            mixed = torch.einsum("st,gtk->gsk", mix, predictions)
-            losses[a:b] = log_sum - (mixed * logits).sum(dim=-1)
-            # d loss / d logits, weighted, in place of the logits
-            residual = logits.sub_(log_sum[..., None]).exp_().sub_(mixed).flatten(0, 1).to(half)
-            rows = share.expand(b - a, students).flatten()[:, None] / student_temp
-            grad_z[a:b] = (wide(residual @ w) * rows).unflatten(0, (b - a, students))
-            grad_w += residual.T @ (z[a:b].flatten(0, 1).to(half) * rows.to(half))
-            mean += predictions[:, 0].sum(dim=0)
-            entropy -= torch.special.xlogy(predictions[:, 0], predictions[:, 0]).sum()
+        with torch.autocast(z.device.type, enabled=False):  # the casts below are meant
+            for a in range(0, groups, step):
+                b = min(a + step, groups)
+                predictions = ((_logits(target[a:b].to(half), tw) - centre) / temp).softmax(dim=-1)  # (g, T, K)
+                logits = _logits(z[a:b].to(half), w) / student_temp  # (g, S, K)
+                log_sum = logits.logsumexp(dim=-1)
+                mixed = mix @ predictions
+                losses[a:b] = log_sum - (mixed * logits).sum(dim=-1)
+                # d loss / d logits, weighted, in place of the logits
+                residual = logits.sub_(log_sum[..., None]).exp_().sub_(mixed).flatten(0, 1).to(half)
+                rows = share.expand(b - a, students).flatten()[:, None] / student_temp
+                grad_z[a:b] = (wide(residual @ w) * rows).unflatten(0, (b - a, students))
+                # Halves hold the rows' relative weights only: the small factor comes in float32.
+                top = rows.max().clamp(min=1e-30)
+                grad_w += wide(residual.T @ (z[a:b].flatten(0, 1) * (rows / top)).to(half)) * top
+                mean += predictions[:, 0].sum(dim=0)
+                entropy -= torch.special.xlogy(predictions[:, 0], predictions[:, 0]).sum()
         ctx.save_for_backward(grad_z, grad_w)
         ctx.dtypes = z.dtype, weight.dtype
         ctx.mark_non_differentiable(losses, mean, entropy)

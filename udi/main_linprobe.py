@@ -1,6 +1,7 @@
 """Linear probing of a UDI backbone. Recipes of the paper's rows: scripts/udi_*.sh."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -140,8 +141,6 @@ def build_model(args: argparse.Namespace) -> Probe:
     else:
         distributed.log("--pretrained_weights '': random weights are probed")
     backbone = build_backbone(args.arch, args.patch_size, weights, args.input_size)
-    if args.input_size % backbone.patch_size:
-        raise distributed.UserError(f"--input_size {args.input_size}: is no multiple of {backbone.patch_size} pixels")
     with distributed.user_errors(f"--n_last_blocks {args.n_last_blocks} and --avgpool_patchtokens"):
         return Probe(backbone, args.num_labels, args.n_last_blocks, args.avgpool_patchtokens)
 
@@ -203,6 +202,10 @@ def main(args: argparse.Namespace) -> None:
     parts = {"optimizer": optimizer, "scheduler": scheduler, "fp16_scaler": updater.scaler}
     checkpoint = distributed.Checkpoint(args.output_dir, args, Prefixed(model.classifier), files, **parts)
     position = checkpoint.resume(resume, args.start_epoch)
+    for group in optimizer.param_groups:  # of this run's flags, wherever it continues
+        turn = math.pi * position.epoch / args.epochs
+        group["initial_lr"], group["lr"] = lr, args.lr_min + (lr - args.lr_min) * (1 + math.cos(turn)) / 2
+    scheduler.T_max, scheduler.base_lrs = args.epochs, [lr] * len(optimizer.param_groups)
     start, sums = loader.start(position)
     run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
     for epoch in range(position.epoch, args.epochs):

@@ -1,6 +1,7 @@
 """Logistic regression on frozen features of few labelled images: those that a list names, 1 % or 10 % of ImageNet."""
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -134,20 +135,41 @@ def files_of(args: argparse.Namespace, folder: str, key: str) -> Path:
     return Path(folder, f"{Path(args.target_list_path).stem}_{kind}")
 
 
-def load_features(folder: Path) -> list[Tensor] | None:
-    """What `dump` wrote; None if it is not there."""
+def origin(args: argparse.Namespace) -> str:
+    """What features depend on besides the names of their folder."""
+    weights = Path(args.pretrained_weights)
+    written = weights.stat().st_mtime_ns if weights.exists() else 0
+    names = ("pretrained_weights", "arch", "input_size", "data_path", "class_num")
+    return json.dumps({name: getattr(args, name) for name in names} | {"written": written})
+
+
+def dump_with_origin(args: argparse.Namespace, folder: str, found: list[Tensor]) -> None:
+    """Write features and labels, and last what they are of."""
+    dump(folder, [found[:2]], found[2:])
+    (Path(folder) / "origin.json").write_text(origin(args))
+
+
+def load_features(folder: Path, expected: str, insist: bool) -> list[Tensor] | None:
+    """What `dump` wrote, of the same weights and images unless the user insists; None if it is not there."""
     try:
-        return [torch.load(folder / name, map_location="cpu", weights_only=True) for name in DUMPS]
+        origin = (folder / "origin.json").read_text()
+        if origin != expected:
+            distributed.log(f"WARNING: --load_features: the features in {folder} are of {origin}")
+            if not insist:
+                return None
+        found = [torch.load(folder / name, map_location="cpu", weights_only=True) for name in DUMPS]
     except Exception:  # torch reports a damaged file by many types
         distributed.log(f"--load_features: no features in {folder}, computing them")
         return None
+    distributed.log(f"--load_features: features of {folder}")
+    return found
 
 
 @torch.no_grad()
 def compute(args: argparse.Namespace, device: torch.device, key: str) -> list[Tensor]:
     """Features and labels of the training and the test images (as in `DUMPS`), on rank 0; [] elsewhere."""
     weights = load_backbone(args.pretrained_weights, key, args.class_tokens)
-    backbone = build_backbone(args.arch, args.patch_size, weights)
+    backbone = build_backbone(args.arch, args.patch_size, weights, args.input_size)
     with distributed.user_errors(f"--n_last_blocks {args.n_last_blocks}"):
         model = Features(backbone, args.n_last_blocks, args.avgpool_patchtokens, args.multi_scale).to(device)
     own = []
@@ -164,7 +186,7 @@ def compute(args: argparse.Namespace, device: torch.device, key: str) -> list[Te
     found = [interleave(list(parts)) for parts in zip(*shares, strict=True)]
     if args.dump_features:
         folder = str(files_of(args, args.dump_features, key))
-        distributed.main_does(lambda: dump(folder, [found[:2]], found[2:]))
+        distributed.main_does(lambda: dump_with_origin(args, folder, found))
     return found
 
 
@@ -182,7 +204,10 @@ def main(args: argparse.Namespace) -> None:
     if not keys:
         raise distributed.UserError(f"--checkpoint_key {args.checkpoint_key}: expected teacher, student or both")
     for key in keys:
-        found = load_features(files_of(args, args.load_features, key)) if args.load_features else None
+        found = None
+        if args.load_features:
+            insist = args.load_features != "."  # the default
+            found = load_features(files_of(args, args.load_features, key), origin(args), insist)
         absent = distributed.agree(found is None)[1]  # on any process
         features[key] = compute(args, device, key) if absent or found is None else found
     # ---- regression: on rank 0, which the others need not wait for

@@ -173,8 +173,10 @@ class Prefixed:
         self.module.load_state_dict(state_dict)
 
 
-def warn_of_collapse(stats: dict[str, float], prototypes: int) -> None:
-    """Say so if the teacher predicts the same of all images, or nothing at all."""
+def warn_of_collapse(stats: dict[str, float], prototypes: int, images: int) -> None:
+    """Say so if the teacher predicts the same of all images, or nothing at all; a few images tell neither."""
+    if min(images, prototypes) < 8:
+        return
     if stats["mean_entropy"] < math.log(2):
         distributed.log("WARNING: collapse: the teacher predicts one prototype of all images")
     elif stats["entropy"] > 0.99 * math.log(prototypes):
@@ -230,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
         teacher=teacher,
         optimizer=optimizer,
         udi_loss=udi_loss,
-        fp16_scaler=updater.scaler,
+        **({"fp16_scaler": updater.scaler} if updater.scaler.is_enabled() else {}),
     )
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
     start, sums = loader.start(position)
@@ -259,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
                 epoch_log,
                 args.seed,
             )
-        warn_of_collapse(stats, args.out_dim)
+        warn_of_collapse(stats, args.out_dim, args.batch_size)
         run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         start, sums = 0, {}
         checkpoint.save(distributed.Position(epoch + 1))

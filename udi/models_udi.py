@@ -302,7 +302,9 @@ class DINOHead(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """(..., D) -> unit vectors (..., bottleneck_dim)."""
-        return F.normalize(self.mlp(x.flatten(0, -2)), dim=-1).unflatten(0, x.shape[:-1])
+        z = self.mlp(x.flatten(0, -2))
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return F.normalize(z, dim=-1).unflatten(0, x.shape[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> logits (..., K)."""

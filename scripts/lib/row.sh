@@ -63,7 +63,7 @@ needs() {
 # a value 5xaccum, of a flag that counts micro-steps, stands for 5 updates
 launch() {
     local stage=$1 main=$2 images=$3 flags=("${@:4}") name=EXTRA_${1^^} processes=$((GPUS * NNODES))
-    local batch_size="--batch_size|--batch_per_gpu" accum_iter="--accum_iter|--accum|--update_freq"
+    local batch_size="--batch_size|--batch_per_gpu|--batch_size_per_gpu" accum_iter="--accum_iter|--accum|--update_freq"
     local extra batch accum step n works=""
     is_chosen "$stage" || return 0
 

@@ -14,7 +14,7 @@ from tests.helpers import Golden, assert_close, golden_files, load_golden
 from tests.udi.plain import plain_loss
 from tests.udi.test_models_udi import network_of, tol
 from udi import optim
-from udi.loss import UDILoss, udi_forward_loss
+from udi.loss import UDILoss, cross_entropies, udi_forward_loss
 from udi.models_udi import Projected
 
 TWO_RANKS = str(Path(__file__).with_name("two_ranks.py"))
@@ -329,6 +329,26 @@ def test_fused_equals_literal(nl, num_clt, patches, matched, monkeypatch):
         own = student.get_parameter(name).grad
         assert own is not None
         assert (own - grad).abs().max() <= 1e-9 * grad.abs().max() + 1e-12, name
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_halves_keep_small_gradients(half):
+    """The factor of a loss of many rows is far below what halves resolve."""
+    torch.manual_seed(0)
+    z, t = (torch.nn.functional.normalize(torch.randn(8, 4, 32), dim=-1) for _ in range(2))
+    w, tw = (torch.nn.functional.normalize(torch.randn(4096, 32), dim=-1).requires_grad_() for _ in range(2))
+    z.requires_grad_()
+    share, mix, grads = torch.full((4,), 1e-4), torch.eye(4), []
+    for enabled in (False, True):
+        w.grad = z.grad = None
+        with torch.autocast("cpu", half, enabled=enabled):
+            found = cross_entropies(z, w, t, tw.detach(), torch.zeros(4096), mix, share, 0.05, 0.1)
+        found.total.backward()
+        assert w.grad is not None
+        assert z.grad is not None
+        grads.append((w.grad, z.grad))
+    for expected, own in zip(*grads, strict=True):
+        assert (own - expected).norm() < 0.01 * expected.norm()
 
 
 def test_entropies_tell_a_collapse():
