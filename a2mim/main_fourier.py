@@ -51,6 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model_name", default="deit_small_patch16_224", help=f"{', '.join(BACKBONES)}, or a name of timm's"
     )
+    p.add_argument("--patch_size", default=16, type=int, help="of a ViT of this method's, in pixels")
     p.add_argument("--pretrained_path", help="its weights: a checkpoint of this method's or of OpenMixup, or timm's")
     p.add_argument("--num_classes", type=int, help="no effect: the encoder alone is looked at")
     p.add_argument("--rand_init", action="store_true", help="take random weights, whatever --pretrained_path says")

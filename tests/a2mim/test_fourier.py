@@ -271,3 +271,9 @@ def test_by_depth():
     assert depth.tolist() == [0, 0.5, 1]
     assert values == [-2, 0, 4]
     assert np.isfinite(values).all()
+
+
+def test_patch_size_reaches_the_encoder():
+    flags = ["--model_name", "vit_nano", "--patch_size", "8", "--img_size", "32"]
+    net = main_fourier.build_encoder(main_fourier.get_args_parser().parse_args(flags))
+    assert net.patch_embed.grid_size == (4, 4)
