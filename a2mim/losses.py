@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from a2mim.masking_generator import mask_to_pixels
+
 PIXEL_LOSSES = ("l1_loss", "mse_loss", "smooth_l1_loss", "focal_l1_loss", "focal_mse_loss")
 
 
@@ -125,10 +127,7 @@ def _to_image(mask: Tensor, size: tuple[int, ...]) -> Tensor:
     """(B, h, w) -> (B, 1, H, W) by repetition."""
     if mask.shape[-1] > size[-1]:
         return F.interpolate(mask[:, None].float(), size, mode="nearest")
-    if size[0] % mask.shape[1] or size[1] % mask.shape[2]:
-        raise ValueError(f"a mask of {tuple(mask.shape[1:])} cells does not divide an image of {tuple(size)} pixels")
-    rows, columns = size[0] // mask.shape[1], size[1] // mask.shape[2]
-    return mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, None]
+    return mask_to_pixels(mask, size)
 
 
 def _spectrum_mean(half: Tensor, width: int) -> Tensor:

@@ -132,9 +132,7 @@ def build_masking(args: argparse.Namespace) -> BlockwiseMaskGenerator:
             f"--mask_layer {args.mask_layer}"
         )
     with distributed.user_errors("--input_size, --mask_patch_size and --mask_layer"):
-        return BlockwiseMaskGenerator(
-            args.input_size, args.mask_patch_size, stride, args.mask_ratio, mask_color=args.mask_color
-        )
+        return BlockwiseMaskGenerator(args.input_size, args.mask_patch_size, stride, args.mask_ratio)
 
 
 def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:

@@ -7,16 +7,27 @@ import torch
 from torch import Tensor
 
 
+def mask_to_pixels(mask: Tensor, size: tuple[int, ...]) -> Tensor:
+    """A mask of cells (..., h, w) repeated to pixels (..., 1, H, W), of the same type.
+
+    Args:
+        size: (H, W) in pixels, multiples of h, w.
+    Raises:
+        ValueError: they are not.
+    """
+    if size[0] % mask.shape[-2] or size[1] % mask.shape[-1]:
+        raise ValueError(f"a mask of {tuple(mask.shape[-2:])} cells does not divide an image of {tuple(size)} pixels")
+    rows, columns = size[0] // mask.shape[-2], size[1] // mask.shape[-1]
+    return mask.repeat_interleave(rows, -2).repeat_interleave(columns, -1).unsqueeze(-3)
+
+
 def fill_mean(imgs: Tensor, mask: Tensor) -> Tensor:
     """Set masked pixels to their image's mean colour over all pixels, the masked ones included.
 
     Args:
         imgs: (..., C, H, W) float. mask: (..., h, w), 1 = masked; H, W are multiples of h, w.
     """
-    *_, height, width = imgs.shape
-    rows, columns = height // mask.shape[-2], width // mask.shape[-1]
-    pixels = mask.bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1).unsqueeze(-3)
-    return torch.where(pixels, imgs.mean(dim=(-2, -1), keepdim=True), imgs)
+    return torch.where(mask_to_pixels(mask.bool(), imgs.shape[-2:]), imgs.mean(dim=(-2, -1), keepdim=True), imgs)
 
 
 class BlockwiseMaskGenerator:

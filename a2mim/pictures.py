@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from a2mim.masking_generator import mask_to_pixels
 from common import datasets
 
 
@@ -19,8 +20,7 @@ def reconstruction_rows(target: Tensor, pred: Tensor, mask: Tensor, n: int = 4) 
     Returns:
         (3 min(n, B), 3, H, W).
     """
-    rows, columns = (target.shape[i + 2] // mask.shape[i + 1] for i in (0, 1))
-    pixels = mask[:n].repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, None]
+    pixels = mask_to_pixels(mask[:n], target.shape[-2:])
     return torch.cat([target[:n], target[:n] * (1 - pixels), pred[:n].to(target.dtype)])
 
 
