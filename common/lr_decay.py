@@ -27,6 +27,31 @@ def vit_layer_id(name: str, depth: int) -> int:
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
+def layer_groups(
+    model: nn.Module,
+    weight_decay: float,
+    layer_of: Callable[[str], int],
+    scale_of: Callable[[int], float],
+    skip: Collection[str] = (),
+) -> list[dict]:
+    """Optimizer groups of the trainable parameters, one per (layer, decayed or not), with their `lr_scale`.
+
+    Groups stand in the order in which named_parameters() first shows them: optimizer states count on it.
+    Args:
+        layer_of: layer of a parameter's name. scale_of: factor of a layer's learning rate.
+    """
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        layer, plain = layer_of(name), exempt(name, param, skip)
+        if (layer, plain) not in groups:
+            decay = 0.0 if plain else weight_decay
+            groups[layer, plain] = {"lr_scale": scale_of(layer), "weight_decay": decay, "params": []}
+        groups[layer, plain]["params"].append(param)
+    return list(groups.values())
+
+
 def layer_decay_groups(
     model: nn.Module,
     weight_decay: float,
@@ -37,20 +62,16 @@ def layer_decay_groups(
 ) -> list[dict]:
     """Optimizer groups with `lr_scale` = layer_decay ** (num_layers + 1 - layer), one per (layer, decayed or not).
 
-    Groups stand in the order in which named_parameters() first shows them: optimizer states count on it.
     Args:
         num_layers: blocks; `layer_id(name, num_layers)` gives 0 (input) to num_layers + 1 (head).
     """
-    groups: dict[tuple[int, bool], dict] = {}
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        layer, plain = layer_id(name, num_layers), exempt(name, param, skip)
-        if (layer, plain) not in groups:
-            scale = layer_decay ** (num_layers + 1 - layer)
-            groups[layer, plain] = {"lr_scale": scale, "weight_decay": 0.0 if plain else weight_decay, "params": []}
-        groups[layer, plain]["params"].append(param)
-    return list(groups.values())
+    return layer_groups(
+        model,
+        weight_decay,
+        layer_of=lambda name: layer_id(name, num_layers),
+        scale_of=lambda layer: layer_decay ** (num_layers + 1 - layer),
+        skip=skip,
+    )
 
 
 class LARS(torch.optim.Optimizer):

@@ -1,6 +1,8 @@
-"""Where evaluations leave their files: beside the weights that they evaluate."""
+"""Where evaluations leave their files, beside the weights that they evaluate, and weights under upstream's names."""
 
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from common import distributed
 
@@ -37,3 +39,16 @@ class TextLog:
                 file.write(f"INFO:{line}\n")
         except OSError as error:
             raise distributed.UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+class Prefixed:
+    """A module's state under upstream's names: DistributedDataParallel puts `module.` in front."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"module.{name}": value for name, value in self.module.state_dict().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(state_dict)

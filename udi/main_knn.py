@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common import datasets, distributed
 from udi.backbone import ALIASES, build_backbone, load_backbone
 from udi.files import TextLog, folder_beside
-from udi.main_pretrain import boolean
+from udi.flags import boolean
 from udi.models_udi import MODELS
 
 # same as semaim/main_knn.py

@@ -17,8 +17,8 @@ from torchvision import transforms
 from common import datasets, distributed
 from udi.backbone import build_backbone, load_backbone
 from udi.engine_finetune import evaluate, train_one_epoch
-from udi.files import folder_beside
-from udi.main_pretrain import Prefixed, boolean
+from udi.files import Prefixed, folder_beside
+from udi.flags import boolean
 from udi.models_udi import VisionTransformer
 
 DERIVED = "."  # upstream's default folder, which it never writes to

@@ -19,8 +19,8 @@ from common import datasets, distributed
 from udi.backbone import ALIASES, build_backbone, load_backbone
 from udi.data import semi_supervised_sets
 from udi.files import TextLog
+from udi.flags import boolean
 from udi.main_knn import DUMPS, dump, extract_features, interleave
-from udi.main_pretrain import boolean
 from udi.models_udi import MODELS, VisionTransformer
 
 SCALES = (1.0, 2**-0.5, 0.5)  # of the image's side, with --multi_scale

@@ -10,29 +10,17 @@ from typing import Any
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import datasets, distributed, lr_sched
 from udi import optim
 from udi.backbone import ALIASES
 from udi.engine_pretrain import Rates, train_one_epoch
+from udi.files import Prefixed
+from udi.flags import boolean, limit
 from udi.loss import UDILoss
 from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
 from udi.udi_augmentation import DataAugmentation, collate
-
-
-def boolean(text: str) -> bool:
-    """Type of upstream's flags that are on or off."""
-    if text.lower() in ("on", "true", "1"):
-        return True
-    if text.lower() in ("off", "false", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text}: expected true or false")
-
-
-def limit(text: str) -> float | None:
-    """Type of a largest value, 0 being none."""
-    return float(text) or None
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -158,19 +146,6 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
     optimizer = optim.build_optimizer(args.optimizer, optim.get_params_groups(model))
     optim.set_rates(optimizer, lr, args.weight_decay)
     return optimizer
-
-
-class Prefixed:
-    """A module's state under upstream's names: DistributedDataParallel puts `module.` in front."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"module.{name}": value for name, value in self.module.state_dict().items()}
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(state_dict)
 
 
 def warn_of_collapse(stats: dict[str, float], prototypes: int, images: int) -> None:

@@ -355,16 +355,8 @@ def get_parameter_groups(
         skip_list: parameters without weight decay, besides biases and others of one dimension.
         get_num_layer: layer of a parameter's name; None: all are of one. get_layer_scale: its factor; None: 1.
     """
-    groups: dict[tuple[int, bool], dict] = {}
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        layer, plain = 0 if get_num_layer is None else get_num_layer(name), lr_decay.exempt(name, param, skip_list)
-        if (layer, plain) not in groups:
-            scale = 1.0 if get_layer_scale is None else get_layer_scale(layer)
-            groups[layer, plain] = {"weight_decay": 0.0 if plain else weight_decay, "params": [], "lr_scale": scale}
-        groups[layer, plain]["params"].append(param)
-    return list(groups.values())
+    layer_of, scale_of = get_num_layer or (lambda name: 0), get_layer_scale or (lambda layer: 1.0)
+    return lr_decay.layer_groups(model, weight_decay, layer_of, scale_of, skip_list)
 
 
 # ---- checkpoints
