@@ -1,0 +1,140 @@
+"""Generate README.md's tables of results and of differences from the authors' code; --check only compares.
+
+A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of <method>/rows.json: each paper's row, the script that
+reproduces it, the published numbers, and ours. `<!-- differences METHOD -->` holds the section on differences of
+<method>/upstream.json (its form: scripts/diff_upstream.py).
+"""
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import distributed
+from common.distributed import UserError
+from scripts.diff_upstream import METHODS, ROOT, read_record, shared_differences
+
+REGION = re.compile(r"(<!-- (rows|differences) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+WIDTH = 120
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("Generate README's tables", allow_abbrev=False)
+    p.add_argument("--readme", default=str(ROOT / "README.md"), help="file to rewrite")
+    p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the file would change")
+    return p
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    lines = ["".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in cells]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def differences(method: str) -> str:
+    """The section on what differs from the authors' repository, from <method>/upstream.json."""
+    record = read_record(method)
+    parts = []
+    preface = record.get("preface", "")
+    topics = [row["topic"] for row in shared_differences(record)]
+    if topics:
+        preface += f"{' ' if preface else ''}As for SAIM: {', '.join(topics)}. And:"
+    if preface:
+        parts.append(paragraph(preface))
+    rows = [[row["topic"], row["upstream"], row["here"]] for row in record["differences"]]
+    parts.append(table(["", "upstream", "here"], rows))
+    kept = f"Kept on purpose: {'; '.join(record['kept'])}." if record.get("kept") else ""
+    notes = " ".join([kept, *record.get("notes", [])]).strip()
+    return "\n\n".join([*parts, *([paragraph(notes)] if notes else [])])
+
+
+def read_rows(method: str) -> dict[str, Any] | None:
+    """<method>/rows.json, None if there is none; raises UserError if it is not of the form {metrics, rows}."""
+    path = ROOT / method / "rows.json"
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        for row in data["rows"]:
+            unknown = {*row["paper"], *row["ours"]} - set(data["metrics"])
+            if unknown or not all(isinstance(row[key], str) for key in ("name", "script")):
+                raise ValueError(f"row {row['name']}: {', '.join(unknown) or 'name and script'} is unknown")
+            if not (ROOT / row["script"]).is_file():
+                raise ValueError(f"row {row['name']}: there is no {row['script']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not of the form metrics, rows ({error!r})") from error
+    return data
+
+
+def number(value: float | str) -> str:
+    """A percentage with at least one decimal; a text as it is."""
+    return value if isinstance(value, str) else f"{value:g}" if value != round(value) else f"{value:.1f}"
+
+
+def result_rows(method: str) -> str | None:
+    """The table of results; None where there is no rows.json."""
+    data = read_rows(method)
+    if data is None:
+        return None
+    metrics = data["metrics"]
+    lines = []
+    for row in data["rows"]:
+        paper = [number(row["paper"][m]) if m in row["paper"] else "–" for m in metrics]
+        names = ", ".join(f"{number(value)} {metrics[m]}" for m, value in row["ours"].items()) or "not run"
+        note = row.get("note", "")
+        lines.append([row["name"], f"`{row['script']}`", *paper, f"{names}; {note}" if note else names])
+    return table(["row", "script", *(f"{name} (paper)" for name in metrics.values()), "ours"], lines)
+
+
+def generate(text: str) -> str:
+    """README with its regions filled.
+
+    Raises:
+        UserError: a region names no method, or its data are wrong; one without data stays as it is.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        begin, kind, method, old, end = match.groups()
+        if method not in METHODS:
+            raise UserError(f"region '{kind} {method}': expected one of {', '.join(METHODS)}")
+        if kind == "differences":
+            new = differences(method) if (ROOT / method / "upstream.json").exists() else None
+        else:
+            new = result_rows(method)
+        return match[0] if new is None else f"{begin}{new}\n{end}"
+
+    return REGION.sub(fill, text)
+
+
+def main(args: argparse.Namespace) -> None:
+    path = Path(args.readme)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--readme {path}: cannot be read ({error})") from error
+    if not REGION.search(text):
+        raise UserError(f"--readme {path}: has no region <!-- rows METHOD --> or <!-- differences METHOD -->")
+    new = generate(text)
+    if new == text:
+        print(f"{path}: nothing to change")
+    elif args.check:
+        changed = [f"{a[2]} {a[3]}" for a, b in zip(REGION.finditer(text), REGION.finditer(new), strict=True) if a[0] != b[0]]
+        print(f"{path}: differs from the data in {', '.join(changed)}; python scripts/readme.py rewrites it")
+        sys.exit(1)
+    else:
+        path.write_text(new, "utf-8")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
