@@ -1,25 +1,32 @@
 """Compare a checkout of the authors' repository with this project: files, flags, constructors, and a checkpoint.
 
-Nothing of the checkout is imported or executed; its Python files are read as syntax trees. What the pinned commit holds,
-and where this project differs on purpose, is recorded beside each method in upstream.json:
+Nothing of the checkout is imported or executed; its Python files are read as syntax trees. What the pinned commit
+holds, and where this project differs on purpose, is recorded beside each method in upstream.json:
 
 repositories    name, url, commit, licence; `marks`: paths that tell it from others. DIR is the repository of the pinned
-                commit, else the first one all of whose marks exist. It has
+                commit, else the first one all of whose marks exist. `inferred`: what is recorded was measured at
+                another commit, so deviations are told and not unexpected. It has
   files         path or pattern (*, **) -> {here, role}; the first match counts. Plain paths must exist unless `optional`.
                 Every .py and .sh file must match one; __init__.py and other endings are not compared
   parsers       [{file, here, flags, intended}]; flags: first option string -> {action, type, default, dest, nargs, choices},
                 absent fields as in argparse; nargs and choices are compared where recorded. here: our file with
                 get_args_parser(), or file.py:function; several separated by ", ". intended: flag, or * -> reason
-  definitions   [{file, name, here, defaults, calls, complete, intended}]; defaults: parameter -> literal default (null:
-                it only exists); calls: keyword -> value of the constructor call that the function returns, or of the
+  definitions   [{file, name, here, defaults, calls, complete, intended}]; file: the first of the files that match (patterns,
+                several separated by ", ") and have the name; defaults: parameter -> literal default (null: it only
+                exists); calls: keyword -> value of the constructor call that the function returns, or of the
                 called class's default. complete: a parameter or literal keyword that is not recorded is unexpected
   configs       [{file, values}]; values: dotted path through dict(...)s and `_base_` files -> literal
-checkpoints     [{kind, weights, marks, without, prefix, flags, set, infer, build, encoder}], tried in order: the weights
-                lie under one of the dotted keys `weights` and have keys beginning with every mark and none of `without`.
-                flags: our file whose get_args_parser() describes the network; the checkpoint's own args, then `infer`
-                (flag -> {blocks: stack} | {size: [key, axis]} | {has: key, yes, no}), then `set` (flag -> dotted key)
-                override its defaults. build: functions, the first makes the network of the flags, others change it.
-                encoder: {flags, build, loader, models}: what fine-tuning takes of it
+checkpoints     [{kind, weights, marks, without, holds, ...}], tried in order: the weights lie under one of the dotted keys
+                `weights` and have keys beginning with every mark and none of `without`; the file has the dotted keys `holds`
+  flags, build  flags: our file whose get_args_parser() describes the network. Its defaults are overridden by the
+                checkpoint's own args, then by `infer` (flag -> {blocks: stack} | {size: [key, axis], names: {size: value}}
+                | {has: key, yes, no}), `set` (flag -> dotted key) and `fixed` (flag -> value). recipe: dotted key with the
+                name of one of our configurations. build: functions, the first makes the network of the flags, others
+                change it
+  prefix, rename, ignore    of the file's keys: beginning that is cut, {beginning: other}, patterns that are left out.
+                part: of the network that the file holds; names: function that gives its weights the file's keys
+  encoder       {flags, build, loader, models, set, path}: what fine-tuning takes of it. models: the network's name -> that
+                for fine-tuning; set: its flag -> the network's; path: flag that names the file, instead of a loader
 preface, shared, differences, kept, notes    README's section on the differences (scripts/readme.py); shared: ids of
                 saim's differences that hold here, too; differences: [{id, topic, upstream, here}]
 
@@ -55,8 +62,8 @@ from common.distributed import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
-SAME, PURPOSE, UNEXPECTED, SKIPPED = "same", "on purpose", "unexpected", "not compared"
-STATUSES = (SAME, PURPOSE, UNEXPECTED, SKIPPED)
+SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED = "same", "on purpose", "unexpected", "not compared", "not measured"
+STATUSES = (SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED)
 ONLY_HERE = "only this project has it"
 
 
@@ -88,14 +95,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 TEXT = {"name", "url", "commit", "licence"}
 RECORD = {
     "": ({"repositories", "differences"}, {"checkpoints", "preface", "shared", "kept", "notes"}),
-    "repositories": (TEXT | {"marks", "files"}, {"parsers", "definitions", "configs"}),
+    "repositories": (TEXT | {"marks", "files"}, {"parsers", "definitions", "configs", "inferred"}),
     "files": ({"here", "role"}, {"optional"}),
     "parsers": ({"file", "here", "flags"}, {"intended"}),
     "flags": (set(), {"action", "type", "default", "dest", "nargs", "choices", "computed"}),
     "definitions": ({"file", "name", "here"}, {"defaults", "calls", "complete", "intended"}),
     "configs": ({"file", "values"}, {"here"}),
-    "checkpoints": ({"kind", "marks", "flags", "build"}, {"weights", "without", "prefix", "set", "infer", "encoder"}),
-    "encoder": ({"flags", "build", "loader"}, {"models"}),
+    "checkpoints": (
+        {"kind", "marks", "flags", "build"},
+        {"weights", "without", "prefix", "set", "infer", "encoder", "holds", "recipe", "fixed"}
+        | {"names", "part", "rename", "ignore"},
+    ),
+    "encoder": ({"flags", "build"}, {"loader", "models", "set", "path"}),
     "differences": ({"id", "topic", "upstream", "here"}, set()),
 }
 PARTS = {
@@ -332,7 +343,9 @@ def parser_flags(parser: argparse.ArgumentParser) -> list[Flag]:
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(action).__name__.strip("_").removesuffix("Action")).lower()
         kind_of = action.type.__name__ if isinstance(action.type, type) else getattr(action.type, "__name__", "")
         options = tuple(action.option_strings) or (action.dest,)
-        choices = None if action.choices is None else [c if isinstance(c, int | float) else str(c) for c in action.choices]
+        choices = (
+            None if action.choices is None else [c if isinstance(c, int | float) else str(c) for c in action.choices]
+        )
         found.append(normalized(Flag(options, kind, kind_of, action.default, action.dest, action.nargs, choices)))
     return found
 
@@ -398,7 +411,9 @@ def source_flag(source: Source, call: ast.Call, defaults: dict[str, tuple[bool, 
                 unknown.append(key)
     if "type" in given:
         text = shown_code(given["type"])
-        fields["type"] = "<lambda>" if isinstance(given["type"], ast.Lambda) else text.split(".")[-1].replace("None", "")
+        fields["type"] = (
+            "<lambda>" if isinstance(given["type"], ast.Lambda) else text.split(".")[-1].replace("None", "")
+        )
     flag = Flag(tuple(options), **fields)
     if "default" not in fields:
         implied = {"store_true": False, "store_false": True}.get(flag.action)
@@ -478,7 +493,9 @@ def compare_flags(record: dict[str, Any], source: Source, why: dict[str, str]) -
         new = next(f for f in theirs if f.options == flag)
         mine = next((f for f in ours if set(f.options) & set(flag)), None)
         own = summary(mine) if mine else "no such flag"
-        yield Row("flag", file, ", ".join(flag), UNEXPECTED, summary(new), own, "is new: the pinned commit has no such flag")
+        yield Row(
+            "flag", file, ", ".join(flag), UNEXPECTED, summary(new), own, "is new: the pinned commit has no such flag"
+        )
     for flag in ours:
         if not recorded & set(flag.options):
             yield Row("flag", file, flag.options[0], PURPOSE, "no such flag", summary(flag), ONLY_HERE)
@@ -648,9 +665,13 @@ def config_value(source: Source, path: list[str], depth: int = 0) -> tuple[bool,
     nodes = source.names.get(path[0], [])
     node: Any = nodes[-1] if nodes else None
     for key in path[1:]:
+        alone = node is not None and (config_item(node, "_delete_") is not None)
         node = config_item(node, key) if node is not None else None
+        if node is None and alone:
+            return None  # nothing of the base files is merged into it
     if node is not None:
-        return fold(source, node)
+        known, value = fold(source, node)
+        return known and "{{" not in str(value), value
     known, bases = fold(source, (source.names.get("_base_") or [None])[-1])
     for base in [bases] if isinstance(bases, str) else bases or []:
         file = os.path.normpath(Path(source.file).parent / str(base))
@@ -708,7 +729,7 @@ def matches(path: str, pattern: str) -> bool:
     if "*" not in pattern:
         return path == pattern
     parts = (re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for part in pattern.split("**"))
-    return re.fullmatch(".*".join(parts), path) is not None
+    return re.fullmatch(".*".join(parts).replace(".*/", "(.*/)?"), path) is not None
 
 
 def git_commit(root: Path) -> str:
@@ -739,7 +760,9 @@ def recognise(record: dict[str, Any], root: Path, commit: str) -> dict[str, Any]
         UserError: it is no folder, or none of them.
     """
     if not root.is_dir():
-        raise UserError(f"--upstream {root}: {'is no folder' if root.exists() else 'no such folder'}, expected a checkout")
+        raise UserError(
+            f"--upstream {root}: {'is no folder' if root.exists() else 'no such folder'}, expected a checkout"
+        )
 
     def share(repository: dict[str, Any]) -> float:
         paths = [p for p, f in repository["files"].items() if "*" not in p and not f.get("optional")]
@@ -749,7 +772,7 @@ def recognise(record: dict[str, Any], root: Path, commit: str) -> dict[str, Any]
         return [mark for mark in repository["marks"] if not (root / mark).exists()]
 
     repositories = record["repositories"]
-    pinned = [r for r in repositories if r["commit"] == commit]
+    pinned = [r for r in repositories if commit.startswith(r["commit"])]
     marked = [r for r in repositories if not missing(r)]
     best = max(repositories, key=share)
     if pinned or marked or share(best) > 0.5:
@@ -790,29 +813,37 @@ def compare_checkout(method: str, record: dict[str, Any], root: Path, commit: st
     """
     repository = recognise(record, root, commit)
     why = reasons(method, record)
-    rows = list(compare_files(repository, files_of(root)))
-    sources: dict[str, Source | None] = {}
-    for kind in ("parsers", "definitions", "configs"):
-        for part in repository.get(kind, []):
-            file = part["file"]
-            if not (root / file).is_file():
-                continue  # told among the files
-            if file not in sources:
-                try:
-                    sources[file] = Source(root, file)
-                except UserError as error:
-                    sources[file] = None
-                    rows.append(Row("file", file, "", UNEXPECTED, str(error), "", "its contents are not compared"))
-            source = sources[file]
-            if source is None:
-                continue
-            if kind == "parsers":
-                rows += compare_flags(part, source, why)
-            elif kind == "definitions":
-                same_file = [d for d in repository["definitions"] if d["file"] == file]
-                rows += compare_definition(part, source, why, {d["name"]: d.get("defaults", {}) for d in same_file})
-            else:
-                rows += compare_config(part, source)
+    files = files_of(root)
+    rows = list(compare_files(repository, files))
+
+    @functools.cache
+    def source_of(file: str) -> Source | None:
+        try:
+            return Source(root, file)
+        except UserError as error:
+            rows.append(Row("file", file, "", UNEXPECTED, str(error), "", "its contents are not compared"))
+            return None
+
+    for part in repository.get("parsers", []):
+        source = source_of(part["file"]) if part["file"] in files else None  # what is gone is told among the files
+        rows += compare_flags(part, source, why) if source else []
+    found = {}
+    for i, part in enumerate(repository.get("definitions", [])):
+        candidates = [f for p in part["file"].split(", ") for f in files if matches(f, p)]
+        known = [source for f in candidates if (source := source_of(f))]
+        found[i] = next((source for source in known if find_definition(source, part["name"])), (known or [None])[0])
+    for i, part in enumerate(repository.get("definitions", [])):
+        source = found[i]
+        if source is None:
+            continue
+        same_file = [d for j, d in enumerate(repository["definitions"]) if found[j] is source]
+        classes = {d["name"]: d.get("defaults", {}) for d in same_file}
+        rows += compare_definition({**part, "file": source.file}, source, why, classes)
+    for part in repository.get("configs", []):
+        source = source_of(part["file"]) if part["file"] in files else None
+        rows += compare_config(part, source) if source else []
+    if repository.get("inferred"):
+        rows = [r._replace(status=UNMEASURED) if r.status == UNEXPECTED else r for r in rows]
     return repository, rows
 
 
@@ -822,6 +853,7 @@ def compare_checkout(method: str, record: dict[str, Any], root: Path, commit: st
 def at(state: Any, dotted: str) -> Any:
     """The entry of nested dicts under a dotted key; None if there is none."""
     for key in dotted.split(".") if dotted else []:
+        state = vars(state) if isinstance(state, argparse.Namespace) else state
         state = state.get(key) if isinstance(state, dict) else None
     return state
 
@@ -831,6 +863,8 @@ def recognise_checkpoint(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The first known format of a checkpoint, and its weights; raises UserError if there is none."""
     for kind in kinds:
+        if any(at(state, key) is None for key in kind.get("holds", [])):
+            continue
         for key in kind.get("weights", [""]):
             weights = at(state, key)
             if not isinstance(weights, dict):
@@ -841,18 +875,32 @@ def recognise_checkpoint(
                 weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             found = all(any(k.startswith(mark) for k in weights) for mark in kind["marks"])
             if weights and found and not any(k.startswith(tuple(kind.get("without", ["\0"]))) for k in weights):
+                for old, new in kind.get("rename", {}).items():
+                    weights = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in weights.items()}
                 return kind, weights
     keys = ", ".join(map(str, list(state)[:6])) or "none"
-    raise UserError(f"{path}: is no checkpoint of a kind that is known here ({', '.join(k['kind'] for k in kinds)}); its keys: {keys}")
+    raise UserError(
+        f"{path}: is no checkpoint of a kind that is known here ({', '.join(k['kind'] for k in kinds)}); its keys: {keys}"
+    )
 
 
 def inferred(rule: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     """A flag's value read from the weights; None if they do not tell."""
     if "blocks" in rule:
-        return len({k.removeprefix(rule["blocks"] + ".").split(".")[0] for k in weights if k.startswith(rule["blocks"] + ".")}) or None
+        return (
+            len(
+                {
+                    k.removeprefix(rule["blocks"] + ".").split(".")[0]
+                    for k in weights
+                    if k.startswith(rule["blocks"] + ".")
+                }
+            )
+            or None
+        )
     if "size" in rule:
         key, axis = rule["size"]
-        return weights[key].shape[axis] if key in weights and weights[key].ndim > axis else None
+        size = weights[key].shape[axis] if key in weights and weights[key].ndim > axis else None
+        return rule["names"].get(str(size)) if "names" in rule else size
     return rule.get("yes" if any(k.startswith(rule["has"]) for k in weights) else "no")
 
 
@@ -862,11 +910,17 @@ def network_flags(
     """The flags that describe a checkpoint's network: its own, read from it, or given."""
     parser = function(kind["flags"], "get_args_parser")()
     args = parser_defaults(parser)
+    recipe = at(state, kind["recipe"]) if "recipe" in kind else None
+    for file in (
+        sorted((ROOT / Path(kind["flags"]).parts[0] / "configs").rglob(Path(str(recipe)).name)) if recipe else ()
+    ):
+        module = importlib.import_module(f"{Path(kind['flags']).parts[0]}.config")
+        args = module.parse_args(parser, [str(file)])
     stored = at(state, "args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored if isinstance(stored, dict) else {}
     for name, rule in kind.get("infer", {}).items():
         value = inferred(rule, weights)
-        if value is not None and name not in stored:
+        if value is not None and name not in stored and not recipe:
             setattr(args, name, value)
     for name, value in stored.items():
         if hasattr(args, str(name)):
@@ -875,6 +929,8 @@ def network_flags(
         value = at(state, key)
         if isinstance(value, str | int | float):
             setattr(args, name, value)
+    for name, value in kind.get("fixed", {}).items():
+        setattr(args, name, value)
     if given:
         parser.error = lambda message: (_ for _ in ()).throw(UserError(f"--flags {given}: {message}"))  # type: ignore
         try:
@@ -914,8 +970,12 @@ def compare_checkpoint(record: dict[str, Any], path: str, given: str) -> list[Ro
     state = distributed.load(path)
     kind, weights = recognise_checkpoint(record.get("checkpoints", []), state, path)
     args = network_flags(kind, state, weights, given, path)
-    name = getattr(args, "model", getattr(args, "arch", ""))
-    rows = [Row("checkpoint", path, "format", SAME, f"{kind['kind']}, {len(weights)} tensors", f"{kind['build'][0]}, {name}")]
+    name = network_name(args)
+    rows = [
+        Row(
+            "checkpoint", path, "format", SAME, f"{kind['kind']}, {len(weights)} tensors", f"{kind['build'][0]}, {name}"
+        )
+    ]
     try:
         with torch.device("meta"):
             model, _ = quietly(lambda: build(kind["build"], args))
@@ -923,7 +983,13 @@ def compare_checkpoint(record: dict[str, Any], path: str, given: str) -> list[Ro
         model, _ = quietly(lambda: build(kind["build"], args))
     except (UserError, SystemExit) as error:
         raise UserError(f"{path}: its flags make no network here: {error}; --flags overrides them") from error
-    own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    part = model.get_submodule(kind.get("part", ""))
+    own = function(kind["names"])(part) if "names" in kind else part.state_dict()
+    ignored = kind.get("ignore", [])
+    own, weights = (
+        {k: v for k, v in tensors.items() if isinstance(v, Tensor) and not any(fnmatchcase(k, p) for p in ignored)}
+        for tensors in (own, weights)
+    )
     missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own]
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
@@ -942,24 +1008,35 @@ def compare_checkpoint(record: dict[str, Any], path: str, given: str) -> list[Ro
     return rows
 
 
+def network_name(args: argparse.Namespace) -> str:
+    return next((str(getattr(args, name)) for name in ("model", "arch", "backbone") if getattr(args, name, "")), "")
+
+
 def encoder_row(encoder: dict[str, Any], args: argparse.Namespace, path: str) -> Row:
     """What fine-tuning loads of a pre-training checkpoint, by loading it."""
     wanted = parser_defaults(function(encoder["flags"], "get_args_parser")())
     for name in ("input_size", "patch_size"):
         if hasattr(wanted, name) and hasattr(args, name):
             setattr(wanted, name, getattr(args, name))
+    for name, own in encoder.get("set", {}).items():
+        setattr(wanted, name, getattr(args, own))
     models = encoder.get("models", {})
-    name = getattr(args, "model", "")
+    name = network_name(args)
     if models and name not in models:
         return Row("checkpoint", path, "encoder", SKIPPED, name, "", f"no fine-tuning network goes with --model {name}")
     if models:
         wanted.model = models[name]
+    if "path" in encoder:
+        setattr(wanted, encoder["path"], path)
+    taker = encoder.get("loader", encoder["build"][0])
     try:
-        model, _ = quietly(lambda: build(encoder["build"], wanted))
-        _, text = quietly(lambda: function(encoder["loader"])(model, path))
+        model, text = quietly(lambda: build(encoder["build"], wanted))
+        if "loader" in encoder:
+            _, text = quietly(lambda: function(taker)(model, path))
     except (UserError, SystemExit) as error:
-        return Row("checkpoint", path, "encoder", UNEXPECTED, str(error), encoder["loader"])
-    return Row("checkpoint", path, "encoder", SAME, text.splitlines()[-1].split(": ", 1)[-1] if text else "", f"{encoder['loader']}, {wanted.model}")
+        return Row("checkpoint", path, "encoder", UNEXPECTED, str(error), taker)
+    said = next((line for line in reversed(text.splitlines()) if " tensors" in line or ": " in line), "")
+    return Row("checkpoint", path, "encoder", SAME, said.split(": ", 1)[-1], f"{taker}, {network_name(wanted)}")
 
 
 # ---- output
@@ -983,9 +1060,11 @@ def table(rows: list[Row]) -> str:
 def report(method: str, repository: dict[str, Any], root: Path, commit: str, rows: list[Row], everything: bool) -> str:
     """All rows by status, as text."""
     pinned = repository["commit"]
-    at_commit = f"at the pinned commit {pinned[:12]}" if commit == pinned else f"compared with commit {pinned[:12]}"
+    at_commit = (
+        f"at the pinned commit {pinned[:12]}" if commit.startswith(pinned) else f"compared with commit {pinned[:12]}"
+    )
     lines = [f"{method}: {root} against {repository['url']}, {at_commit}"]
-    if commit and commit != pinned:
+    if commit and not commit.startswith(pinned):
         lines.append(f"NOTE: the checkout is at commit {commit[:12]}, this project was made from {pinned[:12]}")
     elif not commit:
         lines.append("NOTE: the checkout's commit is not known (no git folder)")
@@ -1007,10 +1086,15 @@ def report(method: str, repository: dict[str, Any], root: Path, commit: str, row
         }
         if listed or own:
             lines += ["", titles[kind]]
-        for status in (PURPOSE, SKIPPED, SAME) if kind not in ("file", "checkpoint") else (None,):
+        for status in (PURPOSE, UNMEASURED, SKIPPED, SAME) if kind not in ("file", "checkpoint") else (None,):
             some = [r for r in listed if status in (None, r.status)]
             if some:
-                headings = {PURPOSE: ' different on purpose, see README "Differences"', SKIPPED: " not compared", SAME: " same"}
+                headings = {
+                    PURPOSE: ' different on purpose, see README "Differences"',
+                    UNMEASURED: " other than inferred: what is recorded of this repository was measured at another one",
+                    SKIPPED: " not compared",
+                    SAME: " same",
+                }
                 lines += [headings[status]] if status else []
                 lines.append(table(some))
         if own:
