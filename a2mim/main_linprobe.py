@@ -9,6 +9,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 
 from a2mim import config, main_finetune
+from a2mim.models_a2mim import Classifier
 from common import distributed
 
 
@@ -30,6 +31,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
+def build_model(args: argparse.Namespace) -> Classifier:
+    """The network of the flags; a ViT's class token is told from after the pre-trained norm.
+
+    Raises:
+        distributed.UserError: values that do not fit together.
+    """
+    return main_finetune.build_model(args, **({"global_pool": "token"} if "vit_" in args.backbone else {}))
+
+
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
@@ -37,8 +47,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.pretrained and not args.load_checkpoint and not args.resume:
         distributed.log("WARNING: no --pretrained: a new probe has a random encoder")
     loaders = main_finetune.build_loaders(args, device)
-    # A ViT's class token is told from after the pre-trained norm.
-    model = main_finetune.build_model(args, **({"global_pool": "token"} if "vit_" in args.backbone else {}))
+    model = build_model(args)
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     # As upstream: batch norms go on with batch statistics, and their running ones drift.

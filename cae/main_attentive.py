@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cae import main_finetune
+from cae.models_vit import VisionTransformer
 from common import distributed
 
 
@@ -28,13 +29,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
+def build_model(args: argparse.Namespace) -> VisionTransformer:
+    """The network of the flags; raises UserError for values that do not fit together."""
+    return main_finetune.build_model(args, lin_probe=args.enable_linear_eval, linear_type=args.linear_type)
+
+
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
-    probe = args.enable_linear_eval
-    model = main_finetune.build_model(args, lin_probe=probe, linear_type=args.linear_type)
-    if probe:
+    model = build_model(args)
+    if args.enable_linear_eval:
         main_finetune.freeze(model, "query_token", "attentive_blocks", "head")
         assert isinstance(model.head, nn.Linear)
         nn.init.normal_(model.head.weight, std=0.01)

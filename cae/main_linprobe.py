@@ -9,9 +9,9 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 from torch import nn
 
+from cae import main_finetune
 from cae.engine_finetune import evaluate_checkpoint, fit
 from cae.files import resume_path, run_files
-from cae.main_finetune import build_model
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common import datasets, distributed, lr_decay, lr_sched
 
@@ -62,6 +62,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
+def build_model(args: argparse.Namespace) -> VisionTransformer:
+    """The network of the flags, without the probe; raises UserError for values that do not fit together."""
+    return main_finetune.build_model(args, lin_probe=args.enable_linear_eval)
+
+
 # same as saim/main_linprobe.py
 def add_probe(model: VisionTransformer) -> nn.Sequential:
     """Freeze the network and put a batch norm without parameters in front of its head; returns the new head."""
@@ -88,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     augment, val_transform = datasets.probe_transform(args.input_size), datasets.eval_transform(args.input_size)
     loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
     # ---- model
-    model = build_model(args, lin_probe=args.enable_linear_eval)
+    model = build_model(args)
     resume = resume_path(args)
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=0.01, resize_positions=True)

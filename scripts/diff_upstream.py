@@ -3,24 +3,33 @@
 Nothing of the checkout is imported or executed; its Python files are read as syntax trees. What the pinned commit
 holds, and where this project differs on purpose, is recorded beside each method in upstream.json:
 
-repositories  name, url, commit, licence; `marks`: paths that tell it from others. DIR is the repository of the pinned
-              commit, else the first one all of whose marks exist. It has
+repositories  name, url, commit (7 digits or more), licence; `marks`: paths that tell it from others. DIR is the
+              repository of the pinned commit, else the first one all of whose marks exist. `inferred`: what is recorded
+              was measured at another commit, so that deviations are told and not unexpected. It has
   files       path or pattern (*, **) -> {here, role}; the first match counts. Plain paths must exist, unless
               `optional`. Every .py and .sh file must match one; __init__.py and other endings are not compared
   parsers     [{file, here, flags, intended}]; flags: first option string -> {action, type, default, dest, nargs,
               choices, computed}, absent fields as in argparse; nargs and choices are compared where recorded, the
               default unless it is computed. here: our file with get_args_parser(), or file.py:function; several
               separated by ", ". intended: flag, or * -> reason
-  definitions [{file, name, here, defaults, calls, complete, intended}]; defaults: parameter -> literal default (null:
-              unknown); calls: keyword -> value in the constructor call that the function returns, or the called
-              class's default. complete: a null is None, and what is not recorded is unexpected
+  definitions [{file, name, here, defaults, calls, complete, intended}]; file: of those that match (patterns, several
+              separated by ", ") the first that has the name; defaults: parameter -> literal default (null: unknown);
+              calls: keyword -> value in the constructor call that the function returns, or the called class's default.
+              complete: a null is None, and what is not recorded is unexpected
   configs     [{file, values}]; values: dotted path through dict(...)s and `_base_` files -> literal
-checkpoints   [{kind, weights, marks, without, prefix, flags, set, infer, build, encoder}], tried in order: the weights
-              lie under one of the dotted keys `weights`; every mark begins one of their keys, none of `without` does.
-              flags: our file whose get_args_parser() describes the network; its defaults are overridden by the
-              checkpoint's own args, else by `infer` (flag -> {blocks: stack} | {size: [key, axis]} | {has: key, yes,
-              no}), then by `set` (flag -> dotted key). build: functions, the first makes the network of the flags,
-              others change it. encoder: {flags, build, loader, models}: what fine-tuning takes of it
+checkpoints   [{kind, weights, marks, without, holds, ...}], tried in order: the weights lie under one of the dotted
+              keys `weights`; every mark begins one of their keys, none of `without` does; the file has the keys `holds`
+  flags, set, infer, fixed, recipe, build
+              flags: our file whose get_args_parser() describes the network. Its defaults are overridden by the
+              checkpoint's own args, else by `infer` (flag -> {blocks: stack} | {size: [key, axis], names: {size:
+              value}} | {has: key, yes, no}), then by `set` (flag -> dotted key) and `fixed` (flag -> value). recipe:
+              dotted key of the name of one of our configurations. build: functions, the first makes the network of
+              the flags, others change it
+  prefix, rename, ignore, part, names
+              of the file's keys: beginning that is cut, {beginning: other}, patterns that are left out; part of our
+              network that the file holds; function that gives its weights the file's keys
+  encoder     {flags, build, loader, models, set, path}: what fine-tuning takes of it. models: the network's name ->
+              that for fine-tuning; set: its flag -> the network's; path: flag that names the file, without a loader
 preface, shared, differences, kept, notes
               README's section on the differences (scripts/readme.py); shared: ids of saim's differences that hold
               here, too; differences: [{id, topic, upstream, here}]
@@ -32,6 +41,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import json
 import os
@@ -40,6 +50,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +79,14 @@ from scripts.lib.sources import (
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
-SAME, PURPOSE, UNEXPECTED, SKIPPED = "same", "on purpose", "unexpected", "not compared"
-STATUSES = (SAME, PURPOSE, UNEXPECTED, SKIPPED)
+SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED = "same", "on purpose", "unexpected", "not compared", "not measured"
+STATUSES = (SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED)
+HEADINGS = {
+    PURPOSE: 'different on purpose, see README "Differences"',
+    UNMEASURED: "other than inferred: what is recorded of this repository was measured at another one",
+    SKIPPED: "not compared",
+    SAME: "same",
+}
 ONLY_HERE = "only this project has it"
 
 
@@ -101,14 +118,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 TEXT = {"name", "url", "commit", "licence"}
 RECORD = {
     "": ({"repositories", "differences"}, {"checkpoints", "preface", "shared", "kept", "notes"}),
-    "repositories": (TEXT | {"marks", "files"}, {"parsers", "definitions", "configs"}),
+    "repositories": (TEXT | {"marks", "files"}, {"parsers", "definitions", "configs", "inferred"}),
     "files": ({"here", "role"}, {"optional"}),
     "parsers": ({"file", "here", "flags"}, {"intended"}),
     "flags": (set(), {"action", "type", "default", "dest", "nargs", "choices", "computed"}),
     "definitions": ({"file", "name", "here"}, {"defaults", "calls", "complete", "intended"}),
     "configs": ({"file", "values"}, {"here"}),
-    "checkpoints": ({"kind", "marks", "flags", "build"}, {"weights", "without", "prefix", "set", "infer", "encoder"}),
-    "encoder": ({"flags", "build", "loader"}, {"models"}),
+    "checkpoints": (
+        {"kind", "marks", "flags", "build"},
+        {"weights", "without", "holds", "set", "infer", "fixed", "recipe"}
+        | {"prefix", "rename", "ignore", "part", "names", "encoder"},
+    ),
+    "encoder": ({"flags", "build"}, {"loader", "models", "set", "path"}),
     "differences": ({"id", "topic", "upstream", "here"}, set()),
 }
 PARTS = {
@@ -349,7 +370,7 @@ def matches(path: str, pattern: str) -> bool:
     if "*" not in pattern:
         return path == pattern
     parts = (re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for part in pattern.split("**"))
-    return re.fullmatch(".*".join(parts), path) is not None
+    return re.fullmatch(".*".join(parts).replace(".*/", "(.*/)?"), path) is not None
 
 
 def git_commit(root: Path) -> str:
@@ -392,7 +413,7 @@ def recognise(record: dict[str, Any], root: Path, commit: str) -> dict[str, Any]
         return [mark for mark in repository["marks"] if not (root / mark).exists()]
 
     repositories = record["repositories"]
-    pinned = [r for r in repositories if r["commit"] == commit]
+    pinned = [r for r in repositories if commit.startswith(r["commit"])]
     marked = [r for r in repositories if not missing(r)]
     best = max(repositories, key=share)
     if pinned or marked or share(best) > 0.75:
@@ -433,29 +454,35 @@ def compare_checkout(method: str, record: dict[str, Any], root: Path, commit: st
     """
     repository = recognise(record, root, commit)
     why = reasons(method, record)
-    rows = list(compare_files(repository, files_of(root)))
-    sources: dict[str, Source | None] = {}
-    for kind in ("parsers", "definitions", "configs"):
-        for part in repository.get(kind, []):
-            file = part["file"]
-            if not (root / file).is_file():
-                continue  # told among the files
-            if file not in sources:
-                try:
-                    sources[file] = Source(root, file)
-                except UserError as error:
-                    sources[file] = None
-                    rows.append(Row("file", file, "", UNEXPECTED, str(error), "", "its contents are not compared"))
-            source = sources[file]
-            if source is None:
-                continue
-            if kind == "parsers":
-                rows += compare_flags(part, source, why)
-            elif kind == "definitions":
-                same_file = [d for d in repository["definitions"] if d["file"] == file]
-                rows += compare_definition(part, source, why, {d["name"]: d.get("defaults", {}) for d in same_file})
-            else:
-                rows += compare_config(part, source)
+    files = files_of(root)
+    rows = list(compare_files(repository, files))  # what is gone is told here, and not again below
+
+    @functools.cache
+    def source_of(file: str) -> Source | None:
+        try:
+            return Source(root, file)
+        except UserError as error:
+            rows.append(Row("file", file, "", UNEXPECTED, str(error), "", "its contents are not compared"))
+            return None
+
+    def first_with(part: dict[str, Any]) -> Source | None:
+        candidates = [file for pattern in part["file"].split(", ") for file in files if matches(file, pattern)]
+        known = [source for file in candidates if (source := source_of(file))]
+        return next((source for source in known if find_definition(source, part["name"])), (known or [None])[0])
+
+    for part in repository.get("parsers", []):
+        source = source_of(part["file"]) if part["file"] in files else None
+        rows += compare_flags(part, source, why) if source else []
+    found = [(part, first_with(part)) for part in repository.get("definitions", [])]
+    for part, source in found:
+        if source is not None:
+            classes = {other["name"]: other.get("defaults", {}) for other, place in found if place is source}
+            rows += compare_definition({**part, "file": source.file}, source, why, classes)
+    for part in repository.get("configs", []):
+        source = source_of(part["file"]) if part["file"] in files else None
+        rows += compare_config(part, source) if source else []
+    if repository.get("inferred"):
+        rows = [row._replace(status=UNMEASURED) if row.status == UNEXPECTED else row for row in rows]
     return repository, rows
 
 
@@ -465,6 +492,7 @@ def compare_checkout(method: str, record: dict[str, Any], root: Path, commit: st
 def at(state: Any, dotted: str) -> Any:
     """The entry of nested dicts under a dotted key; None if there is none."""
     for key in dotted.split(".") if dotted else []:
+        state = vars(state) if isinstance(state, argparse.Namespace) else state
         state = state.get(key) if isinstance(state, dict) else None
     return state
 
@@ -474,6 +502,8 @@ def recognise_checkpoint(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The first known format of a checkpoint, and its weights; raises UserError if there is none."""
     for kind in kinds:
+        if any(at(state, key) is None for key in kind.get("holds", [])):
+            continue
         for key in kind.get("weights", [""]):
             weights = at(state, key)
             if not isinstance(weights, dict):
@@ -484,6 +514,8 @@ def recognise_checkpoint(
                 weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             found = all(any(k.startswith(mark) for k in weights) for mark in kind["marks"])
             if weights and found and not any(k.startswith(tuple(kind.get("without", ["\0"]))) for k in weights):
+                for old, new in kind.get("rename", {}).items():
+                    weights = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in weights.items()}
                 return kind, weights
     keys = ", ".join(map(str, list(state)[:6])) or "none"
     known = ", ".join(kind["kind"] for kind in kinds) or "none"
@@ -493,19 +525,12 @@ def recognise_checkpoint(
 def inferred(rule: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     """A flag's value read from the weights; None if they do not tell."""
     if "blocks" in rule:
-        return (
-            len(
-                {
-                    k.removeprefix(rule["blocks"] + ".").split(".")[0]
-                    for k in weights
-                    if k.startswith(rule["blocks"] + ".")
-                }
-            )
-            or None
-        )
+        stack = rule["blocks"] + "."
+        return len({k.removeprefix(stack).split(".")[0] for k in weights if k.startswith(stack)}) or None
     if "size" in rule:
         key, axis = rule["size"]
-        return weights[key].shape[axis] if key in weights and weights[key].ndim > axis else None
+        size = weights[key].shape[axis] if key in weights and weights[key].ndim > axis else None
+        return rule["names"].get(str(size)) if "names" in rule else size
     return rule.get("yes" if any(k.startswith(rule["has"]) for k in weights) else "no")
 
 
@@ -515,11 +540,15 @@ def network_flags(
     """The flags that describe a checkpoint's network: its own, read from it, or given."""
     parser = function(kind["flags"], "get_args_parser")()
     args = parser_defaults(parser)
+    method = kind["flags"].split("/")[0]
+    recipe = at(state, kind["recipe"]) if "recipe" in kind else None
+    for file in sorted((ROOT / method / "configs").rglob(Path(str(recipe)).name)) if recipe else []:
+        args = importlib.import_module(f"{method}.config").parse_args(parser, [str(file)])
     stored = at(state, "args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored if isinstance(stored, dict) else {}
     for name, rule in kind.get("infer", {}).items():
         value = inferred(rule, weights)
-        if value is not None and name not in stored:
+        if value is not None and name not in stored and not recipe:
             setattr(args, name, value)
     for name, value in stored.items():
         if hasattr(args, str(name)):
@@ -528,6 +557,8 @@ def network_flags(
         value = at(state, key)
         if isinstance(value, str | int | float):
             setattr(args, name, value)
+    for name, value in kind.get("fixed", {}).items():
+        setattr(args, name, value)
     if given:
         parser.error = lambda message: (_ for _ in ()).throw(UserError(f"--flags {given}: {message}"))  # type: ignore
         try:
@@ -543,9 +574,11 @@ def parser_defaults(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return argparse.Namespace(**{**defaults, **parser._defaults})
 
 
-def build(places: list[str], args: argparse.Namespace) -> nn.Module:
-    """The network of the flags; each further function changes it."""
-    model = function(places[0])(args)
+def build(places: list[str], args: argparse.Namespace, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """The network of the flags, and of the weights where its builder takes them; each further function changes it."""
+    builder = function(places[0])
+    takes_weights = weights is not None and "weights" in inspect.signature(builder).parameters
+    model = builder(args, weights=weights) if takes_weights else builder(args)
     for place in places[1:]:
         function(place)(model)
     return model
@@ -567,20 +600,26 @@ def compare_checkpoint(record: dict[str, Any], path: str, given: str) -> list[Ro
     state = distributed.load(path)
     kind, weights = recognise_checkpoint(record.get("checkpoints", []), state, path)
     args = network_flags(kind, state, weights, given, path)
-    name = getattr(args, "model", getattr(args, "arch", ""))
-    rows = [
-        Row(
-            "checkpoint", path, "format", SAME, f"{kind['kind']}, {len(weights)} tensors", f"{kind['build'][0]}, {name}"
-        )
-    ]
+    size, network = (
+        f"{kind['kind']}, {len(weights)} tensors",
+        ", ".join(filter(None, (kind["build"][0], network_name(args)))),
+    )
+    rows = [Row("checkpoint", path, "format", SAME, size, network)]
     try:
         with torch.device("meta"):
-            model, _ = quietly(lambda: build(kind["build"], args))
+            model, _ = quietly(lambda: build(kind["build"], args, weights))
     except (NotImplementedError, RuntimeError):
-        model, _ = quietly(lambda: build(kind["build"], args))
+        model, _ = quietly(lambda: build(kind["build"], args, weights))
     except (UserError, SystemExit) as error:
         raise UserError(f"{path}: its flags make no network here: {error}; --flags overrides them") from error
-    own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    part = model.get_submodule(kind.get("part", ""))
+    own = function(kind["names"])(part) if "names" in kind else part.state_dict()
+    own = {key: value for key, value in own.items() if isinstance(value, Tensor)}
+    whole = part is model and set(own) <= set(weights)
+    own, weights = (
+        {key: value for key, value in tensors.items() if not any(fnmatchcase(key, p) for p in kind.get("ignore", []))}
+        for tensors in (own, weights)
+    )
     missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own]
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
@@ -592,11 +631,15 @@ def compare_checkpoint(record: dict[str, Any], path: str, given: str) -> list[Ro
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             here = ", ".join(f"{k} {tuple(own[k].shape)}" for k in keys[:2]) if what == "of another shape" else ""
             rows.append(Row("checkpoint", path, f"{len(keys)} {what}", UNEXPECTED, first + more, here))
-    if not missing and not unexpected and not shapes:
+    if whole and not unexpected and not shapes:
         rows.append(Row("checkpoint", path, "loads", SAME, "strictly", "a run continues from it with --resume"))
     if "encoder" in kind:
         rows.append(encoder_row(kind["encoder"], args, path))
     return rows
+
+
+def network_name(args: argparse.Namespace) -> str:
+    return next((str(getattr(args, name)) for name in ("model", "arch", "backbone") if getattr(args, name, "")), "")
 
 
 def encoder_row(encoder: dict[str, Any], args: argparse.Namespace, path: str) -> Row:
@@ -605,25 +648,25 @@ def encoder_row(encoder: dict[str, Any], args: argparse.Namespace, path: str) ->
     for name in ("input_size", "patch_size"):
         if hasattr(wanted, name) and hasattr(args, name):
             setattr(wanted, name, getattr(args, name))
+    for name, own in encoder.get("set", {}).items():
+        setattr(wanted, name, getattr(args, own))
     models = encoder.get("models", {})
-    name = getattr(args, "model", "")
+    name = network_name(args)
     if models and name not in models:
         return Row("checkpoint", path, "encoder", SKIPPED, name, "", f"no fine-tuning network goes with --model {name}")
     if models:
         wanted.model = models[name]
+    if "path" in encoder:
+        setattr(wanted, encoder["path"], path)
+    taker = encoder.get("loader", encoder["build"][0])
     try:
-        model, _ = quietly(lambda: build(encoder["build"], wanted))
-        _, text = quietly(lambda: function(encoder["loader"])(model, path))
+        model, text = quietly(lambda: build(encoder["build"], wanted))
+        if "loader" in encoder:
+            _, text = quietly(lambda: function(taker)(model, path))
     except (UserError, SystemExit) as error:
-        return Row("checkpoint", path, "encoder", UNEXPECTED, str(error), encoder["loader"])
-    return Row(
-        "checkpoint",
-        path,
-        "encoder",
-        SAME,
-        text.splitlines()[-1].split(": ", 1)[-1] if text else "",
-        f"{encoder['loader']}, {wanted.model}",
-    )
+        return Row("checkpoint", path, "encoder", UNEXPECTED, str(error), taker)
+    said = next((line for line in reversed(text.splitlines()) if ": " in line), "")
+    return Row("checkpoint", path, "encoder", SAME, said.split(": ", 1)[-1], f"{taker}, {network_name(wanted)}")
 
 
 # ---- output
@@ -649,9 +692,9 @@ def table(rows: list[Row]) -> str:
 def report(method: str, repository: dict[str, Any], root: Path, commit: str, rows: list[Row], everything: bool) -> str:
     """All rows by status, as text."""
     pinned = repository["commit"]
-    at_commit = f"at the pinned commit {pinned[:12]}" if commit == pinned else f"compared with commit {pinned[:12]}"
-    lines = [f"{method}: {root} against {repository['url']}, {at_commit}"]
-    if commit and commit != pinned:
+    right = bool(commit) and commit.startswith(pinned)
+    lines = [f"{method}: {root} {'is' if right else 'against'} {repository['url']} at commit {pinned[:12]}"]
+    if commit and not right:
         lines.append(f"NOTE: the checkout is at commit {commit[:12]}, this project was made from {pinned[:12]}")
     elif not commit:
         lines.append("NOTE: the checkout's commit is not known (no git folder)")
@@ -673,16 +716,10 @@ def report(method: str, repository: dict[str, Any], root: Path, commit: str, row
         }
         if listed or own:
             lines += ["", titles[kind]]
-        for status in (PURPOSE, SKIPPED, SAME) if kind not in ("file", "checkpoint") else (None,):
+        for status in HEADINGS if kind not in ("file", "checkpoint") else (None,):
             some = [r for r in listed if status in (None, r.status)]
-            if some:
-                headings = {
-                    PURPOSE: ' different on purpose, see README "Differences"',
-                    SKIPPED: " not compared",
-                    SAME: " same",
-                }
-                lines += [headings[status]] if status else []
-                lines.append(table(some))
+            lines += [f" {HEADINGS[status]}"] if some and status else []
+            lines += [table(some)] if some else []
         if own:
             by_file: dict[str, list[str]] = {}
             for row in own:

@@ -384,9 +384,13 @@ def config_value(source: Source, path: list[str], depth: int = 0) -> tuple[bool,
     nodes = source.names.get(path[0], [])
     node: Any = nodes[-1] if nodes else None
     for key in path[1:]:
+        alone = node is not None and config_item(node, "_delete_") is not None
         node = config_item(node, key) if node is not None else None
+        if node is None and alone:
+            return None  # nothing of the base files is merged into it
     if node is not None:
-        return fold(source, node)
+        known, value = fold(source, node)
+        return known and "{{" not in str(value), value
     known, bases = fold(source, (source.names.get("_base_") or [None])[-1])
     for base in [bases] if isinstance(bases, str) else bases or []:
         file = os.path.normpath(Path(source.file).parent / str(base))
