@@ -1,8 +1,9 @@
 """Generate README.md's tables of results and of differences from the authors' code; --check only compares.
 
-A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of <method>/rows.json: each paper's row, the script that
-reproduces it, the published numbers, and ours. `<!-- differences METHOD -->` holds the section on differences of
-<method>/upstream.json (its form: scripts/diff_upstream.py).
+A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of <method>/rows.json:
+{"metrics": {metric: title}, "rows": [{"name", "script", "paper": {metric: number}, "ours": {metric: number}, "note"}]}.
+`<!-- differences METHOD -->` holds the section of <method>/upstream.json (its form: scripts/diff_upstream.py).
+A method without such a file keeps its region as it is.
 """
 
 import argparse
@@ -128,7 +129,9 @@ def main(args: argparse.Namespace) -> None:
     if new == text:
         print(f"{path}: nothing to change")
     elif args.check:
-        changed = [f"{a[2]} {a[3]}" for a, b in zip(REGION.finditer(text), REGION.finditer(new), strict=True) if a[0] != b[0]]
+        changed = [
+            f"{a[2]} {a[3]}" for a, b in zip(REGION.finditer(text), REGION.finditer(new), strict=True) if a[0] != b[0]
+        ]
         print(f"{path}: differs from the data in {', '.join(changed)}; python scripts/readme.py rewrites it")
         sys.exit(1)
     else:

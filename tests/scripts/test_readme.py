@@ -1,0 +1,115 @@
+"""README's generated tables: they are what the data say, and wrong data are told."""
+
+import json
+import shutil
+
+import pytest
+
+from common.distributed import UserError
+from scripts import diff_upstream, readme
+from tests.helpers import ROOT
+
+ROWS = {
+    "metrics": {"finetune": "fine-tuned", "linprobe": "linear"},
+    "rows": [
+        {
+            "name": "SAIM, ViT-B/16",
+            "script": "scripts/a.sh",
+            "paper": {"finetune": 84, "linprobe": 62.5},
+            "ours": {},
+            "note": "no recipe | was published",
+        },
+        {
+            "name": "tiny",
+            "script": "scripts/a.sh",
+            "paper": {"finetune": "84.3 (summary: 84.2)"},
+            "ours": {"finetune": 91.25},
+            "note": "",
+        },
+    ],
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A root of its own, with SAIM's differences and ROWS."""
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(diff_upstream, "ROOT", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "a.sh").touch()
+    for method in ("saim", "semaim"):
+        (tmp_path / method).mkdir()
+        shutil.copy(ROOT / method / "upstream.json", tmp_path / method)
+    (tmp_path / "saim" / "rows.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+def run(*flags: str) -> None:
+    readme.main(readme.get_args_parser().parse_args(flags))
+
+
+def test_readme_is_what_the_data_say():
+    text = (ROOT / "README.md").read_text()
+    assert readme.generate(text) == text
+    regions = {(kind, method) for _, kind, method, _, _ in readme.REGION.findall(text)}
+    assert regions >= {("differences", method) for method in readme.METHODS}
+    run("--check")
+
+
+def test_rows(here):
+    assert readme.result_rows("saim") == (
+        "| row | script | fine-tuned (paper) | linear (paper) | ours |\n"
+        "|---|---|---|---|---|\n"
+        "| SAIM, ViT-B/16 | `scripts/a.sh` | 84.0 | 62.5 | not run; no recipe \\| was published |\n"
+        "| tiny | `scripts/a.sh` | 84.3 (summary: 84.2) | – | 91.25 fine-tuned |"
+    )
+    assert readme.result_rows("semaim") is None
+
+
+def test_differences__name_what_is_shared(here):
+    record = json.loads((here / "semaim" / "upstream.json").read_text())
+    text = readme.differences("semaim")
+    assert text.startswith("As for SAIM: precision, targets, `--device`,")
+    assert text.count("\n| ") == 1 + len(record["differences"]) - 1 + 1
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+    assert " ".join(text.split()).endswith(f"Kept on purpose: {'; '.join(record['kept'])}.")
+    record["shared"].append("nothing")
+    (here / "semaim" / "upstream.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="shared: nothing is no id"):
+        readme.differences("semaim")
+
+
+def test_check__and_rewrite(here, capsys):
+    path = here / "README.md"
+    text = "# Title\n\n<!-- rows saim -->\nold\n<!-- end -->\n\n<!-- differences udi -->\nby hand\n<!-- end -->\nrest\n"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        run("--readme", str(path), "--check")
+    assert end.value.code == 1
+    assert "differs from the data in rows saim;" in capsys.readouterr().out
+    assert path.read_text() == text
+    run("--readme", str(path))
+    assert path.read_text() == text.replace("old", str(readme.result_rows("saim")))
+    run("--readme", str(path), "--check")
+
+
+def test_wrong_files(here):
+    path = here / "README.md"
+    with pytest.raises(UserError, match="cannot be read"):
+        run("--readme", str(path))
+    path.write_text("# Title\n")
+    with pytest.raises(UserError, match="has no region"):
+        run("--readme", str(path))
+    path.write_text("<!-- rows mae -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match="region 'rows mae': expected one of saim"):
+        run("--readme", str(path))
+    row = ROWS["rows"][0]
+    for wrong in (
+        [],
+        {"metrics": {}, "rows": [row]},
+        {**ROWS, "rows": [{**row, "script": "scripts/none.sh"}]},
+        {**ROWS, "rows": [{"name": "a"}]},
+    ):
+        (here / "saim" / "rows.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="is not of the form metrics, rows"):
+            readme.result_rows("saim")
