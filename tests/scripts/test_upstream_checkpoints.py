@@ -146,8 +146,8 @@ def written(folder: Path, main: Any, flags: str, model: nn.Module | None = None)
     """A checkpoint.pth of a network of the flags with its args, and its content."""
     args = main.get_args_parser().parse_args(flags.split())
     args.output_dir = str(folder)
-    model = main.build_model(args) if model is None else model
-    distributed.Checkpoint(str(folder), args, model, distributed.Files()).save(distributed.Position(1))
+    network: nn.Module = main.build_model(args) if model is None else model
+    distributed.Checkpoint(str(folder), args, network, distributed.Files()).save(distributed.Position(1))
     path = str(folder / "checkpoint.pth")
     return path, distributed.load(path)
 
