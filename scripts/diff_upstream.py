@@ -362,7 +362,7 @@ def files_of(root: Path) -> list[str]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         path = Path(folder).relative_to(root)
         found += [(path / name).as_posix() for name in sorted(names) if name.endswith((".py", ".sh"))]
-    return found
+    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in found]
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -375,23 +375,19 @@ def matches(path: str, pattern: str) -> bool:
 
 def git_commit(root: Path) -> str:
     """The commit of HEAD, read from git's files; '' if there is none to be read."""
+    commits: list[str] = []
     with contextlib.suppress(OSError, UnicodeDecodeError):
         git = root / ".git"
         if git.is_file():  # a worktree or submodule
             git = (root / git.read_text().partition("gitdir:")[2].strip()).resolve()
         common = (git / (git / "commondir").read_text().strip()).resolve() if (git / "commondir").is_file() else git
         head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref:"):
-            return head if re.fullmatch("[0-9a-f]{40,64}", head) else ""
         name = head.removeprefix("ref:").strip()
-        for folder in (git, common):
-            if (folder / name).is_file():
-                return (folder / name).read_text().strip()
-        for line in (common / "packed-refs").read_text().splitlines():
-            commit, _, ref = line.partition(" ")
-            if ref == name:
-                return commit
-    return ""
+        files = [folder / name for folder in (git, common) if name != head]
+        commits = [head, *(file.read_text().strip() for file in files if file.is_file())]
+        lines = (common / "packed-refs").read_text().splitlines() if (common / "packed-refs").is_file() else []
+        commits += [line.partition(" ")[0] for line in lines if line.partition(" ")[2] == name]
+    return next((commit for commit in commits if re.fullmatch("[0-9a-f]{40,64}", commit)), "")
 
 
 def recognise(record: dict[str, Any], root: Path, commit: str) -> dict[str, Any]:
@@ -584,6 +580,25 @@ def build(places: list[str], args: argparse.Namespace, weights: dict[str, Tensor
     return model
 
 
+# What flags that do not fit together raise, besides a message for the user.
+WRONG_FLAGS = (UserError, SystemExit, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def our_network(kind: dict[str, Any], args: argparse.Namespace, weights: dict[str, Tensor], path: str) -> nn.Module:
+    """Our network of a checkpoint's flags, without memory where its initialisation allows; raises UserError."""
+    why: object = None
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device):
+                return quietly(lambda: build(kind["build"], args, weights))[0]
+        except (NotImplementedError, RuntimeError) as error:
+            why = str(error).partition("\n")[0]
+        except WRONG_FLAGS as error:
+            why = error if isinstance(error, UserError) else repr(error)
+            break
+    raise UserError(f"{path}: its flags make no network here: {why}; --flags overrides them")
+
+
 def quietly(call: Callable[[], Any]) -> tuple[Any, str]:
     """What a call returns, and what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -605,13 +620,7 @@ def compare_checkpoint(record: dict[str, Any], path: str, given: str) -> list[Ro
         ", ".join(filter(None, (kind["build"][0], network_name(args)))),
     )
     rows = [Row("checkpoint", path, "format", SAME, size, network)]
-    try:
-        with torch.device("meta"):
-            model, _ = quietly(lambda: build(kind["build"], args, weights))
-    except (NotImplementedError, RuntimeError):
-        model, _ = quietly(lambda: build(kind["build"], args, weights))
-    except (UserError, SystemExit) as error:
-        raise UserError(f"{path}: its flags make no network here: {error}; --flags overrides them") from error
+    model = our_network(kind, args, weights, path)
     part = model.get_submodule(kind.get("part", ""))
     own = function(kind["names"])(part) if "names" in kind else part.state_dict()
     own = {key: value for key, value in own.items() if isinstance(value, Tensor)}
@@ -663,8 +672,8 @@ def encoder_row(encoder: dict[str, Any], args: argparse.Namespace, path: str) ->
         model, text = quietly(lambda: build(encoder["build"], wanted))
         if "loader" in encoder:
             _, text = quietly(lambda: function(taker)(model, path))
-    except (UserError, SystemExit) as error:
-        return Row("checkpoint", path, "encoder", UNEXPECTED, str(error), taker)
+    except (*WRONG_FLAGS, RuntimeError) as error:
+        return Row("checkpoint", path, "encoder", UNEXPECTED, str(error).partition("\n")[0], taker)
     said = next((line for line in reversed(text.splitlines()) if ": " in line), "")
     return Row("checkpoint", path, "encoder", SAME, said.split(": ", 1)[-1], f"{taker}, {network_name(wanted)}")
 

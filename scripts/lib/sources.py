@@ -75,7 +75,8 @@ class Source:
                 return BINARY[type(node.op)](left, right)
             case ast.BinOp(op=ast.Pow()):
                 left, right = fold(node.left), fold(node.right)
-                if not (isinstance(left, int | float) and isinstance(right, int | float)) or abs(right) > 64:
+                numbers = isinstance(left, int | float) and isinstance(right, int | float)
+                if not numbers or abs(left) > 1e6 or abs(right) > 64:
                     raise ValueError("is no small power")
                 return left**right
             case ast.List() | ast.Tuple() | ast.Set():
@@ -246,7 +247,9 @@ def source_flag(source: Source, call: ast.Call, defaults: dict[str, tuple[bool, 
     for key in ("action", "default", "dest", "nargs", "choices"):
         if key in given:
             known, fields[key] = fold(source, given[key])
-            if key == "action" and not known:
+            if key == "dest" and not isinstance(fields[key], str):
+                del fields[key]
+            elif key == "action" and not known:
                 fields[key] = fields[key].split(".")[-1]  # a class
             elif not known:
                 unknown.append(key)
@@ -265,7 +268,10 @@ def source_flag(source: Source, call: ast.Call, defaults: dict[str, tuple[bool, 
 
 
 def shown(value: Any) -> str:
-    return repr(plain(value))
+    try:
+        return repr(plain(value))
+    except ValueError:  # Python refuses to print very long integers
+        return "<a huge number>"
 
 
 def flag_changes(old: Flag, new: Flag, ours: bool = False) -> list[tuple[str, str, str]]:
@@ -330,10 +336,12 @@ def find_definition(source: Source, name: str, depth: int = 0) -> Definition | N
 
 def definitions_in(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Statements, and those inside `if` and `try`; the last definition of a name comes first."""
-    for node in reversed(body):
+    left = list(body)
+    while left:
+        node = left.pop()
         yield node
         if isinstance(node, ast.If | ast.Try):
-            yield from definitions_in([*node.body, *getattr(node, "orelse", [])])
+            left += [*node.orelse, *node.body]
 
 
 def parameters(source: Source, node: Any, skip_self: bool) -> dict[str, tuple[bool, Any] | None]:
@@ -379,10 +387,10 @@ def callee(source: Source, node: ast.AST) -> str:
 # ---- configuration files
 
 
-def config_value(source: Source, path: list[str], depth: int = 0) -> tuple[bool, Any] | None:
+def config_value(source: Source, path: list[str], seen: set[str] | None = None) -> tuple[bool, Any] | None:
     """The value at a dotted path of an mmcv configuration; None if neither it nor its `_base_` files have it."""
-    nodes = source.names.get(path[0], [])
-    node: Any = nodes[-1] if nodes else None
+    seen = {source.file} if seen is None else seen
+    node: Any = (source.names.get(path[0]) or [None])[-1]
     for key in path[1:]:
         alone = node is not None and config_item(node, "_delete_") is not None
         node = config_item(node, key) if node is not None else None
@@ -391,12 +399,13 @@ def config_value(source: Source, path: list[str], depth: int = 0) -> tuple[bool,
     if node is not None:
         known, value = fold(source, node)
         return known and "{{" not in str(value), value
-    known, bases = fold(source, (source.names.get("_base_") or [None])[-1])
-    for base in [bases] if isinstance(bases, str) else bases or []:
+    bases = fold(source, (source.names.get("_base_") or [None])[-1])[1]
+    for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, list | tuple) else []:
         file = os.path.normpath(Path(source.file).parent / str(base))
-        if known and depth < 8 and not file.startswith("..") and (source.root / file).is_file():
+        if file not in seen and not file.startswith(("..", "/")) and (source.root / file).is_file():
+            seen.add(file)
             with contextlib.suppress(UserError):
-                found = config_value(Source(source.root, file), path, depth + 1)
+                found = config_value(Source(source.root, file), path, seen)
                 if found is not None:
                     return found
     return None

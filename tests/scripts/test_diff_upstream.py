@@ -21,6 +21,7 @@ from tests.helpers import ROOT
 
 RECORDED = [m for m in diff.METHODS if (ROOT / m / "upstream.json").exists()]
 CHECKOUTS = [(m, i) for m in RECORDED for i in range(len(diff.read_record(m)["repositories"]))]
+SOME = [pytest.param(m, i, marks=pytest.mark.slow) if i else (m, i) for m, i in CHECKOUTS]
 
 
 # ---- invented checkouts
@@ -189,7 +190,7 @@ def test_one_change__is_the_one_unexpected_line(saim, file, old, new, name, word
     assert words in row.why
 
 
-@pytest.mark.parametrize(("method", "index"), CHECKOUTS)
+@pytest.mark.parametrize(("method", "index"), SOME)
 def test_one_change__in_each_repository(method, index, tmp_path):
     folder = checkout(method, tmp_path, index)
     repository = diff.read_record(method)["repositories"][index]
@@ -227,12 +228,14 @@ def test_new_and_missing_files(saim):
     (saim / "util" / "extra.py").touch()
     assert [row.where for row in unexpected("saim", saim)] == ["util/extra.py"]
     (saim / "util" / "extra.py").unlink()
-    for name in ("new/deep/a.py", "new/b.py", "new/c.txt", "util/__init__.py", ".github/x.py", "notes.md"):
+    for name in ("new/deep/a.py", "new/\udcff.py", "new/c.txt", "util/__init__.py", ".github/x.py", "notes.md"):
         (saim / name).parent.mkdir(parents=True, exist_ok=True)
         (saim / name).touch()
     (row,) = unexpected("saim", saim)
     assert row.where == "new/ (2 files)"
-    (saim / "new" / "b.py").unlink()
+    (saim / "new" / "\udcff.py").rename(saim / "\udcff.py")
+    assert run("saim", "--upstream", str(saim))[1].count("\ufffd.py") == 1
+    (saim / "\udcff.py").unlink()
     assert [row.where for row in unexpected("saim", saim)] == ["new/deep/a.py"]
     (saim / "new" / "deep" / "a.py").unlink()
     (saim / "main_finetune.py").unlink()
@@ -244,6 +247,8 @@ def test_a_file_that_is_no_python__is_one_line(saim):
     (saim / "main_pretrain.py").write_text("print 'text'\n")
     (row,) = unexpected("saim", saim)
     assert row.upstream.startswith("line 1: is no Python 3")
+    (saim / "main_pretrain.py").write_text("import argparse\nparser.add_argument('--a', dest=[1], default=9**9**9)\n")
+    assert {row.name for row in unexpected("saim", saim)} >= {"--a", "--epochs"}
     (saim / "main_pretrain.py").write_bytes(b"\xff\xfe\x00x = 1")
     (row,) = unexpected("saim", saim)
     assert "is no Python 3" in row.upstream
@@ -560,7 +565,9 @@ def test_wrong_checkpoints__are_one_line(tmp_path, saim):
     torch.save({"model": 1, "args": 2}, tmp_path / "values.pth")
     torch.save({"f": print}, tmp_path / "code.pth")
     args = main_pretrain.get_args_parser().parse_args(NANO)
-    good = written(tmp_path / "run", args, main_pretrain.build_model(args))
+    model = main_pretrain.build_model(args)
+    good = written(tmp_path / "run", args, model)
+    torch.save({"model": model.state_dict(), "args": {"model": 5, "input_size": "x"}}, tmp_path / "odd.pth")
     for path, flags, words in (
         ("none.pth", "", "no such checkpoint file"),
         ("text.pth", "", "not a checkpoint"),
@@ -575,6 +582,7 @@ def test_wrong_checkpoints__are_one_line(tmp_path, saim):
         (good, "--model saim_huge", "invalid choice"),
         (good, "'", "--flags ': "),
         (good, "--query_depth 3", "make no network here"),
+        ("odd.pth", "", "make no network here"),
     ):
         status, text = run("saim", "--upstream", str(saim), "--checkpoint", str(tmp_path / path), f"--flags={flags}")
         assert (status, text.count("\n")) == (2, 0), text
