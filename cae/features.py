@@ -40,10 +40,18 @@ class TimmForm:
 class Backbone(nn.Module):
     """An encoder with what its images and its users need to know: see `load_backbone`."""
 
-    def __init__(self, net: VisionTransformer, name: str, args: dict[str, Any], imagenet: bool, crop_pct: float):
+    def __init__(
+        self,
+        net: VisionTransformer,
+        name: str,
+        args: dict[str, Any],
+        imagenet: bool,
+        crop_pct: float,
+        notes: list[str],
+    ):
         super().__init__()
         self.net = net
-        self.model_name, self.args = name, args
+        self.model_name, self.args, self.notes = name, args, notes
         self.input_size, self.patch_size = net.patch_embed.img_size, net.patch_embed.patch_size
         self.embed_dim, self.pool = net.embed_dim, "avg" if hasattr(net, "fc_norm") else "token"
         mean, std = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if imagenet else (HALF, HALF)
@@ -122,8 +130,11 @@ def load_backbone(
     state = distributed.load(checkpoint) if checkpoint else {}
     args = state.get("args") or {}
     args = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
-    weights = distributed.weights_of(state, checkpoint, (key,)) if key else {}
-    weights = encoder_weights(weights or named_weights(state, checkpoint)) if checkpoint else {}
+    found = distributed.weights_of(state, checkpoint, (key,)) if key else {}
+    found = found or named_weights(state, checkpoint) if checkpoint else {}
+    weights, notes = encoder_weights(found), []
+    if len(weights) < len(found):
+        notes.append("The regressor, the decoder and the mask token of pre-training are left out.")
     where = f"{checkpoint or 'random weights'}: check --model and --input_size"
     with distributed.user_errors(where):
         lacking = [
@@ -133,6 +144,7 @@ def load_backbone(
             raise UserError(f"{checkpoint}: holds no encoder of CAE, {lacking[0]} is missing; {_shown(weights)}")
         name, attentive = _name(model, args, weights), "query_token" in weights
         if attentive:
+            notes.append("The attentive probe's query and head, which timm cannot express, are left out.")
             weights = {k: value for k, value in weights.items() if not k.startswith(ATTENTIVE)}
         own_pool = "avg" if "fc_norm.weight" in weights else "token"
         pool = pool or own_pool
@@ -159,7 +171,7 @@ def load_backbone(
     tuned, size = classifier == "head.weight" or attentive, net.patch_embed.img_size
     imagenet = not tuned or args.get("imagenet_default_mean_and_std", True)
     crop_pct = args.get("crop_pct") or (224 / 256 if size < 384 and (tuned or size <= 224) else 1.0)
-    return Backbone(net, name, args, imagenet, crop_pct)
+    return Backbone(net, name, args, imagenet, crop_pct, notes)
 
 
 def _shown(weights: dict[str, Tensor]) -> str:
@@ -200,7 +212,7 @@ def timm_form(backbone: Backbone) -> TimmForm:
     Raises:
         UserError: timm has no such network.
     """
-    net, notes, size = backbone.net, [], "large" if len(backbone.net.blocks) > 12 else "base"
+    net, notes, size = backbone.net, list(backbone.notes), "large" if len(backbone.net.blocks) > 12 else "base"
     block: Any = net.blocks[0]
     if block.attn.qkv.out_features != 3 * net.embed_dim:
         raise UserError(f"timm's attention needs a width that {block.attn.num_heads} heads divide, not {net.embed_dim}")
@@ -241,8 +253,6 @@ def timm_form(backbone: Backbone) -> TimmForm:
         notes.append("The class token is not normed, as in linear probing without --use_cls.")
     if isinstance(backbone.head, nn.Sequential):
         notes.append("The linear probe's batch norm is folded into its linear layer.")
-    if backbone.args.get("linear_type") == "attentive" and backbone.head is None:
-        notes.append("The attentive probe's query and head, which timm cannot express, are left out.")
     if backbone.head is not None:
         weights |= _folded(backbone.head)
     classes = len(weights["head.bias"]) if backbone.head is not None else 0
