@@ -33,10 +33,10 @@ FIRST = ("cls_token", "layer1.0.conv1.weight", "downsample_layers.0.0.weight", "
 # same as saim/features.py
 @dataclass(frozen=True)
 class TimmForm:
-    """What `timm.create_model(architecture, num_classes=num_classes, **model_args)` loads strictly.
+    """A network under timm's names.
 
-    Args:
-        model_args: JSON values. pool: token or avg. notes: what was left out or changed, one sentence each.
+    timm.create_model(architecture, num_classes=num_classes, **model_args) takes `weights` strictly and gives logits
+    (N, K), without classes the features (N, D). notes: sentences on what is left out or changed.
     """
 
     architecture: str

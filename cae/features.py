@@ -23,10 +23,10 @@ ATTENTIVE = ("query_token", "attentive_blocks.", "fc_norm.running_", "fc_norm.nu
 # same as saim/features.py
 @dataclass(frozen=True)
 class TimmForm:
-    """What `timm.create_model(architecture, num_classes=num_classes, **model_args)` loads strictly.
+    """A network under timm's names.
 
-    Args:
-        model_args: JSON values. pool: token or avg. notes: what was left out or changed, one sentence each.
+    timm.create_model(architecture, num_classes=num_classes, **model_args) takes `weights` strictly and gives logits
+    (N, K), without classes the features (N, D). notes: sentences on what is left out or changed.
     """
 
     architecture: str
@@ -196,14 +196,19 @@ def _keywords(args: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any
 # ---- timm
 
 
-def _folded(head: Any) -> dict[str, Tensor]:
-    """Weight and bias of a linear layer that does what the head does in evaluations."""
-    if isinstance(head, nn.Linear):
-        return {"head.weight": head.weight.data, "head.bias": head.bias.data}
-    norm, linear = head
-    weight = linear.weight.data.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = linear.bias.data.double() - weight @ norm.running_mean.double()
-    return {"head.weight": weight.to(linear.weight.dtype), "head.bias": bias.to(linear.bias.dtype)}
+# same as saim/features.py
+def fold(head: nn.Module | None) -> dict[str, Tensor]:
+    """Weight and bias of a head as one linear layer; {} without one."""
+    if head is None:
+        return {}
+    norm, linear = head if isinstance(head, nn.Sequential) else (None, head)
+    weight, bias = (linear.get_parameter(name).detach() for name in ("weight", "bias"))
+    if isinstance(norm, nn.BatchNorm1d):  # in float64: the differences of large numbers
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean, std = norm.running_mean.double(), (norm.running_var.double() + norm.eps).sqrt()
+        scaled = weight.double() / std
+        weight, bias = scaled.to(weight.dtype), (bias.double() - scaled @ mean).to(bias.dtype)
+    return {"head.weight": weight, "head.bias": bias}
 
 
 def timm_form(backbone: Backbone) -> TimmForm:
@@ -253,8 +258,7 @@ def timm_form(backbone: Backbone) -> TimmForm:
         notes.append("The class token is not normed, as in linear probing without --use_cls.")
     if isinstance(backbone.head, nn.Sequential):
         notes.append("The linear probe's batch norm is folded into its linear layer.")
-    if backbone.head is not None:
-        weights |= _folded(backbone.head)
+    weights |= fold(backbone.head)
     classes = len(weights["head.bias"]) if backbone.head is not None else 0
     return TimmForm(architecture, classes, model_args, weights, backbone.pool, notes)
 
