@@ -69,7 +69,7 @@ class Backbone(nn.Module):
 
 
 def model_of(checkpoint: str, model: str, args: dict[str, Any], weights: dict[str, Tensor]) -> str:
-    """The name in `MODELS` of an encoder: the one given, else that of the checkpoint's flags, else by width and depth.
+    """The name in `MODELS` of an encoder: the one given, else that of the checkpoint's flags, else by its width.
 
     Raises:
         UserError: there is none.
@@ -80,14 +80,12 @@ def model_of(checkpoint: str, model: str, args: dict[str, Any], weights: dict[st
         return name
     if model:
         raise UserError(f"--model {model}: expected one of {', '.join([*MODELS, *ENCODERS])}")
-    blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
-    size = weights["patch_embed.proj.weight"].shape[0], len(blocks)
+    width = weights["patch_embed.proj.weight"].shape[0]
     for name, build in MODELS.items():
         with torch.device("meta"):
-            known = build()
-        if (known.embed_dim, len(known.blocks)) == size:
-            return name
-    raise UserError(f"{checkpoint}: --model must be given, no known model has {size[0]} channels and {size[1]} blocks")
+            if build(depth=1).embed_dim == width:
+                return name
+    raise UserError(f"{checkpoint}: --model must be given, no known model has {width} channels")
 
 
 def classifier(weights: dict[str, Tensor]) -> nn.Module | None:

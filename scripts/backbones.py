@@ -42,10 +42,12 @@ class TimmBackbone(nn.Module):
                 raise UserError(f"{path}: has no {name}, expected a folder written by scripts/export.py")
         with distributed.user_errors(f"{path}"):
             config: dict[str, Any] = json.loads((path / "config.json").read_text())
-            resized = {} if input_size is None or "img_size" not in config["model_args"] else {"img_size": input_size}
+            resized: dict[str, Any] = (
+                {} if input_size is None or "img_size" not in config["model_args"] else {"img_size": input_size}
+            )
             self.network = timm.create_model(f"local-dir:{path}", pretrained=True, **resized)
             about: dict[str, Any] = self.network.pretrained_cfg  # type: ignore[assignment]
-            self.model_name, self.pool = config["architecture"], config["pretrained_cfg"].get("pool", "")
+            self.model_name, self.pool = config["architecture"], config.get("global_pool", "")
             self.input_size = input_size or about["input_size"][-1]
             self.mean, self.std, self.interpolation = tuple(about["mean"]), tuple(about["std"]), about["interpolation"]
             self.crop_pct: float = about["crop_pct"]
