@@ -130,7 +130,7 @@ def _name(model: str, args: dict[str, Any], weights: dict[str, Tensor]) -> str:
     if name in BACKBONES:
         return name
     if model or not weights:
-        raise UserError(f"--model {model or 'is missing'}: expected one of {', '.join(BACKBONES)}")
+        raise UserError(f"--model{f' {model}' if model else ''}: expected one of {', '.join(BACKBONES)}")
     shape = _shape_of(weights)
     found = next((name for name, own in _shape_by_name().items() if own == shape), "")
     if not found:
@@ -280,7 +280,8 @@ def timm_form(backbone: Backbone) -> TimmForm:
                 channels = [build.keywords["base_channels"] * 2**i for i in range(4)]
                 args |= {"layers": list(build.keywords["block_counts"]), "channels": channels}
         else:
-            architecture = backbone.model_name.replace("nano", "tiny")
+            known = backbone.model_name in ("convnext_small", "convnext_base")
+            architecture = backbone.model_name if known else "convnext_tiny"
             args |= {"depths": list(build.keywords["depths"]), "dims": list(build.keywords["dims"])}
     classes = 0 if backbone.head is None else net.num_classes
     return TimmForm(architecture, classes, args, net.state_dict(), backbone.pool, list(backbone.notes))

@@ -87,7 +87,7 @@ def _name(model: str, args: dict[str, Any], weights: dict[str, Tensor]) -> str:
     if name in MODELS:
         return name
     if model or not weights:
-        raise UserError(f"--model {model}: expected one of {', '.join(MODELS)}")
+        raise UserError(f"--model{f' {model}' if model else ''}: expected one of {', '.join(MODELS)}")
     blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
     size = weights["cls_token"].shape[-1], len(blocks)
     for name, own in _sizes().items():

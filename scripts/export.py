@@ -264,7 +264,8 @@ def details(method: str, backbone: Any, form: Any, epoch: Any, source: dict[str,
     count = sum(value.numel() for value in form.weights.values())
     about = {
         "Method": f"{method}: {paper}; authors' code: {repository}",
-        "Architecture": f"{backbone.model_name}; in timm {form.architecture} with the sizes in config.json; {count:,} weights",
+        "Architecture": f"{backbone.model_name}; in timm {form.architecture}, of the sizes in config.json",
+        "Weights": f"{count:,}",
         "Features": f"{backbone.embed_dim} numbers an image, {POOLS[form.pool]}",
         "Classes": form.num_classes or "none: the encoder only",
         "Images": f"{backbone.input_size} x {backbone.input_size} pixels, shorter side resized to "
