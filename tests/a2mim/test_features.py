@@ -128,10 +128,11 @@ def test_pretraining_as_in_linear_probing(name, form, tmp_path):
 )
 def test_classifiers(name, pool, tmp_path, monkeypatch):
     """They keep their features and their head, are read back from their own weights, and are timm's."""
+    keywords: dict[str, Any] = {"global_pool": pool} if pool == "token" else {}
     monkeypatch.setitem(BACKBONES, "mae_vit_nano", partial(plain_vit, embed_dim=96, depth=2, num_heads=3))
-    model = classifier(name, **({"global_pool": pool} if pool == "token" else {}))
+    model = classifier(name, **keywords)
     path = written(tmp_path, official(model), {"backbone": name, "val_crop": 32, "val_resize": 37})
-    again = classifier(name, **({"global_pool": pool} if pool == "token" else {}))
+    again = classifier(name, **keywords)
     load_classifier(again, path)
     backbone = load_backbone(path)
     assert (backbone.model_name, backbone.input_size) == (name, 32)
@@ -175,7 +176,8 @@ def test_averaged_weights(tmp_path):
         for value in ema.module.parameters():
             value.mul_(0.9)
     backbone = load_backbone(written(tmp_path, Weights(model, ema).state_dict()), input_size=32)
-    assert torch.equal(backbone(images()), ema.averaged().eval().features(images()))
+    averaged: Any = ema.averaged().eval()
+    assert torch.equal(backbone(images()), averaged.features(images()))
     assert "moving average" in timm_form(backbone).notes[0]
 
 
@@ -220,7 +222,7 @@ def test_mistakes(tmp_path):
     torch.save({"state_dict": {"cls_token": torch.zeros(1, 1, 8)}}, tmp_path / "token.pth")
     torch.save(build_classifier("resnet_nano", 3).net.layer1.state_dict(prefix="layer1."), tmp_path / "part.pth")
     Path(tmp_path / "damaged.pth").write_bytes(Path(path).read_bytes()[:999])
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"checkpoint": path, "model": "resnet"}, "--model resnet: expected one of vit_small"),
         ({"checkpoint": path, "model": "resnet50"}, "is no resnet50; check --model"),
         ({"checkpoint": path, "pool": "token"}, "--pool token: resnet_nano has no class token"),

@@ -34,7 +34,7 @@ from tests.helpers import assert_close
 from tests.runs import mistake, run_main
 from udi import models_finetune, models_udi
 
-SIZE = {"img_size": 32, "patch_size": 8}
+SIZE: dict[str, Any] = {"img_size": 32, "patch_size": 8}
 
 
 def randomised(model: Any) -> Any:
@@ -134,7 +134,19 @@ def left_over(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "checkpoint.pth")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The others cost the default suite more time than they tell.
+FIRST = (
+    "saim probed",
+    "semaim pretrained",
+    "cae tuned",
+    "a2mim pretrained vit",
+    "a2mim tuned resnet",
+    "udi pretrained",
+)
+ALL = [pytest.param(kind, marks=[] if kind in FIRST else pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_timm_folder(kind, tmp_path, capsys):
     """timm alone gives the features, and the logits, of the checkpoint's own network."""
     method, path = written(tmp_path, kind)
@@ -154,12 +166,12 @@ def test_timm_folder(kind, tmp_path, capsys):
         if classes:
             assert_close(model(imgs.double()), own.head(expected), rtol=1e-5, atol=1e-6)
     config = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined]
-    assert config["input_size"] == (3, own.input_size, own.input_size)
+    assert tuple(config["input_size"]) == (3, own.input_size, own.input_size)
     assert (tuple(config["mean"]), tuple(config["std"]), config["crop_pct"]) == (own.mean, own.std, own.crop_pct)
     assert config["interpolation"] == own.interpolation
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_safetensors_file(kind, tmp_path):
     """The method reads it back to the bit, with its sizes, without any flag."""
     method, path = written(tmp_path, kind)
