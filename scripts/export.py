@@ -39,7 +39,7 @@ from common.distributed import Exit, UserError
 from scripts import backbones
 
 TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
-WRITTEN = "exported_from"  # in config.json and in the file's metadata: tells that this script wrote it
+WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
 
 # Paper, the authors' repository and its licence.
 SOURCES = {
@@ -91,7 +91,7 @@ def exported(out: Path) -> bool:
         if out.is_dir():
             return WRITTEN in json.loads((out / "config.json").read_text())
         with safe_open(out, "pt") as file:
-            return WRITTEN in (file.metadata() or {})
+            return WRITTEN in json.loads((file.metadata() or {}).get("args", "{}"))
     return False
 
 
@@ -123,7 +123,11 @@ def appearing(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield part
+        umask = os.umask(0)
+        os.umask(umask)
         for path in (*part.iterdir(), part) if part.is_dir() else (part,):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors writes for its owner only
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -342,12 +346,12 @@ def write_timm(folder: Path, name: str, method: str, backbone: Any, form: Any, l
 
 
 def write_safetensors(path: Path, method: str, backbone: Any, source: dict[str, str]) -> None:
-    """Write the method's own weights, with what `load_backbone` needs to know in the file's metadata."""
+    """Write the method's own weights, with what `load_backbone` needs to know as JSON in the file's metadata."""
     names = ("input_size", "patch_size", "pool", "mean", "std", "crop_pct", "interpolation")
     known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in names}
-    metadata = {k: str(v) for k, v in known.items()} | {"args": json.dumps(backbone.args | known, default=str)}
     weights = {k: v.detach().clone().contiguous() for k, v in backbone.weights().items()}
-    save_file(weights, path, {"format": "pt", WRITTEN: json.dumps(source), **metadata})
+    # One entry: several stand in random order, and equal exports are to be equal files.
+    save_file(weights, path, {"args": json.dumps(backbone.args | known | {WRITTEN: source}, default=str)})
 
 
 def main(args: argparse.Namespace) -> None:

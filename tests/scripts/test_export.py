@@ -178,6 +178,8 @@ def test_safetensors_file(kind, tmp_path):
     out = tmp_path / "out.safetensors"
     run_main(export, method, path, str(out), "--format", "safetensors")
     assert left_over(tmp_path) == ["out.safetensors"]
+    (tmp_path / "plain").touch()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
     own, again = load(method, path), load(method, str(out))
     imgs = images(own.input_size)
     with torch.no_grad():
@@ -192,6 +194,9 @@ def test_safetensors_file__is_a_checkpoint_to_the_mains(tmp_path):
     method, path = written(tmp_path, "cae pretrained")
     out = str(tmp_path / "out.safetensors")
     run_main(export, method, path, out, "--format", "safetensors")
+    again = str(tmp_path / "again.safetensors")
+    run_main(export, method, path, again, "--format", "safetensors")
+    assert Path(again).read_bytes() == Path(out).read_bytes()
     models = [cae_vit.cae_nano(**SIZE, num_classes=3, init_values=0.1) for _ in range(2)]
     for model, file in zip(models, (path, out), strict=True):
         cae_vit.load_encoder(model, file)
