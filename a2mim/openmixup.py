@@ -36,11 +36,15 @@ CONVNEXT_NAMES = (
 HEADS = ("head.fc.", "head.", "fc.")  # the classifier's last layer in timm's ConvNeXt, ViT and ResNet
 
 
-def _encoder_name(net: Any, name: str) -> str:
-    rules = VIT_NAMES if is_vit(net) else CONVNEXT_NAMES if is_convnext(net) else ()
+def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """The name after all replacements; OpenMixup's names stay."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def _encoder_name(net: Any, name: str) -> str:
+    return renamed(name, VIT_NAMES if is_vit(net) else CONVNEXT_NAMES if is_convnext(net) else ())
 
 
 def _official_name(model: Model, name: str) -> str:
@@ -129,12 +133,36 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
     Raises:
         UserError: the file cannot be read or holds another encoder.
     """
+    loaded, others = load_encoder_weights(model, encoder_tensors(tensors(distributed.load(path))), path, resize_rel_pos)
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
-    state = distributed.load(path)
+    distributed.log(f"{path}: {distributed.load_report(len(loaded), sorted(set(net.state_dict()) - loaded), others)}")
+    if isinstance(model, Classifier):
+        init = nn.init.trunc_normal_ if is_convnext(net) else nn.init.normal_
+        init(model.head.weight, std=0.02 if is_convnext(net) else head_std)
+        nn.init.zeros_(model.head.bias)
+
+
+def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in a checkpoint, or those that it is, without those of a momentum encoder."""
     found = next((state[key] for key in distributed.WEIGHT_KEYS if isinstance(state.get(key), dict)), state)
-    found = {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
-    if any(k.startswith("backbone.") for k in found):
-        found = {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
+    return {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
+
+
+def encoder_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with backbone, without it; all if none does."""
+    encoder = {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
+    return encoder or found
+
+
+def load_encoder_weights(
+    model: Model, found: dict[str, Tensor], path: str, resize_rel_pos: bool = False
+) -> tuple[set[str], list[str]]:
+    """As `load_encoder`, from what `encoder_tensors` of the file at path gives, and without starting anything anew.
+
+    Returns:
+        names in the network of what was loaded, and names in the file of what was not.
+    """
+    net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     own = {k: v for k, v in net.state_dict().items() if not k.startswith(HEADS) or k.startswith("head.norm.")}
     own = {k: v for k, v in own.items() if not k.startswith("fc_norm.")}
     ours = {_encoder_name(net, name): name for name in own} | {name: name for name in own}
@@ -153,13 +181,7 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
     if odd:
         raise UserError(f"{path}: {odd} is {tuple(loaded[odd].shape)}, expected {tuple(own[odd].shape)}")
     net.load_state_dict(loaded, strict=False)
-    anew = sorted(set(net.state_dict()) - set(loaded))
-    others = [k for k in found if k not in ours and "position_index" not in k]
-    distributed.log(f"{path}: {distributed.load_report(len(loaded), anew, others)}")
-    if isinstance(model, Classifier):
-        init = nn.init.trunc_normal_ if is_convnext(net) else nn.init.normal_
-        init(model.head.weight, std=0.02 if is_convnext(net) else head_std)
-        nn.init.zeros_(model.head.bias)
+    return set(loaded), [k for k in found if k not in ours and "position_index" not in k]
 
 
 def resize_pos_embed(pos: Tensor, side: int) -> Tensor:

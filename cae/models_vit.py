@@ -6,6 +6,7 @@ Legend: B batch, N patches, T = N + 1 tokens, C width, h heads, G side of the pa
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,6 +206,8 @@ class VisionTransformer(nn.Module):
 
 # ---- checkpoints
 
+KEYS = ("model", "module", "state_dict")  # of the weights, in this order
+
 
 def _spline(knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Matrix (targets, knots) of not-a-knot cubic interpolation; targets beyond the knots take the outermost value."""
@@ -313,11 +316,26 @@ def load_pretrained(
     return result.missing_keys, result.unexpected_keys
 
 
+def named_weights(
+    state: dict[str, Any], path: str, keys: tuple[str, ...] = KEYS, prefix: str = ""
+) -> dict[str, Tensor]:
+    """The weights in a checkpoint read from path whose names begin with prefix, without it.
+
+    Args:
+        keys: the first of these keys that the file has holds the weights, else the file itself does.
+    Raises:
+        distributed.UserError: neither holds weights.
+    """
+    bare = state and all(isinstance(value, Tensor) for value in state.values())
+    weights = state if bare else distributed.weights_of(state, path, keys)
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
 def load_encoder(
     model: VisionTransformer,
     path: str,
     head_std: float = 0.0,
-    keys: tuple[str, ...] = ("model", "module", "state_dict"),
+    keys: tuple[str, ...] = KEYS,
     prefix: str = "",
     **kwargs,
 ) -> None:
@@ -325,15 +343,11 @@ def load_encoder(
 
     Args:
         head_std: the head is drawn anew from a normal of this width, cut at 2 (0 leaves it).
-        keys: the first of these keys that the file has holds the weights, else the file itself does.
-        prefix: of the weights' names. kwargs: as in `load_pretrained`.
+        keys, prefix: as in `named_weights`. kwargs: as in `load_pretrained`.
     Raises:
         distributed.UserError: the file cannot be read or holds another architecture.
     """
-    state = distributed.load(path)
-    bare = state and all(isinstance(value, Tensor) for value in state.values())
-    weights = state if bare else distributed.weights_of(state, path, keys)
-    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    weights = named_weights(distributed.load(path), path, keys, prefix)
     with distributed.user_errors(f"{path}: check --model, --input_size and --patch_size"):
         missing, unexpected = load_pretrained(model, weights, **kwargs)
     matched = len(model.state_dict()) - len(missing)

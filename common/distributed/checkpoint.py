@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from common.distributed.metrics import EpochLog, RunLog
@@ -72,6 +74,19 @@ def local_file(path: str) -> str:
     return str(target)
 
 
+def _read(path: str) -> Any:
+    """Content of a file of torch's, or of a .safetensors: its tensors under 'model', its flags under 'args'."""
+    if Path(path).suffix != ".safetensors":
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb"), safe_open(path, "pt") as file:  # open() tells what is wrong with a path
+        names, metadata = file.keys(), file.metadata() or {}
+        return {
+            "model": {name: file.get_tensor(name) for name in names},
+            "args": json.loads(metadata.get("args", "{}")),
+        }
+
+
 def load(path: str) -> dict[str, Any]:
     """Read a checkpoint file or https address as tensors and plain values.
 
@@ -80,8 +95,7 @@ def load(path: str) -> dict[str, Any]:
     """
     path = local_file(path)
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint file") from error
     except IsADirectoryError as error:

@@ -1,0 +1,388 @@
+"""The encoder of a checkpoint as a folder for timm and for a hub, or as one safetensors file.
+
+Usage: python scripts/export.py METHOD CHECKPOINT OUT [--format timm|safetensors] [--model ... --pool ...]
+timm: OUT is a folder with model.safetensors, config.json and README.md, a model card;
+`timm.create_model("local-dir:OUT", pretrained=True)` loads it. safetensors: OUT is a file with the weights under the
+method's own names, which every tool and main here reads like a checkpoint. Fine-tuned and probed checkpoints keep their
+classifier. What was written is read back and compared before OUT appears.
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import timm
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from timm.models import PretrainedCfg
+from timm.models._hub import generate_readme, save_for_hf
+from torch import Tensor
+
+from common import distributed
+from common.distributed import Exit, UserError
+from scripts import backbones
+
+TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
+WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
+
+# Paper, the authors' repository and its licence.
+SOURCES = {
+    "saim": (
+        "Exploring Stochastic Autoregressive Image Modeling for Visual Representation (AAAI 2023)",
+        "https://github.com/qiy20/SAIM",
+        "MIT",
+    ),
+    "semaim": (
+        "Semantic-Aware Autoregressive Image Modeling for Visual Representation Learning (AAAI 2024)",
+        "https://github.com/skyoux/SemAIM",
+        "MIT",
+    ),
+    "cae": (
+        "Context Autoencoder for Self-Supervised Representation Learning (arXiv 2202.03026)",
+        "https://github.com/Atten4Vis/CAE",
+        "none given",
+    ),
+    "a2mim": (
+        "Architecture-Agnostic Masked Image Modeling - From ViT back to CNN (ICML 2023)",
+        "https://github.com/Westlake-AI/A2MIM",
+        "Apache-2.0",
+    ),
+    "udi": (
+        "Unsqueeze [CLS] bottleneck to Learn Rich Representations (ECCV 2024)",
+        "https://github.com/ISL-CV/udi",
+        "Apache-2.0",
+    ),
+}
+POOLS = {"token": "the class token of the last block", "avg": "the mean over the last block's positions"}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("Export an encoder", allow_abbrev=False)
+    backbones.add_flags(p, timm=False)
+    p.add_argument("out", metavar="OUT", help="folder, or with --format safetensors file, to write")
+    p.add_argument("--format", default="timm", choices=["timm", "safetensors"])
+    p.add_argument("--classes", default="", help="text file with the classes' names, one a line, for the timm folder")
+    p.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to OUT")
+    return p
+
+
+# ---- files
+
+
+def exported(out: Path) -> bool:
+    """Whether this script wrote a file or folder."""
+    with contextlib.suppress(OSError, ValueError, SafetensorError):
+        if out.is_dir():
+            return WRITTEN in json.loads((out / "config.json").read_text())
+        with safe_open(out, "pt") as file:
+            return WRITTEN in json.loads((file.metadata() or {}).get("args", "{}"))
+    return False
+
+
+def check_target(out: Path, form: str, overwrite: bool) -> None:
+    """Raise UserError unless OUT is free, or an earlier export that may be replaced."""
+    if form == "safetensors" and out.suffix != ".safetensors":
+        raise UserError(f"OUT {out}: expected a name that ends in .safetensors")
+    if not out.exists() or (form == "timm" and out.is_dir() and not any(out.iterdir())):
+        return
+    if out.is_dir() != (form == "timm"):
+        raise UserError(f"OUT {out}: is a {'folder' if out.is_dir() else 'file'}, which --format {form} does not write")
+    if not exported(out):
+        raise UserError(f"OUT {out}: exists and was not written by this script, expected a new name")
+    if not overwrite:
+        raise UserError(f"OUT {out}: exists; --overwrite replaces it")
+
+
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A path beside OUT to write to, which becomes OUT if all goes well, and else vanishes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    out = out.absolute()
+    part = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    old = part.with_name(f"{part.name}.old")
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in (*part.iterdir(), part) if part.is_dir() else (part,):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors writes for its owner only
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if out.is_dir() and any(out.iterdir()):
+            os.rename(out, old)
+        os.replace(part, out)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            os.rename(old, out)
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"OUT {out}: cannot be written ({why})") from error
+    finally:
+        for path in (part, old, *made):
+            with contextlib.suppress(OSError):  # what is not there, and of the folders made those that are not empty
+                path.unlink() if path.is_file() else path.rmdir() if path in made else shutil.rmtree(path)
+
+
+def sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def class_names(path: str, classes: int) -> list[str]:
+    """The lines of --classes; raises UserError unless there are as many as classes."""
+    try:
+        names = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {path}: cannot be read ({error})") from error
+    if len(names) != classes:
+        raise UserError(f"--classes {path}: has {len(names)} lines, the checkpoint has {classes} classes")
+    return names
+
+
+# ---- check
+
+
+class Disagreement(Exit):
+    """What was written does not do what the checkpoint does."""
+
+
+def photographs() -> list[Any]:
+    """Pictures that scikit-learn brings along, as PIL images."""
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+@torch.inference_mode()
+def outputs(backbone: Any, imgs: Tensor) -> dict[str, Tensor]:
+    """Features and, of a classifier, logits (B, ...) of a network of `load_backbone`."""
+    features = backbone(imgs)
+    return {"features": features} | ({} if backbone.head is None else {"logits": backbone.head(features)})
+
+
+@torch.inference_mode()
+def timm_outputs(model: Any, imgs: Tensor) -> dict[str, Tensor]:
+    """Features and, of a classifier, logits (B, ...) of a timm model."""
+    features = model.forward_head(model.forward_features(imgs), pre_logits=True)
+    return {"features": features} | ({"logits": model(imgs)} if model.num_classes else {})
+
+
+def report(expected: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+    """Print how far results are apart, by name; raises Disagreement if that is too far."""
+    if expected.keys() != found.keys():
+        raise Disagreement(f"{what} has {' and '.join(found)}, the checkpoint {' and '.join(expected)}")
+    for name, value in expected.items():
+        if found[name].shape != value.shape:
+            raise Disagreement(f"{name} of {what} are {tuple(found[name].shape)}, expected {tuple(value.shape)}")
+        scale = value.abs().max().item()
+        apart = (found[name] - value).abs().max().item()
+        distributed.log(f"{what}: largest difference of {name} {apart:.1e}, largest value {scale:.3g}")
+        if not apart <= TOLERANCE * max(1.0, scale):
+            raise Disagreement(f"{name} of {what} differ by {apart:.2e}, expected at most {TOLERANCE:g}")
+
+
+def check_timm(folder: Path, backbone: Any) -> None:
+    """Compare the folder's network, read anew, with the checkpoint's on photographs and noise.
+
+    In float64, as the two sum in different orders: what remains are weights and architecture.
+    Raises:
+        Disagreement: they differ.
+    """
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    own = backbones.eval_transform(backbone)
+    other: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    views = [torch.stack([view(photo) for photo in photographs()]) for view in (own, other)]
+    noise = torch.randn(2, 3, backbone.input_size, backbone.input_size, generator=torch.Generator().manual_seed(0))
+    report({"pixels": views[0]}, {"pixels": views[1]}, "timm's view of 2 photographs")
+    ours, theirs = (torch.cat([view, noise]) for view in views)
+    expected, found = outputs(backbone, ours), timm_outputs(model, theirs)
+    apart = max((value - expected[name]).abs().max().item() for name, value in found.items())
+    exact = outputs(copy.deepcopy(backbone).double(), ours.double())
+    if not model.num_classes:  # a classifier that timm cannot express was left out, which the notes say
+        exact.pop("logits", None)
+    report(exact, timm_outputs(model.double(), theirs.double()), "timm's network, in float64")
+    distributed.log(f"in float32, as it will run: largest difference {apart:.1e}")
+
+
+def check_safetensors(path: Path, backbone: Any, load_backbone: Any) -> None:
+    """Compare the file's network, read anew, with the checkpoint's; raises Disagreement if any bit differs."""
+    again = load_backbone(str(path))
+    for name in (
+        "model_name",
+        "input_size",
+        "patch_size",
+        "embed_dim",
+        "pool",
+        "mean",
+        "std",
+        "crop_pct",
+        "interpolation",
+    ):
+        own, found = getattr(backbone, name), getattr(again, name)
+        if own != found:
+            raise Disagreement(f"{name} of the written file is {found}, expected {own}")
+    imgs = torch.stack([backbones.eval_transform(again)(photo) for photo in photographs()])
+    imgs = torch.cat([imgs, torch.randn(imgs.shape, generator=torch.Generator().manual_seed(0))])
+    expected, found = outputs(backbone, imgs), outputs(again, imgs)
+    report(expected, found, "the written file")
+    if not all(torch.equal(found[name], value) for name, value in expected.items()):
+        raise Disagreement("the written file's numbers are not those of the checkpoint")
+
+
+# ---- what is written
+
+
+def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """A run's flags without empty ones and without the folders of its machine."""
+    shown = {k: Path(v).name if isinstance(v, str) and os.sep in v else v for k, v in flags.items()}
+    return {k: v for k, v in sorted(shown.items()) if v is not None and v is not False and v not in ("", [])}
+
+
+def details(method: str, backbone: Any, form: Any, epoch: Any, source: dict[str, str]) -> dict[str, Any]:
+    """The model card's facts, by their titles."""
+    paper, repository, licence = SOURCES[method]
+    flags = plain_flags(backbone.args)
+    count = sum(value.numel() for value in form.weights.values())
+    about = {
+        "Method": f"{method}: {paper}; authors' code: {repository}",
+        "Architecture": f"{backbone.model_name}; in timm {form.architecture}, of the sizes in config.json",
+        "Weights": f"{count:,}",
+        "Features": f"{backbone.embed_dim} numbers an image, {POOLS[form.pool]}",
+        "Classes": form.num_classes or "none: the encoder only",
+        "Images": f"{backbone.input_size} x {backbone.input_size} pixels, shorter side resized to "
+        f"{int(backbone.input_size / backbone.crop_pct)} ({backbone.interpolation}), centre crop; "
+        f"mean {backbone.mean}, std {backbone.std}",
+        "Trained on": flags.get("dataset") or flags.get("data_path") or "the checkpoint does not tell",
+        "Epochs": f"{flags.get('epochs', 'not told')}; the checkpoint's own counter says {epoch}",
+        "Checkpoint": f"{source['file']}, sha256 `{source['sha256']}`",
+        "Licence": f"of these weights: that of whoever trained them, and of the images; authors' repository: {licence}",
+    }
+    if form.notes:
+        about["Not as in the checkpoint"] = form.notes
+    if flags:
+        about["Flags of the run"] = {k: f"`{v}`" for k, v in flags.items()}
+    return about
+
+
+USAGE = """```python
+import timm
+import torch
+from PIL import Image
+
+# Beside this folder; on a hub: "hf-hub:<user>/{name}"
+model = timm.create_model("local-dir:{name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+images = transform(Image.open("photo.jpg").convert("RGB"))[None]  # any picture
+with torch.no_grad():
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+print(features.shape)  # (1, {dim})
+{logits}```
+"""
+LOGITS = """with torch.no_grad():
+    print(model(images).softmax(-1).topk({few}))  # classes and their probabilities
+"""
+
+
+def write_timm(folder: Path, name: str, method: str, backbone: Any, form: Any, labels: list[str], **origin) -> None:
+    """Write the weights, timm's configuration and a model card."""
+    known: Any = timm.get_pretrained_cfg(form.architecture)
+    size = backbone.input_size
+    about = PretrainedCfg(
+        architecture=form.architecture,
+        input_size=(3, size, size),
+        fixed_input_size=known.fixed_input_size,
+        interpolation=backbone.interpolation,
+        crop_pct=backbone.crop_pct,
+        mean=tuple(backbone.mean),
+        std=tuple(backbone.std),
+        num_classes=form.num_classes,
+        first_conv=known.first_conv,
+        classifier=known.classifier,
+    )
+    with distributed.user_errors(f"timm's {form.architecture}"):
+        model = timm.create_model(
+            form.architecture, num_classes=form.num_classes, pretrained_cfg=about.to_dict(), **form.model_args
+        )
+        model.load_state_dict(form.weights)
+    source = origin["source"]
+    config = {"global_pool": form.pool, WRITTEN: {"method": method, **source}}
+    if labels:
+        config["label_names"] = labels
+    save_for_hf(model, str(folder), model_config=config, model_args=form.model_args, safe_serialization=True)
+    task = "image-classification" if form.num_classes else "image-feature-extraction"
+    few = min(5, form.num_classes)
+    card = {
+        "tags": [task, "timm", method],
+        "license": "other",
+        "license_name": "see-below",
+        "description": f"A network trained by {method}, written from a checkpoint for timm.",
+        "details": details(method, backbone, form, **origin),
+        "usage": USAGE.format(name=name, dim=backbone.embed_dim, logits=LOGITS.format(few=few) if few else ""),
+    }
+    (folder / "README.md").write_text(generate_readme(card, name, task), encoding="utf-8")
+
+
+def write_safetensors(path: Path, method: str, backbone: Any, source: dict[str, str]) -> None:
+    """Write the method's own weights, with what `load_backbone` needs to know as JSON in the file's metadata."""
+    names = ("input_size", "patch_size", "pool", "mean", "std", "crop_pct", "interpolation")
+    known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in names}
+    weights = {k: v.detach().clone().contiguous() for k, v in backbone.weights().items()}
+    # One entry: several stand in random order, and equal exports are to be equal files.
+    save_file(weights, path, {"args": json.dumps(backbone.args | known | {WRITTEN: source}, default=str)})
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.checkpoint == "random" or Path(args.checkpoint).is_dir():
+        raise UserError(f"CHECKPOINT {args.checkpoint}: expected a checkpoint file or https address")
+    if args.classes and args.format != "timm":
+        raise UserError("--classes: only a timm folder has names of classes")
+    out = Path(args.out)
+    check_target(out, args.format, args.overwrite)
+    # ---- network
+    backbone = backbones.load(args)
+    module = importlib.import_module(f"{args.method}.features")
+    source = {"file": Path(args.checkpoint).name, "sha256": sha256(distributed.local_file(args.checkpoint))}
+    # ---- files
+    if args.format == "safetensors":
+        with appearing(out) as path:
+            write_safetensors(path, args.method, backbone, source)
+            check_safetensors(path, backbone, module.load_backbone)
+    else:
+        form = module.timm_form(backbone)
+        labels = class_names(args.classes, form.num_classes) if args.classes else []
+        state = distributed.load(args.checkpoint)
+        meta = state.get("meta") if isinstance(state.get("meta"), dict) else {}
+        epoch = state.get("epoch", meta.get("epoch", "nothing"))  # type: ignore[union-attr]
+        with appearing(out) as path:
+            write_timm(path, out.absolute().name, args.method, backbone, form, labels, epoch=epoch, source=source)
+            check_timm(path, backbone)
+        for note in form.notes:
+            distributed.log(note)
+    distributed.log(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
