@@ -70,14 +70,14 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
 # ---- data sets: items are (PIL image, class index)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to return what they are given
     """The image in 8-bit RGB; Pillow alone would clip 16-bit greyscale, which would be white nearly everywhere."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
-def read_image(path: str | Path) -> Any:  # an image, but transforms are typed to return what they are given
+def read_image(path: str | Path) -> Any:
     """An image file as 8-bit RGB; raises what Pillow raises."""
     with Image.open(path) as image:
         return to_rgb(image)
