@@ -151,7 +151,7 @@ def read(images: Any, index: int, size: int) -> tuple[Tensor, int]:
     """
     try:
         image, label = images[index]
-        image = image.convert("RGB")
+        image = datasets.to_rgb(image)
     except Exception as error:  # Pillow raises many types for damaged files
         where = images.samples[index][0] if hasattr(images, "samples") else f"image {index}"
         raise UserError(f"{where}: unreadable image ({' '.join(str(error).split())})") from error

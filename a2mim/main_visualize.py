@@ -12,13 +12,12 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
-from torchvision.datasets.folder import default_loader
 
 from a2mim import config, data, main_pretrain
 from a2mim.engine_pretrain import reconstruct
 from a2mim.openmixup import load_openmixup_state_dict
 from a2mim.pictures import save_reconstructions
-from common import distributed
+from common import datasets, distributed
 
 PER_PICTURE = 4  # images, as during pre-training
 
@@ -37,7 +36,7 @@ def _image_of(dataset: Any, index: int) -> Any:
 
 def chosen_images(args: argparse.Namespace) -> list[Any]:
     """PIL images of the flags; raises UserError for one that cannot be read."""
-    read: Callable[[Any], Any] = default_loader
+    read: Callable[[Any], Any] = datasets.read_image
     names: list[Any] = args.images
     if not names:
         dataset = data.images(args, train=False, labelled=False)
@@ -50,7 +49,7 @@ def chosen_images(args: argparse.Namespace) -> list[Any]:
     images = []
     for name in names:
         try:
-            images.append(read(name).convert("RGB"))
+            images.append(datasets.to_rgb(read(name)))
         except Exception as error:  # Pillow raises many types for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise distributed.UserError(f"{name}: unreadable image ({reason})") from error

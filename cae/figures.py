@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import default_loader
 
 from common import datasets
 from common.distributed import UserError
@@ -66,7 +65,7 @@ def read_images(paths: list[str], input_size: int) -> Tensor:
     images = []
     for path in paths:
         try:
-            images.append(transform(default_loader(path)))
+            images.append(transform(datasets.read_image(path)))
         except Exception as error:  # Pillow raises many types for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{path}: unreadable image ({reason})") from error

@@ -32,7 +32,7 @@ from torch.utils.data import (
 )
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common.distributed import (
     Position,
@@ -70,6 +70,19 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
 # ---- data sets: items are (PIL image, class index)
 
 
+def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to return what they are given
+    """The image in 8-bit RGB; Pillow alone would clip 16-bit greyscale, which would be white nearly everywhere."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> Any:
+    """An image file as 8-bit RGB; raises what Pillow raises."""
+    with Image.open(path) as image:
+        return to_rgb(image)
+
+
 class UnlabelledImages(Dataset):
     """Images directly in one folder, class 0."""
 
@@ -80,7 +93,7 @@ class UnlabelledImages(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return default_loader(self.samples[index][0]), 0
+        return read_image(self.samples[index][0]), 0
 
 
 class ListedImages(Dataset):
@@ -114,7 +127,7 @@ class ListedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return default_loader(path), label
+        return read_image(path), label
 
 
 def image_dataset(
@@ -159,7 +172,7 @@ def image_dataset(
         if not len(flat):
             raise UserError(f"{root}: has no class folders and no images, expected {root}/<class>/<image>")
         return flat
-    dataset = ImageFolder(str(root), allow_empty=True)
+    dataset = ImageFolder(str(root), loader=read_image, allow_empty=True)
     used = {target for _, target in dataset.samples}
     empty = [c for c, target in dataset.class_to_idx.items() if target not in used]
     if empty:
@@ -311,7 +324,7 @@ class _Samples(Dataset):
         reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
         image, target = self.base[index] if reader is None else reader[index]
         image = image if isinstance(image, Image.Image) else Image.open(image)
-        return image.convert("RGB"), target
+        return to_rgb(image), target
 
     def _name(self, index: int) -> str:
         samples = getattr(self.base, "samples", None)

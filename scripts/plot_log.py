@@ -29,7 +29,10 @@ def read_log(path: str) -> Run:
     Raises:
         UserError: the file cannot be read or has no line of a run.
     """
-    file = Path(path) / "log.txt" if Path(path).is_dir() else Path(path)
+    file = Path(path)
+    if file.is_dir():
+        named = sorted(file.glob("*.log.txt"))  # SemAIM's are named after model and experiment
+        file = named[0] if len(named) == 1 and not (file / "log.txt").exists() else file / "log.txt"
     try:
         lines = file.read_text(errors="replace").splitlines()
     except OSError as error:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import datasets, distributed
 from common.distributed import UserError
@@ -121,7 +121,7 @@ def read_images(paths: list[str], input_size: int) -> Tensor:
     images = []
     for path in paths:
         try:
-            images.append(transform(default_loader(path)))
+            images.append(transform(datasets.read_image(path)))
         except Exception as error:  # Pillow raises many types for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{path}: unreadable image ({reason})") from error

@@ -12,7 +12,6 @@ from scipy.io import loadmat
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset
 from torchvision.datasets import Flowers102
-from torchvision.datasets.folder import default_loader
 
 from common import datasets
 from common.distributed import UserError, log, on_main_first
@@ -110,7 +109,7 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return default_loader(path), label
+        return datasets.read_image(path), label
 
 
 @contextlib.contextmanager

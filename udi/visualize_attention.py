@@ -13,7 +13,6 @@ import torch
 from matplotlib.image import imsave
 from torch import Tensor
 from torchvision import transforms
-from torchvision.datasets.folder import default_loader
 from torchvision.utils import make_grid
 
 from common import datasets, distributed
@@ -53,7 +52,7 @@ def read_image(path: str | None, size: list[int], patch_size: int) -> Tensor:
         )
     resize = transforms.Resize((size[0], size[-1]))
     try:
-        image = transforms.Compose([resize, *datasets.tensor_and_normalize()])(default_loader(path))
+        image = transforms.Compose([resize, *datasets.tensor_and_normalize()])(datasets.read_image(path))
     except Exception as error:  # Pillow raises many types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise distributed.UserError(f"--image_path {path}: unreadable image ({reason})") from error

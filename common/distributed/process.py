@@ -222,12 +222,15 @@ def main_does(action: Callable[[], None]) -> None:
         raise error or UserError("process 0 could not go on")
 
 
-# Rank, world size and local rank as told by torchrun and torch.distributed.launch, OpenMPI (--dist_on_itp) and SLURM.
+# Rank, world size and local rank as told by torchrun and torch.distributed.launch, OpenMPI (--dist_on_itp) and SLURM,
+# whose SLURM_NTASKS is the whole job's: a shell or step with fewer tasks tells so by SLURM_STEP_NUM_TASKS.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
+ALONE = "(a single one is started by RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 python ...)"
 
 
 def _rendezvous() -> tuple[int, int, int]:
@@ -242,6 +245,11 @@ def _rendezvous() -> tuple[int, int, int]:
                     nodes = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
                 env["MASTER_ADDR"] = nodes.split()[0]
             env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
+            if (
+                world > 1 and own_rank == 0 and names[0] != "RANK"
+            ):  # a batch script's variables tell of srun's processes
+                where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+                log(f"{names[1]}={world}: waiting for {world - 1} more processes at {where}", ALONE)
             return own_rank, world, local
     return 0, 1, 0
 
@@ -253,7 +261,7 @@ def init(device: str = "auto", deterministic: bool = False) -> torch.device:
         device: "auto" (CUDA where present, else CPU), "cpu", "cuda" or "cuda:<index>".
         deterministic: cuDNN's deterministic kernels instead of the fastest.
     Raises:
-        UserError: the device is unknown or absent.
+        UserError: the device is unknown or absent, or the processes do not meet.
     """
     cuda = torch.cuda.is_available()
     try:
@@ -277,7 +285,11 @@ def init(device: str = "auto", deterministic: bool = False) -> torch.device:
         torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=own_rank, world_size=world)
+        try:
+            dist.init_process_group(backend, rank=own_rank, world_size=world)
+        except RuntimeError as error:  # the port is taken, the address unknown, or others did not come
+            where = " ".join(f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(f"{where}: {world} processes did not meet ({str(error).splitlines()[0]})") from error
     return chosen
 
 

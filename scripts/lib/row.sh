@@ -132,6 +132,11 @@ execute() {
     "${command[@]}"
 }
 
+# A signal for the whole job step (SLURM's before its time limit) is for the run, which saves: the shell waits for it, and
+# the launcher passes on SIGUSR1, too.
+trap : TERM USR1
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+
 # ---- arguments; the stages are those of the script's lines "launch ...", "evaluate ..." and "convert ..."
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 stages=$(sed -nE 's/^(launch|evaluate|convert) ([a-z0-9_]+) .*/\2/p' "$0" | xargs)

@@ -413,3 +413,14 @@ def test_transforms_keep_three_channels(tmp_path):
         Image.new(mode, (20, 30)).save(folder / ("a.tiff" if mode == "CMYK" else "a.png"))
         image, _ = datasets.image_dataset(str(tmp_path / mode), True, labelled=False)[0]
         assert transforms.ToTensor()(image).shape == (3, 30, 20)
+
+
+def test_images_of_every_kind_become_rgb(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(grey).save(tmp_path / "0.png")
+    Image.fromarray(grey.astype(np.uint16) * 256 + 255).save(tmp_path / "1.png")  # 16 bits
+    Image.fromarray(np.stack([grey] * 3 + [grey // 2], axis=-1), "RGBA").save(tmp_path / "2.png")
+    images = datasets.image_dataset(str(tmp_path), train=True, labelled=False)
+    for i in range(3):
+        assert images[i][0].mode == "RGB"
+        assert np.array_equal(np.asarray(images[i][0]), np.stack([grey] * 3, axis=-1)), i

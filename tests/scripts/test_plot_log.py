@@ -37,6 +37,14 @@ def test_read_log__skips_nulls_and_torn_lines(tmp_path):
     assert plot_log.read_log(str(tmp_path)) == plot_log.read_log(str(tmp_path / "log.txt")) == expected
 
 
+def test_read_log__finds_a_log_of_another_name_if_there_is_one(tmp_path):
+    (tmp_path / "aim_nano.exp.log.txt").write_text('{"train_loss": 2.0, "epoch": 0}\n')
+    assert plot_log.read_log(str(tmp_path)) == {0: {"train_loss": 2.0, "epoch": 0}}
+    (tmp_path / "aim_nano.exp2.log.txt").write_text("")
+    with pytest.raises(distributed.UserError, match=r"/log.txt: cannot be read"):
+        plot_log.read_log(str(tmp_path))
+
+
 def test_plot__panels_and_legends(runs):
     read = {name: plot_log.read_log(path) for name, path in sorted(runs.items())}
     loss, accuracy, rate = plot_log.plot(read).axes

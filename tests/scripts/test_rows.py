@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -523,6 +525,20 @@ def test_failed_stage__stops_the_script(fake):
     # What ran is what the dry run shows.
     shown = dry_run("saim_vit_base_800e", "pretrain", **fake)["pretrain"]
     assert [f"python {call}".split() for call in calls(fake)] == [" ".join(shlex.split(shown)).split()]
+
+
+def test_signal_for_all_processes__lets_the_run_save(fake):
+    saves = "trap 'sleep 0.5; echo $PET_SIGNALS_TO_HANDLE >saved; exit 138' USR1"
+    (fake["cwd"] / "bin" / "python").write_text(f"#!/bin/sh\n{saves}\n>started\nwhile :; do sleep 0.05; done\n")
+    script = ["bash", str(ROOT / "scripts" / "saim_vit_base_800e.sh"), "pretrain"]
+    env = {**os.environ, **{k: v for k, v in fake.items() if k != "cwd"}}
+    process = subprocess.Popen(script, cwd=fake["cwd"], env=env, start_new_session=True)
+    while not (fake["cwd"] / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGUSR1)
+    assert process.wait(timeout=60) == 138
+    assert "SIGUSR1" in (fake["cwd"] / "saved").read_text()
 
 
 def test_row__runs_and_resumes_at_toy_size(tmp_path, digits):
