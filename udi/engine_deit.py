@@ -232,24 +232,10 @@ def fit(
     position = checkpoint.resume(resume, args.start_epoch)
     if ema is not None and "model_ema" in checkpoint.missing:
         ema.set(plain)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    images_per_step = args.batch_size * distributed.world_size()
     groups = updater.optimizer.param_groups
-    for epoch in range(position.epoch, args.epochs):
+    for epoch, epoch_log in checkpoint.epochs(loader, position, {"loss": "train/loss", "lr": "train/lr"}):
         set_lr(scheduler, epoch)
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            updater.device,
-            run_log=run_log,
-            tags={"loss": "train/loss", "lr": "train/lr"},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+        with checkpoint.on_exit(epoch_log):
             lr = groups[0]["lr"]
             stats = train_one_epoch(
                 model,
@@ -262,20 +248,17 @@ def fit(
                 ema,
                 args.seed,
             )
-        start, sums = 0, {}
-        # An evaluation may be stopped: it is repeated from here.
-        meters = distributed.gather(epoch_log.sums(len(loader)))
-        checkpoint.save(distributed.Position(epoch, len(loader) * images_per_step, meters))
+        checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
         test = evaluate(plain, val_loader, updater)
         improved = test["acc1"] > checkpoint.best
         checkpoint.best = max(checkpoint.best, test["acc1"])
-        run_log.scalars({f"test/{k}": v for k, v in test.items()}, (epoch + 1) * len(loader))
+        epoch_log.run_log.scalars({f"test/{k}": v for k, v in test.items()}, (epoch + 1) * len(loader))
         text_log(
             f"epoch {epoch}: train loss {stats['loss']:.4f}, test loss {test['loss']:.4f}, "
             f"Acc@1 {test['acc1']:.3f}, Acc@5 {test['acc5']:.3f}, max accuracy {checkpoint.best:.3f}"
         )
         line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}
-        run_log.epoch(line | {"max_accuracy": checkpoint.best, "epoch": epoch, "n_parameters": n_parameters})
+        epoch_log.run_log.epoch(line | {"max_accuracy": checkpoint.best, "epoch": epoch, "n_parameters": n_parameters})
         if improved:
             checkpoint.save(distributed.Position(epoch + 1), checkpoint.files.variant("best"))
         checkpoint.save(distributed.Position(epoch + 1))

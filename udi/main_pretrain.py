@@ -210,22 +210,14 @@ def main(args: argparse.Namespace) -> None:
         **({"fp16_scaler": updater.scaler} if updater.scaler.is_enabled() else {}),
     )
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}/{args.epochs}]",
-            len(loader),
-            args.batch_size,
-            device,
-            print_freq=10,
-            run_log=run_log,
-            tags={name: f"train/{name}" for name in ("loss", "lr", "wd", "mean_entropy", "entropy")},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step, updater):
+    for epoch, epoch_log in checkpoint.epochs(
+        loader,
+        position,
+        {name: f"train/{name}" for name in ("loss", "lr", "wd", "mean_entropy", "entropy")},
+        f"Epoch: [{{epoch}}/{args.epochs}]",
+        print_freq=10,
+    ):
+        with checkpoint.on_exit(epoch_log, updater):
             stats = train_one_epoch(
                 net,
                 teacher,
@@ -237,8 +229,7 @@ def main(args: argparse.Namespace) -> None:
                 args.seed,
             )
         warn_of_collapse(stats, args.out_dim, args.batch_size)
-        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
-        start, sums = 0, {}
+        epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; checkpoint.pth is in {args.output_dir or 'no folder'}")
 
