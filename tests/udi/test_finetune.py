@@ -14,7 +14,7 @@ from torchvision import transforms
 from common import distributed
 from tests.helpers import ROOT, golden_files, load_golden
 from tests.runs import assert_same, mistake, run_main, spoil
-from tests.udi.checkpoints import pretraining_file
+from tests.udi import weights as files
 from udi import main_finetune, main_linprobe
 from udi.backbone import load_backbone
 from udi.eval_finetuning import extract_backbone_weights_for_finetuning as extract
@@ -31,7 +31,7 @@ EXTRACT = "eval_finetuning/extract_backbone_weights_for_finetuning.py"
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> str:
-    return pretraining_file(tmp_path_factory.mktemp("pretraining"))
+    return files.pretrained(tmp_path_factory.mktemp("pretraining"), *files.SIXTEEN)
 
 
 def state_of(folder: Path, name: str = "checkpoint.pth") -> dict[str, Any]:
