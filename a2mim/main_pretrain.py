@@ -9,11 +9,11 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-from a2mim import config, data, optim, setup
+from a2mim import config, data, optim, training
 from a2mim.backbones import BACKBONES, insertion_stride
 from a2mim.config import boolean
 from a2mim.engine_pretrain import train_one_epoch
-from a2mim.files import run_files
+from a2mim.files import resume_path, run_files
 from a2mim.losses import PIXEL_LOSSES, MIMLoss
 from a2mim.masking_generator import BlockwiseMaskGenerator
 from a2mim.models_a2mim import MASK_TOKENS, MaskedImageModel, build_masked
@@ -164,16 +164,16 @@ def main(args: argparse.Namespace) -> None:
     loader, context = build_data(args, device)
     if context["filled_target"]:
         distributed.log("simmim with --mask_color mean: masked targets are the mean colour, too, as upstream")
-    setup.check_last_batch(args, loader, args.input_size)
+    training.check_last_batch(args, loader, args.input_size)
     # ---- model
     model = build_model(args)
-    resume = setup.resume_path(args)
-    net = setup.prepare(args, model, device, starts=not resume)
+    resume = resume_path(args)
+    net = training.prepare(args, model, device, starts=not resume)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
     schedule = optim.lr_config(args)
     optim.check_schedule(schedule, args.epochs)
-    updater = setup.build_updater(args, optimizer, model, loader)
+    updater = training.build_updater(args, optimizer, model, loader)
     # ---- loop
     checkpoint = distributed.Checkpoint(
         args.output_dir,
