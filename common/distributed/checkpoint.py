@@ -316,6 +316,12 @@ class Checkpoint:
         log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")
         return position
 
+    def run_log(self, epoch: int, done: float, ticks: int = 1000) -> RunLog:
+        """The run's logs, continued from the share `done` of `epoch`; what the resumed run wrote later is cut off."""
+        return RunLog(
+            self.log_folder, self.files.log, self.files.events, (epoch + done) * ticks, ticks, self._log_bytes
+        )
+
     def epochs(
         self,
         loader: "Loader",
@@ -325,7 +331,7 @@ class Checkpoint:
         print_freq: int = 20,
         ticks: int = 0,
     ) -> Iterator[tuple[int, EpochLog]]:
-        """The epochs from a position on and the log of each; what the resumed run logged later is cut off.
+        """The epochs from a position to the last one, and the log of each.
 
         Args:
             tags: TensorBoard scalars to write per update, {value name: tag}.
@@ -333,9 +339,7 @@ class Checkpoint:
             ticks: units of TensorBoard's horizontal axis per epoch, default one per step.
         """
         start, sums = loader.start(position)
-        ticks = ticks or len(loader)
-        begin = (position.epoch + start / len(loader)) * ticks
-        run_log = RunLog(self.log_folder, self.files.log, self.files.events, begin, ticks, self._log_bytes)
+        run_log = self.run_log(position.epoch, start / len(loader), ticks or len(loader))
         for epoch in range(position.epoch, self.args.epochs):
             title, steps, images = header.format(epoch=epoch, done=epoch + 1), len(loader), loader.batch_size
             yield epoch, EpochLog(title, steps, images, loader.device, print_freq, run_log, tags, epoch, start, sums)
