@@ -17,7 +17,7 @@ from udi import optim
 from udi.backbone import ALIASES
 from udi.engine_pretrain import Rates, train_one_epoch
 from udi.files import Prefixed
-from udi.flags import boolean, limit
+from udi.flags import PRETRAIN_RANGES, boolean, limit
 from udi.loss import UDILoss
 from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
 from udi.udi_augmentation import DataAugmentation, collate
@@ -161,6 +161,7 @@ def warn_of_collapse(stats: dict[str, float], prototypes: int, images: int) -> N
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, PRETRAIN_RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed)
     distributed.log(f"{Path(__file__).name} {vars(args)}")

@@ -25,6 +25,7 @@ from common.distributed.process import (
     amp_dtype,
     barrier,
     catch_signals,
+    check_ranges,
     gather,
     gather_to_main,
     init,
