@@ -53,7 +53,8 @@ def build_updater(
 
 def check_last_batch(args: argparse.Namespace, loader: datasets.Loader, size: int) -> None:
     """Raise UserError if a ResNet's last map of an epoch's last batch is a single pixel of a single image."""
-    last = loader.own_images() % args.batch_size or args.batch_size
+    left = 0 if loader.drop_last else len(loader.sampler) % args.batch_size
+    last = left or args.batch_size
     if "resnet" in args.backbone and size <= 32 and last == 1:
         raise distributed.UserError(
             f"--batch_size {args.batch_size}: an epoch's last batch has one image, too few for batch norm at {size} px"

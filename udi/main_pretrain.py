@@ -12,7 +12,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 from torch import nn
 
-from common import datasets, distributed, lr_sched
+from common import datasets, distributed
 from udi import optim
 from udi.backbone import ALIASES
 from udi.engine_pretrain import Rates, train_one_epoch
@@ -99,7 +99,7 @@ def build_teacher(student: MultiCropWrapper) -> MultiCropWrapper:
 def build_loss(args: argparse.Namespace) -> UDILoss:
     """The loss of the flags, with the teacher's temperature by epoch."""
     epochs = max(1, args.epochs)
-    temperatures = lr_sched.ramp_table(
+    temperatures = optim.ramp_table(
         args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, epochs
     )
     with distributed.user_errors("--number_cls_token and --include_patch"):
