@@ -2,11 +2,13 @@
 
 import argparse
 import ast
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common import distributed
 from common.distributed import UserError
 
 MAINS = {
@@ -14,6 +16,16 @@ MAINS = {
     "simmim": "main_pretrain.py",
     "finetune": "main_finetune.py",
     "linear": "main_linprobe.py",
+}
+RANGES = {  # of this method's flags
+    **dict.fromkeys(("save_every", "mask_patch_size", "train_size", "val_resize", "val_crop"), (1, math.inf)),
+    "ema_update_interval": (1, math.inf),
+    **dict.fromkeys(("save_recon_every", "recon_iters_per_epoch", "fft_weight", "mask_init"), (0, math.inf)),
+    "ema_warmup_iters": (0, math.inf),
+    **dict.fromkeys(("unmask_weight", "fft_unmask_weight", "ema", "warmup_ratio"), (0, 1)),
+    **dict.fromkeys(("eps", "focal_alpha", "focal_gamma", "gamma"), (0, 1e9)),
+    "mask_ratio": (1e-6, 1),
+    "ra_level": (0, 10),
 }
 NOT_IN_FILES = ("help", "config", "print_config", "cfg_options")
 
@@ -151,7 +163,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     """The flags of a command line on top of those of its configuration. Prints them and exits for --print_config.
 
     Raises:
-        UserError: the configuration cannot be read or names an unknown flag or value.
+        UserError: the configuration cannot be read or names an unknown flag or value, or one is out of range.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
@@ -171,6 +183,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if args.print_config:
         print(to_text(parser, args), end="")
         raise SystemExit(0)
+    distributed.check_ranges(args, RANGES)
     return args
 
 

@@ -120,24 +120,10 @@ def fit(
     schedule = optim.lr_config(args)
     optim.check_schedule(schedule, args.epochs)
     position = checkpoint.resume(resume, args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    images_per_step = args.batch_size * distributed.world_size()
     tags = {name: f"train/{name}" for name in ("loss", "lr", "grad_norm")}
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch + 1}]",
-            len(loader),
-            args.batch_size,
-            updater.device,
-            run_log=run_log,
-            tags=tags,
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
+    for epoch, epoch_log in checkpoint.epochs(loader, position, tags, "Epoch: [{done}]"):
         train()
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step, updater):
+        with checkpoint.on_exit(epoch_log, updater):
             stats = train_one_epoch(
                 model,
                 criterion,
@@ -149,13 +135,10 @@ def fit(
                 ema,
                 args.seed,
             )
-        start, sums = 0, {}
-        # An evaluation may be stopped: it is repeated from here.
-        meters = distributed.gather(epoch_log.sums(len(loader)))
-        checkpoint.save(distributed.Position(epoch, len(loader) * images_per_step, meters))
+        checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
         test = evaluate(ema.averaged() if ema is not None else plain, val_loader, updater)
-        run_log.scalars({f"val/{k}": v for k, v in test.items()}, (epoch + 1) * len(loader))
+        epoch_log.run_log.scalars({f"val/{k}": v for k, v in test.items()}, (epoch + 1) * len(loader))
         line = {f"train_{k}": v for k, v in stats.items()} | {f"val_{k}": v for k, v in test.items()}
-        run_log.epoch(line | {"epoch": epoch + 1})
+        epoch_log.run_log.epoch(line | {"epoch": epoch + 1})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; latest.pth is in {args.output_dir or 'no folder'}")

@@ -1,4 +1,4 @@
-"""Names of a run's files and what its checkpoints hold, as upstream's."""
+"""Names of a run's files, what its checkpoints hold, as upstream's, and which of them a run continues."""
 
 import argparse
 from pathlib import Path
@@ -27,3 +27,24 @@ def run_files(args: argparse.Namespace, iters_per_epoch: int) -> distributed.Fil
         values=values,
         epoch=1,
     )
+
+
+def resume_path(args: argparse.Namespace) -> str:
+    """The file of --resume; else latest.pth of --work_dir, if there is one; else ''.
+
+    Raises:
+        distributed.UserError: the run in --work_dir started from other weights than this one is to.
+    """
+    path = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
+    if not path or args.resume:
+        return path
+    stored = distributed.load(path).get("args")
+    for flag in ("pretrained", "load_checkpoint"):
+        given = getattr(args, flag)
+        began = stored.get(flag, given) if isinstance(stored, dict) else given
+        if given and Path(began).resolve() != Path(given).resolve():
+            raise distributed.UserError(
+                f"--{flag} {given}: the run in --work_dir {args.output_dir} began with "
+                f"{began or 'random weights'}; name another --work_dir, or continue it by --resume {path}"
+            )
+    return path

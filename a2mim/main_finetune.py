@@ -11,11 +11,11 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-from a2mim import config, data, optim, setup
+from a2mim import config, data, optim, training
 from a2mim.backbones import BACKBONES
 from a2mim.config import boolean
 from a2mim.engine_finetune import evaluate_checkpoint, fit
-from a2mim.files import run_files
+from a2mim.files import resume_path, run_files
 from a2mim.mix import Mix, ft_loss
 from a2mim.models_a2mim import Classifier, build_classifier
 from common import datasets, distributed
@@ -105,7 +105,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
     if train is None:
         return None, val_loader
     loader = data.train_loader(args, train, augment, device, args.repeated_aug)
-    setup.check_last_batch(args, loader, args.train_size)
+    training.check_last_batch(args, loader, args.train_size)
     return loader, val_loader
 
 
@@ -129,19 +129,19 @@ def run(
     loader, val_loader = loaders
     # ---- model
     if loader is None:
-        setup.prepare(args, model, device, starts=False)
+        training.prepare(args, model, device, starts=False)
         found = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
-        updater = distributed.Updater(optim.no_updates(), device, setup.precision(args))
+        updater = distributed.Updater(optim.no_updates(), device, training.precision(args))
         evaluate_checkpoint(found, model, val_loader, updater)
         return
-    resume = setup.resume_path(args)
-    net = setup.prepare(args, model, device, starts=not resume, resize_rel_pos=args.resize_rel_pos)
+    resume = resume_path(args)
+    net = training.prepare(args, model, device, starts=not resume, resize_rel_pos=args.resize_rel_pos)
     ema = None
     if args.ema:  # of weights that are those of process 0 by now
         ema = optim.EMA(model, args.ema, warmup_iters=args.ema_warmup_iters, update_interval=args.ema_update_interval)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
-    updater = setup.build_updater(args, optimizer, model, loader)
+    updater = training.build_updater(args, optimizer, model, loader)
     # ---- loop
     checkpoint = distributed.Checkpoint(
         args.output_dir,

@@ -9,11 +9,11 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-from a2mim import config, data, optim, setup
+from a2mim import config, data, optim, training
 from a2mim.backbones import BACKBONES, insertion_stride
 from a2mim.config import boolean
 from a2mim.engine_pretrain import train_one_epoch
-from a2mim.files import run_files
+from a2mim.files import resume_path, run_files
 from a2mim.losses import PIXEL_LOSSES, MIMLoss
 from a2mim.masking_generator import BlockwiseMaskGenerator
 from a2mim.models_a2mim import MASK_TOKENS, MaskedImageModel, build_masked
@@ -164,17 +164,16 @@ def main(args: argparse.Namespace) -> None:
     loader, context = build_data(args, device)
     if context["filled_target"]:
         distributed.log("simmim with --mask_color mean: masked targets are the mean colour, too, as upstream")
-    setup.check_last_batch(args, loader, args.input_size)
+    training.check_last_batch(args, loader, args.input_size)
     # ---- model
     model = build_model(args)
-    resume = setup.resume_path(args)
-    net = setup.prepare(args, model, device, starts=not resume)
+    resume = resume_path(args)
+    net = training.prepare(args, model, device, starts=not resume)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
     schedule = optim.lr_config(args)
     optim.check_schedule(schedule, args.epochs)
-    updater = setup.build_updater(args, optimizer, model, loader)
-    images_per_step = args.batch_size * distributed.world_size()
+    updater = training.build_updater(args, optimizer, model, loader)
     # ---- loop
     checkpoint = distributed.Checkpoint(
         args.output_dir,
@@ -185,8 +184,6 @@ def main(args: argparse.Namespace) -> None:
         scaler=updater.scaler,
     )
     position = checkpoint.resume(resume, args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
     tags = {name: f"train/{name}" for name in ("loss", "loss_spatial", "loss_freq", "lr", "grad_norm")}
 
     # The interval is told in iterations of --recon_iters_per_epoch; this run's epochs may have others.
@@ -201,19 +198,8 @@ def main(args: argparse.Namespace) -> None:
             except OSError as error:
                 distributed.log(f"WARNING: {path}: cannot be written ({error.strerror})")
 
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch + 1}]",
-            len(loader),
-            args.batch_size,
-            device,
-            run_log=run_log,
-            tags=tags,
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step, updater):
+    for epoch, epoch_log in checkpoint.epochs(loader, position, tags, "Epoch: [{done}]"):
+        with checkpoint.on_exit(epoch_log, updater):
             stats = train_one_epoch(
                 net,
                 loader,
@@ -224,8 +210,7 @@ def main(args: argparse.Namespace) -> None:
                 args.seed,
                 **context,
             )
-        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch + 1})
-        start, sums = 0, {}
+        epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch + 1})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; latest.pth is in {args.output_dir or 'no folder'}")
 

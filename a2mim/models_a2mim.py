@@ -230,8 +230,6 @@ def build_backbone(name: str, **keywords) -> Backbone:
 
 # ---- upstream's nested configurations
 
-ARCHES = {"SimMIMViT": "vit_", "MIMVisionTransformer": "vit_", "MIMConvNeXt": "convnext_", "ConvNeXt": "convnext_"}
-
 
 def _official_backbone(options: dict[str, Any], block_counts: Any, num_classes: int) -> Backbone:
     kind, arch = options["type"], options.get("arch", "base")

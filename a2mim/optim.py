@@ -144,6 +144,11 @@ class OfficialOptimizer:
 # ---- schedules
 
 
+def warmup_factor(step: float, warmup_steps: float, ratio: float = 0.0) -> float:
+    """Factor that grows linearly from ratio to 1 over warmup_steps."""
+    return 1.0 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - ratio)
+
+
 def lr_at(lr_config: dict[str, Any], base_lr: float, it: int, iters_per_epoch: int, epochs: int) -> float:
     """Learning rate at iteration `it`, counted from 0 over the whole run.
 
@@ -161,7 +166,7 @@ def lr_at(lr_config: dict[str, Any], base_lr: float, it: int, iters_per_epoch: i
             steps = lr_config["step"]
             if isinstance(steps, int):
                 steps = range(steps, epochs + 1, steps)
-            lr = max(lr_sched.multi_step(epoch, base_lr, steps, lr_config.get("gamma", 0.1)), low)
+            lr = max(base_lr * lr_config.get("gamma", 0.1) ** sum(epoch >= m for m in steps), low)
         case "CosineAnnealing" if lr_config.get("by_epoch", True):
             lr = lr_sched.cosine(epoch / epochs, base_lr, low)
         case "CosineAnnealing":
@@ -171,7 +176,7 @@ def lr_at(lr_config: dict[str, Any], base_lr: float, it: int, iters_per_epoch: i
             lr, ratio = lr_sched.cosine((it - warmup) / (total - warmup), base_lr, low), 0.0
         case policy:
             raise ValueError(f"policy {policy}: expected one of {', '.join(POLICIES)}")
-    return lr * lr_sched.warmup_factor(it, warmup, ratio) if it < warmup else lr
+    return lr * warmup_factor(it, warmup, ratio) if it < warmup else lr
 
 
 def lr_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -221,7 +226,7 @@ class EMA:
 
     def momentum_at(self, it: int) -> float:
         """Share of the average that the update after iteration `it` (from 0) keeps."""
-        return self.momentum * lr_sched.warmup_factor(it, self.warmup_iters, self.warmup_ratio)
+        return self.momentum * warmup_factor(it, self.warmup_iters, self.warmup_ratio)
 
     @torch.no_grad()
     def update(self, it: int, updater: distributed.Updater | None = None) -> None:

@@ -136,39 +136,22 @@ def fit(
     position = checkpoint.resume(resume, args.start_epoch)
     if ema is not None and "model_ema" in checkpoint.missing:
         ema.set(plain)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    images_per_epoch = len(loader) * args.batch_size * distributed.world_size()
     tags = {"loss": "loss/loss", "class_acc": "loss/class_acc"}
     tags |= {name: f"opt/{name}" for name in ("loss_scale", "lr", "min_lr", "weight_decay", "grad_norm")}
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            updater.device,
-            run_log=run_log,
-            tags=tags,
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, args.batch_size * distributed.world_size()):
+    for epoch, epoch_log in checkpoint.epochs(loader, position, tags):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(model, criterion, loader, updater, rates, epoch_log, mixup, ema, args.seed)
         line = {f"train_{k}": v for k, v in stats.items() if logged is None or k in logged}
-        start, sums = 0, {}
         if val_loader is not None:
-            # An evaluation may be stopped: it is repeated from here.
-            meters = distributed.gather(epoch_log.sums(len(loader)))
-            checkpoint.save(distributed.Position(epoch, images_per_epoch, meters))
+            checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
             test = evaluate(plain, val_loader, updater, **kwargs)
             improved = test["acc1"] > checkpoint.best
             checkpoint.best = max(checkpoint.best, test["acc1"])
             distributed.log(f"Max accuracy: {checkpoint.best:.2f}%")
-            run_log.scalars({f"perf/test_{k}": test[k] for k in ("acc1", "acc5", "loss")}, epoch)
+            epoch_log.run_log.scalars({f"perf/test_{k}": test[k] for k in ("acc1", "acc5", "loss")}, epoch)
             line |= {f"test_{k}": v for k, v in test.items()}
             if improved and best_name:
                 checkpoint.save(distributed.Position(epoch + 1), best_name)
-        run_log.epoch(line | {"epoch": epoch, "n_parameters": n_parameters})
+        epoch_log.run_log.epoch(line | {"epoch": epoch, "n_parameters": n_parameters})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir or 'no folder'}")

@@ -222,27 +222,15 @@ def main(args: argparse.Namespace) -> None:
     files = run_files(args, args.save_ckpt_freq, f"{args.exp_name}_")
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler)
     position = checkpoint.resume(resume_path(args), args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
     tags = {"loss": "loss/loss", "mlm_acc": "loss/mlm_acc", "loss_main": "loss_main/loss"}
     tags |= {"loss_align": "loss_align/loss"}
     tags |= {name: f"opt/{name}" for name in ("loss_scale", "lr", "min_lr", "weight_decay", "grad_norm")}
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            device,
-            run_log=run_log,
-            tags=tags,
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+    for epoch, epoch_log in checkpoint.epochs(loader, position, tags):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(net, loader, updater, rates, epoch_log, seed=args.seed, **context)
-        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch, "n_parameters": n_parameters})
-        start, sums = 0, {}
+        epoch_log.run_log.epoch(
+            {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch, "n_parameters": n_parameters}
+        )
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; {files.latest} is in {args.output_dir or 'no folder'}")
 

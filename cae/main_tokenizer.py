@@ -139,28 +139,21 @@ def main(args: argparse.Namespace) -> None:
         args.output_dir, args, model, optimizer=optimizer, scaler=updater.scaler, usage=usage
     )
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader))
     stats: dict[str, float] = {}
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            device,
-            run_log=run_log,
-            tags={name: name for name in ("loss", "error", "kl", "lr", "temperature", "code_error")},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+    for epoch, epoch_log in checkpoint.epochs(
+        loader,
+        position,
+        {name: name for name in ("loss", "error", "kl", "lr", "temperature", "code_error")},
+        ticks=1000,
+    ):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(
                 net, loader, updater, schedule, temperature, args.kl_weight, usage, epoch_log, args.seed
             )
-        run_log.scalars({name: stats[name] for name in ("codes_used", "perplexity")}, (epoch + 1) * run_log.ticks)
-        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
-        start, sums = 0, {}
+        epoch_log.run_log.scalars(
+            {name: stats[name] for name in ("codes_used", "perplexity")}, (epoch + 1) * epoch_log.run_log.ticks
+        )
+        epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))
         report(stats, args.num_tokens, epoch, args.epochs)
     distributed.log(f"{args.epochs} epochs done; checkpoint.pth and log.txt are in {args.output_dir}")

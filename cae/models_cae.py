@@ -344,7 +344,7 @@ def cae_loss(
     Args:
         labels: (B M,), the masked patches' visual tokens; others as `ContextAutoencoderViT.forward` returns them.
     Returns:
-        their sum, the two parts, and the share of tokens predicted right; () float32 each, the latter without gradient.
+        their sum and the two parts, () float32 each.
     """
     main = F.cross_entropy(logits.float(), labels)
     align = align_weight * F.mse_loss(predicted.float(), target.detach().float())

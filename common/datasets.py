@@ -475,10 +475,6 @@ class Loader:
         own = self.images // world_size() if self.sampler is None else len(self.sampler)
         return own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
 
-    def own_images(self) -> int:
-        """Training images of this process per epoch."""
-        return len(self) * self.batch_size if self.drop_last else len(self.sampler)
-
     def _full(self, step: int) -> int:
         """Images that training batch `step` must have."""
         return self.batch_size if self.drop_last else min(self.batch_size, len(self.sampler) - step * self.batch_size)

@@ -4,7 +4,7 @@ Continuous schedules take the fractional epoch, epoch + step / steps_per_epoch; 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,29 +47,9 @@ def cosine_table(
     return np.concatenate([np.linspace(start, base, warmup), final + 0.5 * (base - final) * (1 + np.cos(phase))])
 
 
-def ramp(step: float, start: float, end: float, length: float) -> float:
-    """Linear from start to end over `length` steps, then end (EMA decay)."""
-    return end if step >= length else start + (end - start) * step / length
-
-
-def ramp_table(start: float, end: float, length: int, total: int) -> NDArray[np.float64]:
-    """start to end inclusive over the first `length` entries, then end; cut at `total` (teacher temperature)."""
-    return np.concatenate([np.linspace(start, end, length), np.full(max(total - length, 0), end)])[:total]
-
-
-def multi_step(epoch: float, base: float, milestones: Sequence[float], gamma: float) -> float:
-    """base times gamma for every milestone reached."""
-    return base * gamma ** sum(epoch >= m for m in milestones)
-
-
 def cosine(position: float, base: float, final: float) -> float:
     """Half a cosine from base (position 0) to final (1). Positions below 0 follow the cosine, too."""
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * position))
-
-
-def warmup_factor(step: float, warmup_steps: float, ratio: float = 0.0) -> float:
-    """Factor that grows linearly from ratio to 1 over warmup_steps."""
-    return 1.0 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - ratio)
 
 
 def set_lr(param_groups: Iterable[dict], lr: float) -> None:

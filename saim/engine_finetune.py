@@ -106,35 +106,18 @@ def fit(
     plain = distributed.unwrap(model)
     n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     position = checkpoint.resume(resume, args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader))
-    images_per_epoch = len(loader) * args.batch_size * distributed.world_size()
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            updater.device,
-            run_log=run_log,
-            tags={"loss": "loss", "lr": "lr"},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, args.batch_size * distributed.world_size()):
+    for epoch, epoch_log in checkpoint.epochs(loader, position, {"loss": "loss", "lr": "lr"}, ticks=1000):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(model, criterion, loader, updater, schedule, epoch_log, mixup, args.seed)
-        # An evaluation may be stopped: it is repeated from here.
-        meters = distributed.gather(epoch_log.sums(len(loader)))
-        checkpoint.save(distributed.Position(epoch, images_per_epoch, meters))
+        checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
         test = evaluate(plain, val_loader, updater)
         checkpoint.best = max(checkpoint.best, test["acc1"])
         distributed.log(f"Max accuracy: {checkpoint.best:.2f}%")
-        run_log.scalars({f"perf/test_{k}": test[k] for k in ("acc1", "acc5", "loss")}, epoch)
-        run_log.epoch(
+        epoch_log.run_log.scalars({f"perf/test_{k}": test[k] for k in ("acc1", "acc5", "loss")}, epoch)
+        epoch_log.run_log.epoch(
             {f"train_{k}": v for k, v in stats.items()}
             | {f"test_{k}": v for k, v in test.items()}
             | {"epoch": epoch, "n_parameters": n_parameters}
         )
-        start, sums = 0, {}
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir or 'no folder'}")

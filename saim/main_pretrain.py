@@ -114,24 +114,10 @@ def main(args: argparse.Namespace) -> None:
     files = distributed.Files(every=args.save_freq)
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler)
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader))
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            device,
-            run_log=run_log,
-            tags={"loss": "train_loss", "lr": "lr"},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+    for epoch, epoch_log in checkpoint.epochs(loader, position, {"loss": "train_loss", "lr": "lr"}, ticks=1000):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(net, loader, updater, schedule, epoch_log, args.seed)
-        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
-        start, sums = 0, {}
+        epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; checkpoint.pth and log.txt are in {args.output_dir}")
 

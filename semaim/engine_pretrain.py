@@ -68,6 +68,11 @@ def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor], guide: Guide | No
     return model(imgs, tokens=tokens, attention_maps=maps)[0]
 
 
+def ema_decay(epoch: int) -> float:
+    """0.999, growing linearly to 0.9999 over 100 epochs (upstream engine_pretrain.py@ade770f)."""
+    return 0.9999 if epoch >= 100 else 0.999 + (0.9999 - 0.999) * epoch / 100
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: Loader,
@@ -94,7 +99,7 @@ def train_one_epoch(
     updater.start_epoch()
     groups = updater.optimizer.param_groups
     if ema is not None:
-        ema.decay = lr_sched.ramp(epoch_log.epoch, 0.999, 0.9999, length=100)  # upstream engine_pretrain.py@ade770f
+        ema.decay = ema_decay(epoch_log.epoch)
     for step, batch in epoch_log.steps(loader.batches(epoch_log.epoch, epoch_log.start)):
         if updater.is_first(step):
             lr_sched.set_lr(groups, schedule(epoch_log.epoch + step / len(loader)))

@@ -185,24 +185,12 @@ def main(args: argparse.Namespace) -> None:
     )
     if ema is not None and "ema_state_dict" in checkpoint.missing:
         ema.set(model)  # from a run without it
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            device,
-            run_log=run_log,
-            tags={"loss": "loss", "lr": "lr", "total_norm": "grad_norm", "fp16_scaler": "fp16_scaler"},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+    for epoch, epoch_log in checkpoint.epochs(
+        loader, position, {"loss": "loss", "lr": "lr", "total_norm": "grad_norm", "fp16_scaler": "fp16_scaler"}
+    ):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(net, loader, updater, schedule, epoch_log, guide, ema, args.seed)
-        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
-        start, sums = 0, {}
+        epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir or 'no folder'}")
 

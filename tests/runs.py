@@ -33,6 +33,7 @@ class FixedLoader(Loader):
     def __init__(self, *batches):  # nothing of a real loader
         self.data = list(zip(*batches, strict=True))
         self.batch_size = len(batches[0][0])
+        self.device, self.accum_iter, self.sampler = CPU, 1, ()
 
     def __len__(self):
         return len(self.data)

@@ -2,11 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.mixup import Mixup
 from timm.optim._optim_factory import create_optimizer_v2
 from timm.scheduler.scheduler_factory import create_scheduler
 from timm.utils.model_ema import ModelEmaV3
@@ -14,9 +14,8 @@ from torch import nn
 from torchvision import transforms
 
 from common import datasets, distributed, lr_decay
-from common.datasets import Loader
 from udi.backbone import ALIASES, load_backbone
-from udi.engine_finetune import evaluate, train_one_epoch
+from udi.engine_finetune import evaluate, fit
 from udi.files import TextLog, folder_beside
 from udi.main_finetune import build_mixup
 from udi.models_eval import EvaluationViT, build_evaluation_vit
@@ -196,6 +195,14 @@ def set_lr(scheduler: Any, epoch: int) -> None:
         scheduler.step(epoch - 1)
 
 
+def rates(
+    args: argparse.Namespace, scheduler: Any, optimizer: torch.optim.Optimizer, epoch: int, _step: int
+) -> tuple[float, float]:
+    """Learning rate, as the scheduler sets it, and weight decay of an epoch."""
+    set_lr(scheduler, epoch)
+    return optimizer.param_groups[0]["lr"], args.weight_decay
+
+
 # ---- the loop
 
 
@@ -208,78 +215,16 @@ class DeitFiles(distributed.Files):
         return f"checkpoint_{word}.pth"
 
 
-def fit(
-    args: argparse.Namespace,
-    model: nn.Module,
-    loader: Loader,
-    val_loader: Loader,
-    updater: distributed.Updater,
-    scheduler: Any,
-    checkpoint: distributed.Checkpoint,
-    resume: str,
-    mixup: Mixup | None,
-    ema: ModelEmaV3 | None,
-    text_log: TextLog,
-) -> None:
-    """Train from the checkpoint `resume` ('': anew) to the last epoch, evaluating, logging and saving each.
-
-    As upstream, the moving average is kept and saved, but it is the model itself that is evaluated.
-    """
-    plain = distributed.unwrap(model)
-    n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
-    # Mixup folds the smoothing into its soft targets.
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
-    position = checkpoint.resume(resume, args.start_epoch)
-    if ema is not None and "model_ema" in checkpoint.missing:
-        ema.set(plain)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    images_per_step = args.batch_size * distributed.world_size()
-    groups = updater.optimizer.param_groups
-    for epoch in range(position.epoch, args.epochs):
-        set_lr(scheduler, epoch)
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            updater.device,
-            run_log=run_log,
-            tags={"loss": "train/loss", "lr": "train/lr"},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
-            lr = groups[0]["lr"]
-            stats = train_one_epoch(
-                model,
-                criterion,
-                loader,
-                updater,
-                lambda *_, lr=lr: (lr, args.weight_decay),
-                epoch_log,
-                mixup,
-                ema,
-                args.seed,
-            )
-        start, sums = 0, {}
-        # An evaluation may be stopped: it is repeated from here.
-        meters = distributed.gather(epoch_log.sums(len(loader)))
-        checkpoint.save(distributed.Position(epoch, len(loader) * images_per_step, meters))
-        test = evaluate(plain, val_loader, updater)
-        improved = test["acc1"] > checkpoint.best
-        checkpoint.best = max(checkpoint.best, test["acc1"])
-        run_log.scalars({f"test/{k}": v for k, v in test.items()}, (epoch + 1) * len(loader))
-        text_log(
-            f"epoch {epoch}: train loss {stats['loss']:.4f}, test loss {test['loss']:.4f}, "
-            f"Acc@1 {test['acc1']:.3f}, Acc@5 {test['acc5']:.3f}, max accuracy {checkpoint.best:.3f}"
-        )
-        line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}
-        run_log.epoch(line | {"max_accuracy": checkpoint.best, "epoch": epoch, "n_parameters": n_parameters})
-        if improved:
-            checkpoint.save(distributed.Position(epoch + 1), checkpoint.files.variant("best"))
-        checkpoint.save(distributed.Position(epoch + 1))
-    distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {checkpoint.folder}")
+def report(
+    text_log: TextLog, epoch_log: distributed.EpochLog, stats: dict[str, float], test: dict[str, float], best: float
+) -> dict[str, float]:
+    """As `udi.engine_finetune.report`, into text_log, too."""
+    epoch_log.run_log.scalars({f"test/{k}": v for k, v in test.items()}, (epoch_log.epoch + 1) * epoch_log.total)
+    text_log(
+        f"epoch {epoch_log.epoch}: train loss {stats['loss']:.4f}, test loss {test['loss']:.4f}, "
+        f"Acc@1 {test['acc1']:.3f}, Acc@5 {test['acc5']:.3f}, max accuracy {best:.3f}"
+    )
+    return {"max_accuracy": best}
 
 
 def run(
@@ -359,8 +304,23 @@ def run(
         if ema is not None:
             parts["model_ema"] = ema.module
         checkpoint = distributed.Checkpoint(own, args, model, files, **parts)
-        log = TextLog(own, "train.log")
-        fit(args, net, loader, val_loader, updater, scheduler, checkpoint, resume, mixup, ema, log)
+        # Mixup folds the smoothing into its soft targets.
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+        fit(
+            args,
+            net,
+            criterion,
+            loader,
+            val_loader,
+            updater,
+            partial(rates, args, scheduler, optimizer),
+            checkpoint,
+            resume,
+            mixup,
+            ema,
+            tags={"loss": "train/loss", "lr": "train/lr"},
+            report=partial(report, TextLog(own, "train.log")),
+        )
 
 
 def scale_classifier(classifier: nn.Linear, factor: float) -> None:

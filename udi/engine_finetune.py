@@ -126,6 +126,25 @@ def evaluate_checkpoint(path: str, model: nn.Module, loader: Loader, updater: di
     evaluate(model, loader, updater)
 
 
+TAGS = {"loss": "loss/loss", "class_acc": "loss/class_acc"}
+TAGS |= {name: f"opt/{name}" for name in ("loss_scale", "lr", "min_lr", "weight_decay", "grad_norm")}
+
+
+def report(
+    epoch_log: distributed.EpochLog, _stats: dict[str, float], test: dict[str, float], best: float
+) -> dict[str, float]:
+    """Print and log an evaluation.
+
+    Args:
+        _stats: of the epoch's training. test: of `evaluate`. best: accuracy so far.
+    Returns:
+        further entries of the epoch's line in log.txt.
+    """
+    distributed.log(f"Max accuracy: {best:.2f}%")
+    epoch_log.run_log.scalars({f"perf/test_{k}": test[k] for k in ("acc1", "acc5", "loss")}, epoch_log.epoch)
+    return {}
+
+
 def fit(
     args: argparse.Namespace,
     model: nn.Module,
@@ -138,50 +157,34 @@ def fit(
     resume: str,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ema: ModelEmaV3 | None = None,
+    tags: dict[str, str] = TAGS,
+    report: Callable[..., dict[str, float]] = report,
 ) -> None:
     """Train from the checkpoint `resume` ('': anew) to the last epoch, evaluating, logging and saving each.
 
+    As upstream, the moving average is kept and saved, but it is the model itself that is evaluated.
     Args:
-        val_loader: None evaluates nothing.
+        val_loader: None evaluates nothing. tags: of TensorBoard's training curves. report: as `report`.
     """
     plain = distributed.unwrap(model)
     n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)
     position = checkpoint.resume(resume, args.start_epoch)
     if ema is not None and "model_ema" in checkpoint.missing:
         ema.set(plain)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    images_per_step = args.batch_size * distributed.world_size()
-    tags = {"loss": "loss/loss", "class_acc": "loss/class_acc"}
-    tags |= {name: f"opt/{name}" for name in ("loss_scale", "lr", "min_lr", "weight_decay", "grad_norm")}
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            updater.device,
-            run_log=run_log,
-            tags=tags,
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+    for epoch, epoch_log in checkpoint.epochs(loader, position, tags):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(model, criterion, loader, updater, rates, epoch_log, mixup, ema, args.seed)
         line = {f"train_{k}": v for k, v in stats.items()}
-        start, sums = 0, {}
         if val_loader is not None:
-            # An evaluation may be stopped: it is repeated from here.
-            meters = distributed.gather(epoch_log.sums(len(loader)))
-            checkpoint.save(distributed.Position(epoch, len(loader) * images_per_step, meters))
+            checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
             test = evaluate(plain, val_loader, updater)
             improved = test["acc1"] > checkpoint.best
             checkpoint.best = max(checkpoint.best, test["acc1"])
-            distributed.log(f"Max accuracy: {checkpoint.best:.2f}%")
-            run_log.scalars({f"perf/test_{k}": test[k] for k in ("acc1", "acc5", "loss")}, epoch)
-            line |= {f"test_{k}": v for k, v in test.items()}
+            line |= {f"test_{k}": v for k, v in test.items()} | report(epoch_log, stats, test, checkpoint.best)
             if improved:
                 checkpoint.save(distributed.Position(epoch + 1), checkpoint.files.variant("best"))
-        run_log.epoch(line | {"epoch": epoch, "n_parameters": n_parameters})
+        epoch_log.run_log.epoch(line | {"epoch": epoch, "n_parameters": n_parameters})
         checkpoint.save(distributed.Position(epoch + 1))
-    distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir or 'no folder'}")
+    distributed.log(
+        f"{args.epochs} epochs done; {checkpoint.files.latest} is in {checkpoint.log_folder or 'no folder'}"
+    )

@@ -17,11 +17,9 @@ from torchvision import transforms
 from common import datasets, distributed
 from udi.backbone import build_backbone, load_backbone
 from udi.engine_finetune import evaluate, train_one_epoch
-from udi.files import Prefixed, folder_beside
+from udi.files import Derived, Prefixed, folder_beside
 from udi.flags import boolean
 from udi.models_udi import VisionTransformer
-
-DERIVED = "."  # upstream's default folder, which it never writes to
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -47,7 +45,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- data, files, process
     datasets.add_flags(p)
     p.add_argument("--val_freq", default=1, type=int, help="epochs between evaluations; the last one comes in any case")
-    p.add_argument("--output_dir", default=DERIVED, help="default: beside the weights, named by the recipe; '' none")
+    p.add_argument(
+        "--output_dir", default=Derived("."), help="default: beside the weights, named by the recipe; '' none"
+    )
     p.add_argument("--evaluate", action="store_true", help="only evaluate the probe of --resume, or of the folder")
     distributed.add_flags(p)
     p.set_defaults(data_path="/dataset/imagenet-raw/", num_workers=12, local_rank=0)
@@ -124,7 +124,7 @@ class Probe(nn.Module):
 
 def output_dir(args: argparse.Namespace) -> str:
     """The folder of --output_dir; if that is not given, one beside the weights whose name tells the recipe."""
-    if args.output_dir != DERIVED:
+    if not isinstance(args.output_dir, Derived):
         return args.output_dir
     name = (
         f"linear-eva-lr-{args.lr:.3e}-mlr-{args.lr_min:.3e}-bs-{args.batch_size_per_gpu}-ep-{args.epochs}"
@@ -206,38 +206,22 @@ def main(args: argparse.Namespace) -> None:
         turn = math.pi * position.epoch / args.epochs
         group["initial_lr"], group["lr"] = lr, args.lr_min + (lr - args.lr_min) * (1 + math.cos(turn)) / 2
     scheduler.T_max, scheduler.base_lrs = args.epochs, [lr] * len(optimizer.param_groups)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}]",
-            len(loader),
-            args.batch_size,
-            device,
-            run_log=run_log,
-            tags={"loss": "train/loss", "lr": "train/lr"},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
+    for epoch, epoch_log in checkpoint.epochs(loader, position, {"loss": "train/loss", "lr": "train/lr"}):
         rate = optimizer.param_groups[0]["lr"]
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step):
+        with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(
                 net, nn.CrossEntropyLoss(), loader, updater, lambda *_, rate=rate: (rate, 0.0), epoch_log
             )
         line = {"train_loss": stats["loss"], "train_lr": stats["lr"], "epoch": epoch}
-        start, sums = 0, {}
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            # An evaluation may be stopped: it is repeated from here.
-            meters = distributed.gather(epoch_log.sums(len(loader)))
-            checkpoint.save(distributed.Position(epoch, len(loader) * images_per_step, meters))
+            checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
             test = evaluate(model, val_loader, updater)
             checkpoint.best = max(checkpoint.best, test["acc1"])
             distributed.log(f"Max accuracy: {checkpoint.best:.2f}%")
-            run_log.scalars({f"test/{k}": v for k, v in test.items()}, epoch)
+            epoch_log.run_log.scalars({f"test/{k}": v for k, v in test.items()}, epoch)
             line |= {f"test_{k}": v for k, v in test.items() if k != "acc5" or args.num_labels >= 5}
         scheduler.step()
-        run_log.epoch(line)
+        epoch_log.run_log.epoch(line)
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; {latest} is in {args.output_dir or 'no folder'}")
 

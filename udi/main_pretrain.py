@@ -12,12 +12,12 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 from torch import nn
 
-from common import datasets, distributed, lr_sched
+from common import datasets, distributed
 from udi import optim
 from udi.backbone import ALIASES
 from udi.engine_pretrain import Rates, train_one_epoch
 from udi.files import Prefixed
-from udi.flags import boolean, limit
+from udi.flags import PRETRAIN_RANGES, boolean, limit
 from udi.loss import UDILoss
 from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
 from udi.udi_augmentation import DataAugmentation, collate
@@ -99,7 +99,7 @@ def build_teacher(student: MultiCropWrapper) -> MultiCropWrapper:
 def build_loss(args: argparse.Namespace) -> UDILoss:
     """The loss of the flags, with the teacher's temperature by epoch."""
     epochs = max(1, args.epochs)
-    temperatures = lr_sched.ramp_table(
+    temperatures = optim.ramp_table(
         args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, epochs
     )
     with distributed.user_errors("--number_cls_token and --include_patch"):
@@ -161,6 +161,7 @@ def warn_of_collapse(stats: dict[str, float], prototypes: int, images: int) -> N
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, PRETRAIN_RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed)
     distributed.log(f"{Path(__file__).name} {vars(args)}")
@@ -210,22 +211,14 @@ def main(args: argparse.Namespace) -> None:
         **({"fp16_scaler": updater.scaler} if updater.scaler.is_enabled() else {}),
     )
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
-    start, sums = loader.start(position)
-    run_log = checkpoint.run_log(position.epoch, start / len(loader), ticks=len(loader))
-    for epoch in range(position.epoch, args.epochs):
-        epoch_log = distributed.EpochLog(
-            f"Epoch: [{epoch}/{args.epochs}]",
-            len(loader),
-            args.batch_size,
-            device,
-            print_freq=10,
-            run_log=run_log,
-            tags={name: f"train/{name}" for name in ("loss", "lr", "wd", "mean_entropy", "entropy")},
-            epoch=epoch,
-            start=start,
-            sums=sums,
-        )
-        with checkpoint.on_exit(epoch, epoch_log, images_per_step, updater):
+    for epoch, epoch_log in checkpoint.epochs(
+        loader,
+        position,
+        {name: f"train/{name}" for name in ("loss", "lr", "wd", "mean_entropy", "entropy")},
+        f"Epoch: [{{epoch}}/{args.epochs}]",
+        print_freq=10,
+    ):
+        with checkpoint.on_exit(epoch_log, updater):
             stats = train_one_epoch(
                 net,
                 teacher,
@@ -237,8 +230,7 @@ def main(args: argparse.Namespace) -> None:
                 args.seed,
             )
         warn_of_collapse(stats, args.out_dim, args.batch_size)
-        run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
-        start, sums = 0, {}
+        epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; checkpoint.pth is in {args.output_dir or 'no folder'}")
 

@@ -1,6 +1,7 @@
 """Fine-tuning of a UDI backbone with few labels: the images of ImageNet that a list names, 1 % or 10 % of all."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -61,10 +62,9 @@ def results_folder(args: argparse.Namespace) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, {"out_dim": (1, math.inf), "finetune_head_layer": (0, 3)})
     device = distributed.init(args.device)
     distributed.log(f"{Path(__file__).name} {vars(args)}")
-    if not 0 <= args.finetune_head_layer <= 3:
-        raise distributed.UserError(f"--finetune_head_layer {args.finetune_head_layer}: expected 0 to 3")
 
     def add_head(model: EvaluationViT, path: str, key: str) -> None:
         layer = args.finetune_head_layer

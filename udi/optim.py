@@ -36,6 +36,11 @@ def cosine_scheduler(
     )
 
 
+def ramp_table(start: float, end: float, length: int, total: int) -> NDArray[np.float64]:
+    """start to end inclusive over the first `length` entries, then end; cut at `total` (teacher temperature)."""
+    return np.concatenate([np.linspace(start, end, length), np.full(max(total - length, 0), end)])[:total]
+
+
 @torch.no_grad()
 def clip_gradients(model: nn.Module, clip: float) -> Tensor:
     """Scale every parameter's gradient down to a norm of at most `clip`, each by itself; returns the norms (n,)."""

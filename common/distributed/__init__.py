@@ -4,7 +4,6 @@ from common.distributed.checkpoint import (
     WEIGHT_KEYS,
     Checkpoint,
     Files,
-    Position,
     find_checkpoint,
     load,
     load_report,
@@ -12,7 +11,7 @@ from common.distributed.checkpoint import (
     local_file,
     weights_of,
 )
-from common.distributed.metrics import EpochLog, RunLog
+from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import (
     Exit,
     NonFinite,
@@ -26,6 +25,7 @@ from common.distributed.process import (
     amp_dtype,
     barrier,
     catch_signals,
+    check_ranges,
     gather,
     gather_to_main,
     init,

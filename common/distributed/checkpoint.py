@@ -12,27 +12,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.distributed.metrics import EpochLog, RunLog
+from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import (
     Exit,
     NonFinite,
     Updater,
     UserError,
-    gather,
     is_main,
     log,
     main_does,
-    rank,
     user_errors,
     world_size,
 )
+
+if TYPE_CHECKING:  # which imports this module
+    from common.datasets import Loader
 
 # What released checkpoints hold besides tensors and plain Python values: their parsed flags and NumPy scalars.
 SAFE_GLOBALS: list[Any] = [
@@ -128,22 +129,6 @@ def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
         return ", ".join(f"{m} ({n})" if n > 1 else m for m, n in modules.items()) or "none"
 
     return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
-
-
-@dataclass
-class Position:
-    """Where a run stands: the epoch to train next, the images of it already seen by all ranks, each rank's meters."""
-
-    epoch: int = 0
-    images: int = 0
-    meters: list[dict[str, list[float]]] = field(default_factory=list)
-
-    def own_meters(self) -> dict[str, list[float]]:
-        """This rank's meters; on another number of processes, rank 0 takes the sums of all."""
-        if len(self.meters) == world_size():
-            return self.meters[rank()]
-        names = self.meters[0] if self.meters and is_main() else ()
-        return {name: [sum(m[name][i] for m in self.meters) for i in (0, 1)] for name in names}
 
 
 @dataclass(frozen=True)
@@ -290,9 +275,7 @@ class Checkpoint:
             os.replace(link, self.folder / self.files.variant("previous"))
 
     @contextlib.contextmanager
-    def on_exit(
-        self, epoch: int, epoch_log: EpochLog, images_per_step: int, updater: Updater | None = None
-    ) -> Iterator[None]:
+    def on_exit(self, epoch_log: EpochLog, updater: Updater | None = None) -> Iterator[None]:
         """Save the position inside an epoch when an `Exit` ends it; resuming redoes nothing but the last update.
 
         updater: whose buffers the steps since the last update (non-finite ones, say) are to leave no trace in.
@@ -305,10 +288,10 @@ class Checkpoint:
             name = self.files.variant("nonfinite") if bad else ""
             if updater is not None:
                 updater.restore()
-            self.save(Position(epoch, step * images_per_step, gather(epoch_log.sums(step))), name)
+            self.save(epoch_log.position(step), name)
             if self.writes:
                 path = self.folder / (name or self.files.latest)
-                log(f"saved epoch {epoch}, step {step} as {path}; --resume continues from this step")
+                log(f"saved epoch {epoch_log.epoch}, step {step} as {path}; --resume continues from this step")
             raise
 
     def resume(self, path: str, start_epoch: int = 0) -> Position:
@@ -352,3 +335,26 @@ class Checkpoint:
         return RunLog(
             self.log_folder, self.files.log, self.files.events, (epoch + done) * ticks, ticks, self._log_bytes
         )
+
+    def epochs(
+        self,
+        loader: "Loader",
+        position: Position,
+        tags: dict[str, str],
+        header: str = "Epoch: [{epoch}]",
+        print_freq: int = 20,
+        ticks: int = 0,
+    ) -> Iterator[tuple[int, EpochLog]]:
+        """The epochs from a position to the last one, and the log of each.
+
+        Args:
+            tags: TensorBoard scalars to write per update, {value name: tag}.
+            header: of progress lines, with {epoch} counted from 0 or {done} from 1.
+            ticks: units of TensorBoard's horizontal axis per epoch, default one per step.
+        """
+        start, sums = loader.start(position)
+        run_log = self.run_log(position.epoch, start / len(loader), ticks or len(loader))
+        for epoch in range(position.epoch, self.args.epochs):
+            title, steps, images = header.format(epoch=epoch, done=epoch + 1), len(loader), loader.batch_size
+            yield epoch, EpochLog(title, steps, images, loader.device, print_freq, run_log, tags, epoch, start, sums)
+            start, sums = 0, {}

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +23,32 @@ from common.distributed.process import (
     UserError,
     agree,
     all_sum,
+    gather,
     is_main,
     log,
     main_does,
+    rank,
     world_size,
 )
 
 Batch = TypeVar("Batch")
 WINDOW = 20  # steps of the running median, as upstream
+
+
+@dataclass
+class Position:
+    """Where a run stands: the epoch to train next, the images of it already seen by all ranks, each rank's meters."""
+
+    epoch: int = 0
+    images: int = 0
+    meters: list[dict[str, list[float]]] = field(default_factory=list)
+
+    def own_meters(self) -> dict[str, list[float]]:
+        """This rank's meters; on another number of processes, rank 0 takes the sums of all."""
+        if len(self.meters) == world_size():
+            return self.meters[rank()]
+        names = self.meters[0] if self.meters and is_main() else ()
+        return {name: [sum(m[name][i] for m in self.meters) for i in (0, 1)] for name in names}
 
 
 class RunLog:
@@ -102,7 +121,7 @@ class EpochLog:
     Args:
         header: such as "Epoch: [3]".
         total: steps of the epoch. images: images per step and process, for the rate.
-        run_log, tags: TensorBoard scalars to write per update, {value name: tag}.
+        run_log: of the run; default: none. tags: TensorBoard scalars to write per update, {value name: tag}.
         start, sums: position to continue from, and the sums there (`Position`).
     """
 
@@ -120,7 +139,8 @@ class EpochLog:
         sums: dict[str, list[float]] | None = None,
     ):
         self.header, self.total, self.images, self.device = header, total, images, device
-        self.print_freq, self.run_log, self.tags, self.epoch, self.start = print_freq, run_log, tags or {}, epoch, start
+        self.print_freq, self.tags, self.epoch, self.start = print_freq, tags or {}, epoch, start
+        self.run_log = run_log or RunLog("")
         self._boundaries = [start]  # micro-steps done when an update was complete
         self._earlier = {k: list(v) for k, v in (sums or {}).items()}
         self._totals = {k: list(v) for k, v in self._earlier.items()}  # running sum and count by name
@@ -155,7 +175,7 @@ class EpochLog:
         bad = [(s, k.replace("_", " "), v) for s, _, values in fresh for k, v in values.items() if not math.isfinite(v)]
         if fresh and agree(bool(bad))[1]:
             raise NonFinite(*(bad[0] if bad else (fresh[0][0], "loss of another process", math.nan)))
-        if self.run_log is not None and self.tags and fresh:
+        if self.tags and fresh:
             steps = [(step, values) for step, updated, values in fresh if updated]
             means = iter(all_sum([values[name] for _, values in steps for name in self.tags if name in values]))
             for step, values in steps:
@@ -224,6 +244,10 @@ class EpochLog:
             if step < before:
                 _add(totals, values)
         return totals
+
+    def position(self, step: int) -> Position:
+        """The position after the epoch's first `step` steps. Collective."""
+        return Position(self.epoch, step * self.images * world_size(), gather(self.sums(step)))
 
     def means(self) -> dict[str, float]:
         """Mean of every value over the epoch's steps and all ranks. Collective."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import distributed
-from tests.runs import FAULTS, assert_same, command, finish, mistake, start, wait_for
+from tests.runs import FAULTS, FixedLoader, assert_same, command, finish, mistake, start, wait_for
 
 PRETRAIN = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
 PRETRAIN += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "1", "--blr", "1e-2", "--clip_grad", "1"]
@@ -193,13 +193,13 @@ def test_a_resumed_run_cuts_off_what_it_will_log_again(tmp_path):
     other = '{"epoch": 7}\n'  # another run's, in the same file
     (tmp_path / "log.txt").write_text(other)
     checkpoint = save_good(tmp_path)
-    log = checkpoint.run_log(0, 0.0)
-    for epoch in range(3):
-        log.epoch({"epoch": epoch})
+    loader = FixedLoader(torch.zeros(1, 1))
+    for epoch, log in checkpoint.epochs(loader, distributed.Position(), {}):
+        log.run_log.epoch({"epoch": epoch})
         if epoch == 1:
             checkpoint.save(distributed.Position(2))
-    checkpoint.resume(str(tmp_path / "checkpoint.pth"))
-    checkpoint.run_log(2, 0.0)
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1 + checkpoint.args.epochs
+    next(checkpoint.epochs(loader, checkpoint.resume(str(tmp_path / "checkpoint.pth")), {}))
     assert (tmp_path / "log.txt").read_text() == other + '{"epoch": 0}\n{"epoch": 1}\n'
 
 

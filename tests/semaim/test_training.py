@@ -234,6 +234,11 @@ def test_probe_trains_its_head_only(global_pool):
     assert_close(normalised, (features - features.mean(0)) / features.var(0, unbiased=False).sqrt(), rtol=0, atol=1e-4)
 
 
+def test_ema_decay_ends_at_its_end():
+    values = [engine_pretrain.ema_decay(epoch) for epoch in (0, 50, 100, 500)]
+    assert values == pytest.approx([0.999, 0.99945, 0.9999, 0.9999], abs=1e-12)
+
+
 @golden_files("semaim", "layer_decay", ".json")
 def test_layer_decay_groups_in_upstreams_order(path):
     for case, ref in load_golden(path).items():

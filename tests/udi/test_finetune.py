@@ -14,7 +14,7 @@ from torchvision import transforms
 from common import distributed
 from tests.helpers import ROOT, golden_files, load_golden
 from tests.runs import assert_same, mistake, run_main, spoil
-from tests.udi.checkpoints import pretraining_file
+from tests.udi import weights as files
 from udi import main_finetune, main_linprobe
 from udi.backbone import load_backbone
 from udi.eval_finetuning import extract_backbone_weights_for_finetuning as extract
@@ -31,7 +31,7 @@ EXTRACT = "eval_finetuning/extract_backbone_weights_for_finetuning.py"
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> str:
-    return pretraining_file(tmp_path_factory.mktemp("pretraining"))
+    return files.pretrained(tmp_path_factory.mktemp("pretraining"), *files.SIXTEEN)
 
 
 def state_of(folder: Path, name: str = "checkpoint.pth") -> dict[str, Any]:
@@ -151,9 +151,10 @@ def test_class_tokens(digits, pretrained, tmp_path, own, words, tokens, capsys):
 
 def test_student_and_scratch(digits, pretrained, tmp_path, monkeypatch):
     own = [*SMALL, *PAPER, "--data_path", digits, "--epochs", "1", "--warmup_epochs", "0", "--lr", "0", "--min_lr", "0"]
-    own += ["--disable_eval_during_finetuning", "--mixup", "0", "--cutmix", "0", "--log_dir", str(tmp_path / "events")]
+    own += ["--disable_eval_during_finetuning", "--mixup", "0", "--cutmix", "0"]
     folder = tmp_path / "student"
-    run_main(main_finetune, *own, "--finetune", pretrained, "--checkpoint_key", "student", "--output_dir", str(folder))
+    given = ["--finetune", pretrained, "--checkpoint_key", "student", "--log_dir", str(tmp_path / "events")]
+    run_main(main_finetune, *own, *given, "--output_dir", str(folder))
     expected = load_backbone(pretrained, "student")
     state = state_of(folder)["model"]
     assert all(torch.equal(state[name], value) for name, value in expected.items())
@@ -161,12 +162,21 @@ def test_student_and_scratch(digits, pretrained, tmp_path, monkeypatch):
     assert list(lines(folder)[0])[3] == "train_class_acc"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    run_main(main_finetune, *own, "--output_dir", "", "--log_dir", "./test_exp/")
+    run_main(main_finetune, *own, "--output_dir", "")
     assert not list(Path().iterdir())
-    run_main(main_finetune, *own, "--no_save_ckpt", "--log_dir", "./test_exp/")
+    run_main(main_finetune, *own, "--no_save_ckpt")
     (folder,) = Path().iterdir()
     assert folder.name.startswith("fine-tuning-1-0-b-8-")
     assert not list(folder.glob("*.pth"))
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe])
+def test_a_given_folder_is_taken_though_it_is_the_default(main):
+    """Without the flag the folder stands beside the weights."""
+    parser = main.get_args_parser()
+    default = parser.get_default("output_dir")
+    assert main.output_dir(parser.parse_args(["--output_dir", str(default)])) == default
+    assert main.output_dir(parser.parse_args([])) != default
 
 
 # ---- stops

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from common import datasets, distributed
 from tests.helpers import ROOT, assert_close, golden_files, load_golden
 from tests.runs import CPU, FixedLoader, RecordingLog, assert_same, mistake, run_main, spoil
-from tests.udi.checkpoints import pretraining_file
+from tests.udi import weights as files
 from udi import engine_finetune, main_finetune, main_linprobe
 from udi.backbone import build_backbone, load_backbone
 from udi.main_linprobe import LinearClassifier, Probe, probe_features
@@ -189,7 +189,7 @@ SMALL += ["--batch_size", "10", "--epochs", "3", "--lr", "2"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    return pretraining_file(tmp_path_factory.mktemp("pretraining"))
+    return files.pretrained(tmp_path_factory.mktemp("pretraining"), *files.SIXTEEN)
 
 
 def flags(digits: str, weights: str, *further: str) -> list[str]:

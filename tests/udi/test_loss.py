@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import lr_sched
 from tests.helpers import Golden, assert_close, golden_files, load_golden
 from tests.udi.plain import plain_loss
 from tests.udi.test_models_udi import network_of, tol
@@ -194,7 +193,7 @@ def test_schedules(path):
     for i, call in enumerate(ref.meta["calls"]):
         if "temp" in call:
             start, end, length, total = call["temp"]
-            assert_close(lr_sched.ramp_table(start, end, length, total), ref[f"out/temp{temps}"], 1e-12, 1e-15)
+            assert_close(optim.ramp_table(start, end, length, total), ref[f"out/temp{temps}"], 1e-12, 1e-15)
             temps += 1
         else:
             assert_close(optim.cosine_scheduler(**call), ref[f"out/{i}"], 1e-12, 1e-15)
@@ -209,7 +208,7 @@ def test_training_steps(path):
     lr = optim.cosine_scheduler(meta["peak_lr"], meta["min_lr"], epochs, iters, meta["warmup_epochs"])
     decay = optim.cosine_scheduler(meta["weight_decay"][0], meta["weight_decay"][1], epochs, iters)
     momentum = optim.cosine_scheduler(meta["momentum_teacher"], 1, epochs, iters)
-    temps = lr_sched.ramp_table(
+    temps = optim.ramp_table(
         meta["warmup_teacher_temp"], meta["teacher_temp"], meta["warmup_teacher_temp_epochs"], epochs
     )
     for name, table in (("lr", lr), ("wd", decay), ("momentum", momentum), ("teacher_temp", temps)):

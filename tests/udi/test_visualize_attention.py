@@ -68,7 +68,8 @@ def picture(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_files(picture, tmp_path, tokens, capsys):
-    flags = ["--arch", "vit_nano", "--pretrained_weights", pretrained(tmp_path, tokens), "--image_path", picture]
+    weights = pretrained(tmp_path, "--number_cls_token", str(tokens))
+    flags = ["--arch", "vit_nano", "--pretrained_weights", weights, "--image_path", picture]
     flags += ["--image_size", "45", "60", "--output_dir", str(tmp_path / "out"), "--threshold", "0.6"]
     run_main(visualize_attention, *flags)
     names = ["img.png"] + [f"{kind}head{j}.png" for j in range(3) for kind in ("attn-", "mask_th0.6_")]

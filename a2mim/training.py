@@ -1,34 +1,12 @@
-"""How both kinds of training begin: what to continue or start from, memory layout, batch norms, processes, updates."""
+"""How both kinds of training begin: initial weights, memory layout, batch norms, processes, updates."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from a2mim import openmixup, sync_bn
 from common import datasets, distributed
-
-
-def resume_path(args: argparse.Namespace) -> str:
-    """The file of --resume; else latest.pth of --work_dir, if there is one; else ''.
-
-    Raises:
-        distributed.UserError: the run in --work_dir started from other weights than this one is to.
-    """
-    path = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
-    if not path or args.resume:
-        return path
-    stored = distributed.load(path).get("args")
-    for flag in ("pretrained", "load_checkpoint"):
-        given = getattr(args, flag)
-        began = stored.get(flag, given) if isinstance(stored, dict) else given
-        if given and Path(began).resolve() != Path(given).resolve():
-            raise distributed.UserError(
-                f"--{flag} {given}: the run in --work_dir {args.output_dir} began with "
-                f"{began or 'random weights'}; name another --work_dir, or continue it by --resume {path}"
-            )
-    return path
 
 
 def prepare(
@@ -75,7 +53,8 @@ def build_updater(
 
 def check_last_batch(args: argparse.Namespace, loader: datasets.Loader, size: int) -> None:
     """Raise UserError if a ResNet's last map of an epoch's last batch is a single pixel of a single image."""
-    last = loader.own_images() % args.batch_size or args.batch_size
+    left = 0 if loader.drop_last else len(loader.sampler) % args.batch_size
+    last = left or args.batch_size
     if "resnet" in args.backbone and size <= 32 and last == 1:
         raise distributed.UserError(
             f"--batch_size {args.batch_size}: an epoch's last batch has one image, too few for batch norm at {size} px"
