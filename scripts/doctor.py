@@ -1,9 +1,9 @@
 """Checks a long run before it is started: python scripts/doctor.py METHOD [--stage STAGE] [flags of main_<stage>.py].
 
-Reports versions, devices and launcher; the images; images per update and learning rate beside the paper's; memory, speed
-and duration, from a few steps of the run itself, in processes like its own; space for its checkpoints, and what it would
-continue. Nothing is written to the run's folders. Exit status: 0, also with warnings; 1 if the run would fail; 2 for a
-mistake in this script's own flags.
+Reports versions, devices and launcher; the images; images per update and learning rate beside the paper's; memory,
+speed and duration, from a few steps of the run itself, in processes like its own; space for its checkpoints, and what
+it would continue. Nothing is written to the run's folders. Exit status: 0, also with warnings; 1 if the run would fail;
+2 for a mistake in this script's own flags.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from packaging.requirements import Requirement
 from torchvision.datasets.folder import default_loader
 
 from common import datasets, distributed
-from common.distributed.process import LAUNCHERS
+from common.distributed.process import LAUNCHERS, check_ranges
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED_RUN = ROOT / "scripts" / "lib" / "measured_run.py"
@@ -80,7 +80,7 @@ class Report:
         print(f"\n{title}", flush=True)
 
     def line(self, name: str, text: object) -> None:
-        print(f"  {name + ':':14} {text}", flush=True)
+        print(f"  {f'{name}:' if name else '':14} {text}", flush=True)
 
     def warn(self, problem: str, remedy: str) -> None:
         self.warnings += 1
@@ -124,7 +124,7 @@ def parsed(script: Path, flags: list[str]) -> tuple[argparse.Namespace, dict[str
 
     def take(_main: Any, args: Any) -> None:
         args = args() if callable(args) else args
-        distributed.process.check_ranges(args)
+        check_ranges(args)
         found.append(args)
 
     run, argv, errors = distributed.run, sys.argv, io.StringIO()
@@ -229,12 +229,12 @@ def check_versions(report: Report) -> None:
             report.warn(f"{requirement} is not installed", "pip install -r requirements.txt")
             continue
         if not requirement.specifier.contains(versions[requirement.name].split("+")[0], prereleases=True):
-            problem = f"{requirement.name} {versions[requirement.name]} is installed, requirements.txt has {requirement}"
+            problem = (
+                f"{requirement.name} {versions[requirement.name]} is installed, requirements.txt has {requirement}"
+            )
             report.warn(problem, "pip install -r requirements.txt")
     shown = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
     report.line("versions", f"python {sys.version.split()[0]}, {shown}")
-    if sys.version_info < (3, 10):
-        report.warn(f"python {sys.version.split()[0]} is too old", "use 3.10 or newer")
 
 
 def check_devices(report: Report, args: argparse.Namespace) -> str:
@@ -290,7 +290,9 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     if launched and own.processes not in (None, world):
         raise distributed.UserError(f"--processes {own.processes}: this is a launch of {world}")
     if kind:
-        report.line("launcher", f"{kind}: process {rank} of {world}, by {', '.join(f'{n}={env[n]}' for n in names or ())}")
+        report.line(
+            "launcher", f"{kind}: process {rank} of {world}, by {', '.join(f'{n}={env[n]}' for n in names or ())}"
+        )
     else:
         report.line("launcher", "none: python starts one process, torchrun several")
         for stray in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
@@ -303,17 +305,22 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     if interactive:
         env = {k: v for k, v in env.items() if k not in LAUNCHERS[2]}
     planned = world if launched else own.processes or 1
-    room = torch.cuda.device_count() if device == "cuda" else cores()
+    room = max(1, torch.cuda.device_count()) if device == "cuda" else cores()
     here = world if launched else min(planned, room)
-    more = "" if here == planned else f"; measured with {here}: this machine has {room} {'GPU' if device == 'cuda' else 'core'}s"
+    units = "GPUs" if device == "cuda" else "cores"
+    more = f"; measured with {here}: this machine has {room} {units}" if here < planned else ""
     report.line("processes", f"{planned}{more}")
     if device == "cuda" and planned == 1 and room > 1:
-        report.warn(f"one process uses one of {room} GPUs", f"torchrun --nproc_per_node {room} ..., here: --processes {room}")
+        report.warn(
+            f"one process uses one of {room} GPUs", f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
+        )
     # ---- threads
     local, workers = min(here, room), args.num_workers
     set_to = env.get("OMP_NUM_THREADS", "")
     threads = int(set_to) if set_to.isdecimal() else 1 if here > 1 else cores()
-    report.line("threads", f"OMP_NUM_THREADS={set_to or f'not set, which means {threads}'}; {workers} loader processes each")
+    report.line(
+        "threads", f"OMP_NUM_THREADS={set_to or f'not set, which means {threads}'}; {workers} loader processes each"
+    )
     if device == "cpu" and threads * local > cores():
         problem = f"{local} x {threads} threads on {cores()} cores"
         report.warn(problem, f"OMP_NUM_THREADS={max(1, cores() // local)}")
@@ -430,12 +437,8 @@ def check_images(report: Report, path: Path, name: str, how_many: str, size: int
         else:
             report.fail(problem, "delete or replace them, or add --bad_images skip")
     if sides and size and statistics.median(sides) < size:
-        problem = f"half of the images are smaller than {size} pixels (shorter side {statistics.median(sides):g})"
-        report.warn(problem, f"they are enlarged; with a smaller patch, a smaller {size_flag(size)} costs less")
-
-
-def size_flag(size: int) -> str:
-    return f"image size than {size} (--input_size, UDI: --global_size)"
+        problem = f"half of the images are smaller than the run's {size} pixels and are enlarged"
+        report.warn(problem, "a smaller --input_size (UDI: --global_size), with a smaller --patch_size, costs less")
 
 
 def shorter_sides(sides: list[int]) -> str:
@@ -450,7 +453,14 @@ def read_image(path: str) -> tuple[int, int] | str:
         return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def check_data(report: Report, run: Measurement, own: argparse.Namespace, args: argparse.Namespace, folder: Path) -> None:
+def check_data(
+    report: Report,
+    run: Measurement,
+    own: argparse.Namespace,
+    args: argparse.Namespace,
+    launch: Launch,
+    folder: Path,
+) -> None:
     """The images of the run's loaders."""
     size = getattr(args, "input_size", 0) or getattr(args, "global_size", 0)
     for loader in run.all("loader"):
@@ -459,11 +469,17 @@ def check_data(report: Report, run: Measurement, own: argparse.Namespace, args: 
         if samples.exists():
             counts = sorted(Counter(line.split("\t")[0] for line in samples.read_text().splitlines()).values())
             if loader["classes"]:
-                text += f" in {len(counts)} classes, {counts[0]} to {counts[-1]} each (median {statistics.median(counts):g})"
+                each = f"{counts[0]} to {counts[-1]} each (median {statistics.median(counts):g})"
+                text += f" in {len(counts)} classes, {each}"
             else:
                 text += " without classes"
         report.line(name, f"{text}, {loader['kind']} {loader['root']}".rstrip())
-        if name == "train" and loader["drop_last"]:
+        if name == "train" and loader["images"] < loader["batch_size"] * launch.planned:
+            problem = (
+                f"{loader['images']} images do not fill a batch of {loader['batch_size']} on {launch.planned} processes"
+            )
+            report.fail(problem, "a smaller --batch_size, or fewer processes")
+        elif name == "train" and loader["drop_last"]:
             used = loader["steps"] * loader["batch_size"] * run.first("start").get("world_size", 1)
             lost = 1 - used / loader["images"]
             if lost > 0.05:
@@ -509,7 +525,9 @@ def check_recipe(
     """Images per update, learning rate and warm-up beside the paper's."""
     step, accum = batch_size(args), accumulated(args)
     images = step * accum * launch.planned
-    report.line("per update", f"{images} images = --batch_size {step} x --accum_iter {accum} x {launch.planned} processes")
+    report.line(
+        "per update", f"{images} images = --batch_size {step} x --accum_iter {accum} x {launch.planned} processes"
+    )
     row = paper_row(own.method, own.stage, args)
     same = row is not None and network(row.args) == network(args)
     if row is not None:
@@ -518,24 +536,36 @@ def check_recipe(
         total = run.first("loader", name="train").get("images", 0)
         if same and images != row.images:
             fits = row.images % (step * launch.planned) == 0
-            other = f"--accum_iter {row.images // (step * launch.planned)}" if fits else f"--batch_size that divides {row.images}"
+            other = (
+                f"--accum_iter {row.images // (step * launch.planned)}"
+                if fits
+                else f"--batch_size that divides {row.images}"
+            )
             if total >= row.images:
                 report.warn(f"{images} images per update, the paper has {row.images}", f"{other} keeps the paper's")
     help_of_lr = next((a.help or "" for a in parser._actions if a.dest == "lr"), "")
     check_rate(report, run, args, help_of_lr, images, row if same else None)
     if row is not None and same:
         theirs = vars(row.args)
-        differing = [f"{k} {v} ({theirs[k]})" for k, v in vars(args).items() if theirs.get(k, v) != v and k not in NO_RECIPE]
+        differing = [
+            f"{k} {v} ({theirs[k]})" for k, v in vars(args).items() if theirs.get(k, v) != v and k not in NO_RECIPE
+        ]
         shown = ", ".join(differing[:12]) + (", ..." if len(differing) > 12 else "")
         report.line("other flags", f"differ from the paper's in {shown}" if differing else "as the paper's")
     start = run.first("start")
     warmup, epochs = start.get("args", {}).get("warmup_epochs"), start.get("epochs")
     if warmup is not None and epochs:
-        theirs = f"; paper {row.args.warmup_epochs} of {row.args.epochs}" if row is not None and hasattr(row.args, "warmup_epochs") else ""
+        theirs = (
+            f"; paper {row.args.warmup_epochs} of {row.args.epochs}"
+            if row is not None and hasattr(row.args, "warmup_epochs")
+            else ""
+        )
         report.line("warm-up", f"{warmup:g} of {epochs} epochs{theirs}")
         if warmup > 0.25 * epochs:
             share = row.args.warmup_epochs / row.args.epochs if theirs and row is not None else 0.05
-            report.warn(f"the warm-up takes {warmup / epochs:.0%} of the run", f"--warmup_epochs {round(share * epochs)}")
+            report.warn(
+                f"the warm-up takes {warmup / epochs:.0%} of the run", f"--warmup_epochs {round(share * epochs)}"
+            )
 
 
 def check_rate(
@@ -552,7 +582,9 @@ def check_rate(
         return
     report.line("learning rate", f"{rate:.2e}: --lr, absolute")
     if row is not None and images != row.images and getattr(row.args, "lr", None) == given and given:
-        problem = f"--lr {given:g} is absolute and the paper's for {row.images} images per update, this run has {images}"
+        problem = (
+            f"--lr {given:g} is absolute and the paper's for {row.images} images per update, this run has {images}"
+        )
         report.warn(problem, f"--lr {given * images / row.images:.3g} is in proportion")
 
 
@@ -626,10 +658,8 @@ def speed_of(run: Measurement, args: argparse.Namespace) -> Speed | None:
             if not warm or i + 1 >= len(epoch.asked):
                 continue
             ends = epoch.asked[i + 1]
-            if device:  # between marks among the kernels: the host runs ahead of them
-                took = device[epoch.marks[i + 1]] - device[epoch.marks[i]]
-            else:
-                took = ends - asked
+            # On a GPU between marks among the kernels: the host runs ahead of them.
+            took = device[epoch.marks[i + 1]] - device[epoch.marks[i]] if device else ends - asked
             steps.append((took, got - asked, last, i == 0 and epoch is not epochs[0]))
             computed.append(epoch.cpu[i + 1] - epoch.cpu[i])
     if not steps:
@@ -659,13 +689,11 @@ def speed_of(run: Measurement, args: argparse.Namespace) -> Speed | None:
     rest += evaluation_excess(run)
     begin = run.first("begin")
     started = begin["time"] - run.started if begin else 0.0
-    return Speed(step, low, high, len(inner), wait, statistics.fmean(computed), rest, started)
+    return Speed(step, low, high, len(inner), wait, statistics.median(computed), rest, started)
 
 
-def check_speed(
-    report: Report, run: Measurement, args: argparse.Namespace, launch: Launch, device: str
-) -> None:
-    """Steps, epochs, the whole run; the loader beside the step; memory."""
+def check_speed(report: Report, run: Measurement, args: argparse.Namespace, launch: Launch) -> None:
+    """Steps, epochs, the whole run; the loader beside the step."""
     speed = speed_of(run, args)
     if speed is None:
         report.line("speed", "no training steps were measured")
@@ -677,20 +705,26 @@ def check_speed(
         f"{speed.step:.4g} s ({speed.count} measured, the middle 80 % {speed.low:.4g} to {speed.high:.4g} s), "
         f"{rate:.4g} images/s with {launch.here} process{'es' * (launch.here > 1)}",
     )
-    if speed.high - speed.low > 0.3 * speed.step and speed.wait < 0.1 * speed.step:
+    own = speed.step - speed.wait
+    if loader["device"] == "cpu" and speed.computed < 0.7 * own:
+        problem = f"other programs held the cores: the process computed {speed.computed / own:.0%} of the time"
+        report.warn(problem, "repeat this when they have ended")
+    elif speed.high - speed.low > 0.3 * speed.step and speed.wait < 0.1 * speed.step:
         report.warn("steps take unequally long", "repeat this when nothing else runs, or with --seconds 120")
     # ---- loader
     alone = run.first("alone").get("images_per_second")
     if alone:
-        need = size / max(1e-9, speed.step - speed.wait)
-        text = f"{alone:.4g} images/s alone with --num_workers {args.num_workers}, training without waiting takes {need:.4g}"
-        report.line("loader", f"{text}; it waits {speed.wait / speed.step:.0%} of the time")
+        need = size / max(1e-9, own)
+        text = f"{alone:.4g} images/s alone with --num_workers {args.num_workers}; training could take {need:.4g}"
+        report.line("loader", f"{text} and waits {speed.wait / speed.step:.0%} of the time")
     if speed.wait > 0.1 * speed.step:
         spare = max(1, cores() // launch.here)
         if args.num_workers < spare:
             remedy = f"--num_workers {spare}"
         else:
-            remedy = f"shrink the images once to about {2 * (getattr(args, 'input_size', 0) or 224)} pixels, or more cores"
+            remedy = (
+                f"shrink the images once to about {2 * (getattr(args, 'input_size', 0) or 224)} pixels, or more cores"
+            )
         report.warn(f"training waits for images {speed.wait / speed.step:.0%} of the time", remedy)
     # ---- duration
     steps = loader["steps"]
@@ -725,7 +759,9 @@ def check_memory(report: Report, run: Measurement, args: argparse.Namespace, lau
     if "allocated" in memory["ranks"][0]:
         allocated, reserved = (max(rank[name] for rank in memory["ranks"]) for name in ("allocated", "reserved"))
         in_use, card = memory["ranks"][0]["in_use"], memory["ranks"][0]["total"]
-        report.line("GPU memory", f"{amount(allocated)} per process at the peak, {amount(reserved)} reserved, of {amount(card)}")
+        report.line(
+            "GPU memory", f"{amount(allocated)} per process at the peak, {amount(reserved)} reserved, of {amount(card)}"
+        )
         if in_use > 0.95 * card:
             remedy = "halve --batch_size and double --accum_iter to be safe"
             report.warn(f"{amount(in_use)} of the GPU's {amount(card)} are in use", remedy)
@@ -751,10 +787,11 @@ def existing(folder: Path) -> Path:
     return next(p for p in (folder, *folder.parents) if p.exists())
 
 
-def check_files(report: Report, run: Measurement, launch: Launch) -> None:
+def check_files(report: Report, run: Measurement) -> None:
     """Space for checkpoints, and what would be continued."""
     files, resumed, start = run.first("files"), run.first("resume"), run.first("start")
-    if not files or not start:
+    if not start:
+        report.line("folder", files["folder"] or "none")
         return
     if not files["folder"]:
         report.line("folder", "none: the run writes nothing")
@@ -791,9 +828,13 @@ def check_files(report: Report, run: Measurement, launch: Launch) -> None:
     report.line("space", f"{amount(need)} at most, {amount(free)} free")
     if need > free:
         flag = "the flag of the interval between numbered checkpoints (--save_freq or the like)"
-        report.warn(f"{folder} has {amount(free)}, the run needs up to {amount(need)}", f"another --output_dir, or raise {flag}")
+        report.warn(
+            f"{folder} has {amount(free)}, the run needs up to {amount(need)}", f"another --output_dir, or raise {flag}"
+        )
     elif need > 0.8 * free:
-        report.warn(f"the checkpoints fill {need / free:.0%} of the free space", "make room, or name another --output_dir")
+        report.warn(
+            f"the checkpoints fill {need / free:.0%} of the free space", "make room, or name another --output_dir"
+        )
 
 
 def check_continued(report: Report, resumed: dict[str, Any], start: dict[str, Any]) -> None:
@@ -803,20 +844,26 @@ def check_continued(report: Report, resumed: dict[str, Any], start: dict[str, An
         report.warn(f"it has all of its {start['epochs']} epochs: the run would end at once", remedy)
     stored = distributed.load(resumed["path"]).get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    skipped = {"output_dir", "log_dir", "resume", "data_path", "num_workers", "device", "world_size", "local_rank", "bad_images"}
-    changed = [f"{k} {v} (was {stored[k]})" for k, v in start["args"].items() if stored.get(k, v) != v and k not in skipped]
+    skipped = {
+        "output_dir",
+        "log_dir",
+        "resume",
+        "data_path",
+        "num_workers",
+        "device",
+        "world_size",
+        "local_rank",
+        "bad_images",
+    }
+    changed = [
+        f"{k} {v} (was {stored[k]})" for k, v in start["args"].items() if stored.get(k, v) != v and k not in skipped
+    ]
     if changed:
         problem = f"it continues a run with other flags: {', '.join(changed[:8])}"
         report.warn(problem, "a new --output_dir for a new run, or the old flags")
 
 
 # ---- main
-
-
-def stages(method: str) -> list[str]:
-    """Stages that train: their mains count epochs."""
-    mains = sorted((ROOT / method).glob("main_*.py"))
-    return [p.stem.removeprefix("main_") for p in mains if "EpochLog" in p.read_text() or "fit(" in p.read_text()]
 
 
 def check_own_flags(own: argparse.Namespace) -> None:
@@ -874,18 +921,19 @@ def examine(own: argparse.Namespace, flags: list[str]) -> int:
             return 0 if run.first("done") else 1
         if run.all("loader"):
             report.section("Data")
-            check_data(report, run, own, args, folder)
+            check_data(report, run, own, args, launch, folder)
     report.section("Recipe")
     check_recipe(report, run, own, args, launch, names["get_args_parser"]())
-    if not own.no_measure or not run.first("done"):
-        report.section("Speed and memory")
     if not run.first("done"):
+        report.section("Run")
         explain(report, run, script)
     elif not own.no_measure:
-        check_speed(report, run, args, launch, device)
+        report.section("Speed and memory")
+        check_speed(report, run, args, launch)
         check_memory(report, run, args, launch)
-    report.section("Files")
-    check_files(report, run, launch)
+    if run.first("files"):
+        report.section("Files")
+        check_files(report, run)
     return report.end()
 
 

@@ -1,7 +1,8 @@
 """The first steps of a run, written down for doctor.py: python scripts/lib/measured_run.py ORDER MAIN [flags of MAIN].
 
-MAIN runs as it is, with its flags. But its checkpoints and logs go to a folder of the measurement, unreadable images are
-skipped, and once enough steps were measured its epoch ends, as if the images had: what it does then is measured, too.
+MAIN runs as it is, with its flags. But its checkpoints and logs go to a folder of the measurement, unreadable images
+are skipped, and once enough steps were measured its epoch ends, as if the images had: what it does then is measured,
+too.
 ORDER: JSON of `Order`. Events go to <folder>/events-<rank>.jsonl, one JSON object a line.
 """
 
@@ -192,11 +193,13 @@ class Recorder:
 
     def accumulate_less(self, loader: datasets.Loader, step: float) -> None:
         """Two micro-steps per update have all that many have: where updates are slow, measure those."""
-        accum = self.updater.accum_iter if self.updater is not None else 1
+        if self.updater is None:
+            return
+        accum = self.updater.accum_iter
         enough = self.epochs * (len(loader) // accum) >= FEW_UPDATES
         slow = 4 * accum * step > self.order.seconds
         if distributed.agree(accum > 2 and enough and slow)[1]:
-            self.updater.accum_iter = loader.accum_iter = 2
+            loader.accum_iter = self.updater.accum_iter = 2
 
     def finish(self) -> None:
         """Write what only the end tells. Collective."""
@@ -269,7 +272,7 @@ def hook(recorder: Recorder) -> None:
         if recorder.alone is None and self.sampler is not None:
             recorder.alone = recorder.loader_alone(self)
             recorder.write("alone", images_per_second=recorder.alone)
-        inner = batches(self, epoch, start)
+        inner: Any = batches(self, epoch, start)
         recorder.begun = clock()
         recorder.worked = recorder.worked or recorder.begun
         step = start
@@ -319,10 +322,18 @@ def hook(recorder: Recorder) -> None:
     def run_main(main, args):
         run(main, lambda: prepared(args))
 
-    datasets.Loader.__init__, datasets.Loader.batches = make_loader, any_batches
-    checkpoint.__init__, checkpoint._write = make_checkpoint, write_checkpoint
-    checkpoint.resume, checkpoint.run_log = restore, open_log
-    distributed.EpochLog.__init__, distributed.Updater.__init__, distributed.run = make_log, make_updater, run_main
+    for owner, name, method in (
+        (datasets.Loader, "__init__", make_loader),
+        (datasets.Loader, "batches", any_batches),
+        (checkpoint, "__init__", make_checkpoint),
+        (checkpoint, "_write", write_checkpoint),
+        (checkpoint, "resume", restore),
+        (checkpoint, "run_log", open_log),
+        (distributed.EpochLog, "__init__", make_log),
+        (distributed.Updater, "__init__", make_updater),
+        (distributed, "run", run_main),
+    ):
+        setattr(owner, name, method)
 
 
 def main() -> None:

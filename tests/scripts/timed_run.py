@@ -1,4 +1,4 @@
-"""A main as it is that tells after each epoch: seconds, seconds of processor time, peak of memory in kB, steps."""
+"""A main as it is that tells after each epoch: EPOCH, the time, its processor time, both in s, and its peak in kB."""
 
 import re
 import runpy
@@ -6,15 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 
 save = distributed.Checkpoint.save
 
 
-def told(self, position, *args):
-    save(self, position, *args)
+def told(self, position, name=""):
+    save(self, position, name)
     if not position.images:  # an epoch is complete
         peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
         assert peak
