@@ -62,7 +62,8 @@ FLAGS = {
     ("saim", "nano"): "--query_depth 4 --input_size 64 --patch_size 8",
     ("semaim", "nano"): "--query_depth 4 --input_size 64 --patch_size 8",
     ("semaim", "huge"): "--query_depth 16",
-    ("cae", "nano"): "--input_size 64 --patch_size 8 --second_input_size 64 --num_mask_patches 32",
+    ("cae", "nano"): "--input_size 64 --patch_size 8 --second_input_size 64 --num_mask_patches 32 "
+    "--decoder_embed_dim 96 --decoder_num_heads 3 --batch_size 8",
     ("cae", "large"): "--decoder_embed_dim 1024 --decoder_num_heads 16",
     ("a2mim", "vit"): "--mask_layer 0 --mask_init 0 --loss l1 --fft_weight 0.1 --fft_unmask_weight 0",
     ("a2mim", "nano"): "--input_size 64 --patch_size 8",
@@ -352,7 +353,7 @@ def table(args: argparse.Namespace, rest: list[str]) -> None:
         batch = next(sizes[gpu] for words, sizes in BATCHES.items() if re.search(words, name))
         batch = max(1, batch // VIEWS) if method == "udi" else batch
         command = [sys.executable, __file__, method, "--json", "--rounds", "1", "--steps", f"{args.steps}"]
-        command += ["--seconds", f"{args.seconds or 6}", *flags, "--batch_size", f"{batch}", "--num_workers", "2"]
+        command += ["--seconds", f"{args.seconds or 6}", "--batch_size", f"{batch}", *flags, "--num_workers", "2"]
         command += ["--data_path", args.data_path] * bool(args.data_path) + rest
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -369,9 +370,9 @@ def table(args: argparse.Namespace, rest: list[str]) -> None:
         print(line(list(cells.values()), widths, args.markdown), flush=True)
     if not found:
         raise distributed.UserError(f"--only {args.only}: no network has that in its name")
-    print("".join(f"\n{'- ' * args.markdown}not measured: {note}" for note in notes))
+    print("\n" + "".join(f"{'- ' * args.markdown}not measured: {note}\n" for note in notes))
     print(
-        "\npeak GB: memory beyond what the process had before; GFLOP/image: matrix products and convolutions, forward"
+        "peak GB: memory beyond what the process had before; GFLOP/image: matrix products and convolutions, forward"
         "\nand backward; of peak: of a large matrix product's speed; reference/default: their step times"
     )
 

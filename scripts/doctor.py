@@ -544,7 +544,7 @@ def check_recipe(
             if total >= row.images:
                 report.warn(f"{images} images per update, the paper has {row.images}", f"{other} keeps the paper's")
     help_of_lr = next((a.help or "" for a in parser._actions if a.dest == "lr"), "")
-    check_rate(report, run, args, help_of_lr, images, row if same else None)
+    check_rate(report, run, args, help_of_lr, images, row)
     if row is not None and same:
         theirs = vars(row.args)
         differing = [

@@ -7,6 +7,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def warnings(capsys: Any) -> list[str]:
     return [line.strip() for line in capsys.readouterr().out.splitlines() if "WARNING" in line or "ERROR" in line]
 
 
-def steps(seconds: list[float], wait: float = 0.0, accum: int = 1, begin: float = 100.0) -> list[dict[str, Any]]:
+def steps(seconds: Sequence[float], wait: float = 0.0, accum: int = 1, begin: float = 100.0) -> list[dict[str, Any]]:
     """Events of an epoch whose steps take so long, each waiting for its images first."""
     events: list[dict[str, Any]] = [{"event": "begin", "time": begin}]
     now = begin
@@ -133,8 +134,9 @@ def test_check_recipe__images_per_update_and_warm_up(capsys):
     assert "weight_decay 0.05 (0.5)" in out
 
 
-def test_check_recipe__absolute_rates_are_compared(capsys):
-    words = ["--model", "cae_base_patch16_224_8k_vocab", "--lr", "1.5e-3", "--batch_size", "64"]
+@pytest.mark.parametrize("network", ["cae_base_patch16_224_8k_vocab", "cae_nano"])
+def test_check_recipe__absolute_rates_are_compared(network, capsys):
+    words = ["--model", network, "--lr", "1.5e-3", "--batch_size", "64"]
     recipe("cae", words, "x: 1 trained parameters; 9 images, 64 per update (paper: 2048), lr 1.50e-03", 300)
     expected = "--lr 0.0015 is absolute and the paper's for 2048 images per update, this run has 64 -> --lr 4.69e-05 is"
     assert any(expected in line for line in warnings(capsys))
@@ -442,10 +444,7 @@ def test_check_files__folders_that_hold_something(tmp_path, capsys):
     (tmp_path / "note.txt").touch()
     doctor.check_files(Report(), files_of(tmp_path))
     assert any("is not empty (note.txt), but nothing in it is continued" in line for line in warnings(capsys))
-    doctor.check_files(
-        Report(),
-        files_of(Path()) if False else recorded({"event": "files", "folder": ""}, {"event": "start", "epochs": 1}),
-    )
+    doctor.check_files(Report(), recorded({"event": "files", "folder": ""}, {"event": "start", "epochs": 1}))
     assert warnings(capsys) == ["WARNING: neither checkpoints nor logs are written -> --output_dir DIR"]
 
 
@@ -601,7 +600,7 @@ def test_doctor__predicts_memory_and_speed(method, processes, photographs, tmp_p
     words += ["--data_path", photographs, "--output_dir", str(tmp_path / "run")]
     script = ROOT / method / "main_pretrain.py"
     args = flags(method, *words)
-    pairs = []
+    ratios = []
     for i in range(3):  # another program may disturb either of a pair
         folder = tmp_path / str(i)
         folder.mkdir()
@@ -613,8 +612,11 @@ def test_doctor__predicts_memory_and_speed(method, processes, photographs, tmp_p
         took, computed, peak = real_run(script, [*words[:-1], str(tmp_path / f"run{i}")], processes)
         host = max(rank["host"] for rank in run.first("memory")["ranks"])
         assert host == pytest.approx(peak, rel=0.10)
-        pairs.append(((steps * speed.step + speed.rest) / took, steps * speed.computed / computed))
-        if abs(pairs[-1][0] - 1) < 0.15:
+        wall, processor = (steps * speed.step + speed.rest) / took, steps * speed.computed / computed
+        # Where others hold the cores, only processor time tells.
+        busy = min(speed.computed / (speed.step - speed.wait), computed / took) < 0.7
+        ratios.append({"wall": wall, "processor": processor, "busy": busy, "memory": host / peak})
+        if abs((processor if busy else wall) - 1) < 0.15:
             break
-    print(json.dumps({"method": method, "processes": processes, "predicted / real, wall and processor": pairs}))
-    assert min(abs(wall - 1) for wall, _ in pairs) < 0.15, pairs
+    print(json.dumps({"method": method, "processes": processes, "predicted / real": ratios}))
+    assert any(abs((r["processor"] if r["busy"] else r["wall"]) - 1) < 0.15 for r in ratios), ratios
