@@ -80,7 +80,8 @@ class Recorder:
         if self.file is None:
             self.file = open(Path(self.order.folder) / f"events-{distributed.rank()}.jsonl", "a")  # noqa: SIM115
         values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        self.file.write(json.dumps({"event": event, "time": clock(), **values}) + "\n")
+        told = {"event": event, "time": clock(), "cpu": time.process_time(), **values}
+        self.file.write(json.dumps(told) + "\n")
         self.file.flush()
 
     # ---- what the run is
@@ -285,8 +286,7 @@ def hook(recorder: Recorder) -> None:
                 recorder.write("batch", bytes=sum(x.numel() * x.element_size() for x in tensors))
             last = recorder.updater is None or recorder.updater.is_last(step)
             warm = recorder.warm is not None
-            more = batch is not None
-            recorder.write("ask", asked=asked, got=got, cpu=time.process_time(), more=more, last=last, warm=warm)
+            recorder.write("ask", asked=asked, got=got, more=batch is not None, last=last, warm=warm)
             if batch is None:
                 inner.close()
                 return

@@ -14,7 +14,7 @@ save = distributed.Checkpoint.save
 
 def told(self, position, name=""):
     save(self, position, name)
-    if not position.images:  # an epoch is complete
+    if not position.images and distributed.is_main():  # an epoch is complete
         peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
         assert peak
         print("EPOCH", time.perf_counter(), time.process_time(), peak[1], flush=True)
