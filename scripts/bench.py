@@ -1,7 +1,8 @@
-"""Speed and memory of a method's pre-training step: python scripts/bench.py METHOD [flags of its main_pretrain.py].
+"""Speed and memory of pre-training steps: python scripts/bench.py METHOD [flags of its main_pretrain.py], or all.
 
-Rows are variants of the same step, measured in turn in one run: the reference formulation in fp32, then what trains by
-default in fp32 and, where the device has fast bf16, in bf16. Times are medians over all rounds.
+METHOD: rows are variants of the same step, measured in turn in one run: the reference formulation in fp32, then what
+trains by default in fp32 and, where the device has fast bf16, in bf16. Times are medians over all rounds.
+all: a row for each network of each method, in a process of its own, in the precision that it trains in by default.
 """
 
 import argparse
@@ -9,11 +10,14 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import resource
+import json
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
+from scripts.doctor import NETWORK, amount, memory_available
+from scripts.lib.measured_run import resident_bytes
 
 # The authors' formulation as keyword arguments of build_model(args, ...): what a method's speed-up is measured against.
 REFERENCE: dict[str, dict[str, Any]] = {"saim": {"attn_impl": "mask"}, "semaim": {"attn_impl": "authors"}}
@@ -41,6 +47,28 @@ RECIPE = {
 }
 METHODS = sorted(p.parent.name for p in Path(__file__).resolve().parents[1].glob("*/main_pretrain.py"))
 PHASES = ("data", "forward", "backward", "optimizer")
+# Images per step of a network in the table of all: on a CPU such that a step takes seconds, and on a GPU.
+BATCHES = {
+    "nano": (32, 512),
+    "tiny|resnet18|resnet34": (8, 256),
+    "small|resnet50|resnet101": (4, 128),
+    "base|resnet152|resnet200": (2, 64),
+    "large": (1, 32),
+    "huge": (1, 16),
+}
+VIEWS = 2  # UDI's images per step are fewer by this: each has two large views and ten small ones
+# What a network needs besides its name; those for small machines get small images.
+FLAGS = {
+    ("saim", "nano"): "--query_depth 4 --input_size 64 --patch_size 8",
+    ("semaim", "nano"): "--query_depth 4 --input_size 64 --patch_size 8",
+    ("semaim", "huge"): "--query_depth 16",
+    ("cae", "nano"): "--input_size 64 --patch_size 8 --second_input_size 64 --num_mask_patches 32 "
+    "--decoder_embed_dim 96 --decoder_num_heads 3 --batch_size 8",
+    ("cae", "large"): "--decoder_embed_dim 1024 --decoder_num_heads 16",
+    ("a2mim", "vit"): "--mask_layer 0 --mask_init 0 --loss l1 --fft_weight 0.1 --fft_unmask_weight 0",
+    ("a2mim", "nano"): "--input_size 64 --patch_size 8",
+    ("udi", "nano"): "--global_size 64 --local_size 32 --patch_size 8",
+}
 
 
 @dataclass
@@ -53,6 +81,7 @@ class Variant:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     memory: float = 0.0  # bytes at the peak
     flops: float = 0.0  # of matrix products, forward and backward, per image
+    parameters: int = 0
 
     def median(self, *phases: str) -> float:
         """Median seconds of the phases' sum (default: the whole step)."""
@@ -61,9 +90,13 @@ class Variant:
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("Benchmark", allow_abbrev=False, usage="%(prog)s METHOD [flags], listed by --help")
-    p.add_argument("method", choices=METHODS)
+    p.add_argument("method", choices=[*METHODS, "all"])
     p.add_argument("--steps", default=3, type=int, help="timed steps per variant and round, after one to warm up")
     p.add_argument("--rounds", default=2, type=int, help="passes over all variants")
+    p.add_argument("--seconds", default=0.0, type=float, help="after which a round takes no more steps; all: 6")
+    p.add_argument("--markdown", action="store_true", help="all: print the table for the README")
+    p.add_argument("--only", default="", help="all: a regular expression that rows, 'method network', are to contain")
+    p.add_argument("--json", action="store_true", help="print a row of the table of all")
     p.add_argument("--profile", action="store_true", help="also print the operators that the default variant spends on")
     p.add_argument("--data_path", default="", help="image folder; default: synthetic 500x375 JPEGs")
     return p
@@ -84,15 +117,6 @@ def sync(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def resident_bytes(peak: bool = False) -> float:
-    """Memory of this process now, or its peak since `reset_peak`."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
 
 
 def reset_peak(device: torch.device) -> float:
@@ -122,20 +146,40 @@ def matmul_peak(device: torch.device, precision: str) -> float:
 
 
 def measure(
-    variant: Variant, args: argparse.Namespace, method: str, loader: datasets.Loader, context: dict, steps: int
+    variant: Variant,
+    args: argparse.Namespace,
+    method: str,
+    loader: datasets.Loader,
+    context: dict,
+    steps: int,
+    seconds: float = 0.0,
 ) -> None:
-    """Add one round of steps to the variant's measurements; context: of `batch_loss`."""
+    """Add one round of steps to the variant's measurements.
+
+    Args:
+        context: of `batch_loss`. steps, seconds: that are timed at most; 0 seconds: no limit.
+    Raises:
+        UserError: the device has too little memory.
+    """
     main = importlib.import_module(f"{method}.main_pretrain")
     engine = importlib.import_module(f"{method}.engine_pretrain")
     device = loader.device
     before = reset_peak(device)
     torch.manual_seed(args.seed)
     model = main.build_model(args, **variant.overrides).to(device)
+    variant.parameters = sum(p.numel() for p in model.parameters())
+    least = 16 * variant.parameters  # weights, gradients and two moments in float32
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_available()[0]
+    if least - 4 * variant.parameters > 0.9 * free:
+        raise distributed.UserError(f"needs more than {amount(least)} of memory")
     net = distributed.wrap(model, device, args.compile)
     optimizer = main.build_optimizer(args, model, 1e-4)
     updater = distributed.Updater(optimizer, device, variant.precision, clip_grad=args.clip_grad)
     epoch, batches = 0, loader.batches()
+    counter, begun = FlopCounterMode(display=False), sync(device)
     for step in range(steps + 1):
+        if step > 1 and seconds and sync(device) - begun > seconds:
+            break
         times = [sync(device)]
         batch = next(batches, None)
         if batch is None:
@@ -143,10 +187,11 @@ def measure(
             batches = loader.batches(epoch)
             batch = next(batches)
         times.append(sync(device))
-        with updater.forward(net, step):
-            loss = engine.batch_loss(net, batch, **context)
-        times.append(sync(device))
-        loss.backward()
+        with contextlib.nullcontext() if step or variant.flops else counter:
+            with updater.forward(net, step):
+                loss = engine.batch_loss(net, batch, **context)
+            times.append(sync(device))
+            loss.backward()
         times.append(sync(device))
         updater.optimizer.step()
         updater.optimizer.zero_grad()
@@ -154,12 +199,11 @@ def measure(
         if step:  # the first one warms up
             for phase, start, end in zip(PHASES, times, times[1:], strict=False):
                 variant.seconds[phase].append(end - start)
+        else:
+            begun = sync(device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes(peak=True)
     variant.memory = max(variant.memory, peak - before)
-    if not variant.flops:
-        with FlopCounterMode(display=False) as counter:
-            engine.batch_loss(model, batch, **context).backward()
-        variant.flops = counter.get_total_flops() / args.batch_size
+    variant.flops = variant.flops or counter.get_total_flops() / args.batch_size
 
 
 def profile(args: argparse.Namespace, method: str, loader: datasets.Loader, context: dict, precision: str) -> str:
@@ -180,36 +224,71 @@ def profile(args: argparse.Namespace, method: str, loader: datasets.Loader, cont
 
 
 def main(args: argparse.Namespace, rest: list[str]) -> None:
+    if args.method == "all":
+        table(args, rest)
+        return
     module = importlib.import_module(f"{args.method}.main_pretrain")
     flags = module.get_args_parser().parse_args([*RECIPE.get(args.method, "").split(), *rest])
     device = distributed.init(flags.device)
     with tempfile.TemporaryDirectory() as folder:
         flags.data_path = args.data_path or synthetic_images(Path(folder), 4 * flags.batch_size)
         loader, context = module.build_data(flags, device)
-        variants = [Variant("default, fp32", {}, "fp32")]
-        if args.method in REFERENCE:
-            reference = REFERENCE[args.method]
-            name = ", ".join(f"{k}={v}" for k, v in reference.items())
-            variants.insert(0, Variant(f"reference ({name}), fp32", reference, "fp32"))
-        if flags.amp_dtype in ("bf16", "fp16") or (device.type == "cuda" and flags.amp_dtype == "auto"):
-            precision = flags.amp_dtype if flags.amp_dtype != "auto" else "bf16"
-            variants.append(Variant(f"default, {precision}", {}, precision))
-        for _ in range(args.rounds):
-            for variant in variants:
-                measure(variant, flags, args.method, loader, context, args.steps)
+        variants = variants_of(args.method, training_precision(flags, device), args.json)
+        try:
+            for _ in range(args.rounds):
+                for variant in variants:
+                    measure(variant, flags, args.method, loader, context, args.steps, args.seconds)
+        except torch.OutOfMemoryError as error:
+            raise distributed.UserError("needs more memory than this GPU has") from error
+        if args.json:
+            print(json.dumps(row(variants, flags, device)))
+            return
         report(variants, flags, device)
         if args.profile:
             print(profile(flags, args.method, loader, context, variants[-1].precision))
 
 
+def training_precision(flags: argparse.Namespace, device: torch.device) -> str:
+    """The precision of the flags: by default fp32 on a CPU, bf16 on a GPU."""
+    if flags.amp_dtype != "auto":
+        return flags.amp_dtype
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def variants_of(method: str, precision: str, same_precision: bool) -> list[Variant]:
+    """The reference formulation, where there is one, and the default one; in fp32 and, if it differs, in `precision`.
+
+    Args:
+        same_precision: both in `precision` alone.
+    """
+    first = precision if same_precision else "fp32"
+    variants = []
+    if method in REFERENCE:
+        name = ", ".join(f"{k}={v}" for k, v in REFERENCE[method].items())
+        variants.append(Variant(f"reference ({name}), {first}", REFERENCE[method], first))
+    variants.append(Variant(f"default, {first}", {}, first))
+    if precision != first:
+        variants.append(Variant(f"default, {precision}", {}, precision))
+    return variants
+
+
+def describe(flags: argparse.Namespace) -> tuple[str, int]:
+    """Name of the network and side of its images."""
+    network = next(v for k, v in vars(flags).items() if k in NETWORK)
+    return network, getattr(flags, "input_size", 0) or flags.global_size
+
+
+def name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def report(variants: list[Variant], flags: argparse.Namespace, device: torch.device) -> None:
-    """Print the table; ratios are to the first row."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    """Print the variants; ratios are to the first row."""
+    network, size = describe(flags)
     compiled = ", compiled" if flags.compile else ""
-    network = next(v for k, v in vars(flags).items() if k in ("model", "arch", "backbone"))
-    size = getattr(flags, "input_size", 0) or flags.global_size
-    what = f"{network}, {size} px, batch {flags.batch_size}{compiled}"
-    print(f"{what}; {name}; torch {torch.__version__}")
+    print(f"{network}, {size} px, batch {flags.batch_size}{compiled}; {name_of(device)}; torch {torch.__version__}")
     print(
         f"{'':34}{'images/s':>9}{'ratio':>7}{'ms/step':>9}"
         + "".join(f"{phase:>10}" for phase in PHASES)
@@ -226,6 +305,85 @@ def report(variants: list[Variant], flags: argparse.Namespace, device: torch.dev
             + f"{v.memory / 1e9:9.2f}{v.flops / 1e9:11.1f}{rate / 1e12:9.3f}{rate / peaks[v.precision]:9.0%}"
         )
     print("GFLOP/img: matrix products, forward and backward; of peak: of a large matrix product measured in this run")
+
+
+# ---- the table of all networks
+
+
+def row(variants: list[Variant], flags: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    """A row of the table: its cells by column."""
+    default, (network, size) = variants[-1], describe(flags)
+    total, busy = default.median(), default.median("forward", "backward", "optimizer")
+    peak = matmul_peak(device, default.precision)
+    cells = {"network": network, "px": f"{size}", "batch": f"{flags.batch_size}"}
+    cells |= {"param. M": f"{default.parameters / 1e6:.1f}", "images/s": f"{flags.batch_size / total:.3g}"}
+    cells |= {"ms/step": f"{1e3 * total:.0f}", **{phase: f"{1e3 * default.median(phase):.0f}" for phase in PHASES}}
+    cells |= {"peak GB": f"{default.memory / 1e9:.2f}", "GFLOP/image": f"{default.flops / 1e9:.3g}"}
+    cells |= {"of peak": f"{default.flops * flags.batch_size / busy / peak:.0%}"}
+    return cells | {"reference/default": f"{variants[0].median() / total:.2f}" if len(variants) > 1 else ""}
+
+
+def networks() -> Iterator[tuple[str, str, list[str]]]:
+    """Method, name and flags of every network that pre-trains; a name of another one is left out."""
+    for method in METHODS:
+        module = importlib.import_module(f"{method}.main_pretrain")
+        flag = next(a.dest for a in module.get_args_parser()._actions if a.dest in NETWORK)
+        seen = []
+        for name, maker in (getattr(module, "BACKBONES", None) or module.MODELS).items():
+            # Some are only fine-tuned, some have two names.
+            if not name.startswith(("mae_", "deit_")) and maker not in seen:
+                seen.append(maker)
+                further = [flags for (of, word), flags in FLAGS.items() if of == method and word in name]
+                yield method, name, [f"--{flag}", name, *" ".join(further).split()]
+
+
+def table(args: argparse.Namespace, rest: list[str]) -> None:
+    """Print the table, row by row; a network that fails has a note instead."""
+    device = distributed.init("cpu" if "cpu" in rest else "auto")
+    gpu = device.type == "cuda"
+    precision = "bf16" if gpu else "fp32"
+    print(
+        f"{name_of(device)}, {precision}; torch {torch.__version__}. Times of a step and its parts in ms.\n", flush=True
+    )
+    header, notes, found = False, [], False
+    for method, name, flags in networks():
+        if not re.search(args.only, f"{method} {name}"):
+            continue
+        found = True
+        batch = next(sizes[gpu] for words, sizes in BATCHES.items() if re.search(words, name))
+        batch = max(1, batch // VIEWS) if method == "udi" else batch
+        command = [sys.executable, __file__, method, "--json", "--rounds", "1", "--steps", f"{args.steps}"]
+        command += ["--seconds", f"{args.seconds or 6}", "--batch_size", f"{batch}", *flags, "--num_workers", "2"]
+        command += ["--data_path", args.data_path] * bool(args.data_path) + rest
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            error = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+            notes.append(f"{method} {name}: {error.removeprefix('bench.py: ')}")
+            continue
+        cells = {"method": method, **json.loads(done.stdout.splitlines()[-1])}
+        widths = [max(len(column), 30 if column == "network" else 6) for column in cells]
+        if not header:
+            print(line(list(cells), widths, args.markdown))
+            if args.markdown:
+                print("|" + "---|" * len(cells))
+            header = True
+        print(line(list(cells.values()), widths, args.markdown), flush=True)
+    if not found:
+        raise distributed.UserError(f"--only {args.only}: no network has that in its name")
+    print("\n" + "".join(f"{'- ' * args.markdown}not measured: {note}\n" for note in notes))
+    print(
+        "peak GB: memory beyond what the process had before; GFLOP/image: matrix products and convolutions, forward"
+        "\nand backward; of peak: of a large matrix product's speed; reference/default: their step times"
+    )
+
+
+def line(cells: list[str], widths: list[int], markdown: bool) -> str:
+    """Cells of a row, as text or Markdown."""
+    if markdown:
+        return "| " + " | ".join(cells) + " |"
+    return " ".join(
+        f"{cell:{'<' if i < 2 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
 
 
 if __name__ == "__main__":

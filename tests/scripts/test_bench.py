@@ -1,0 +1,132 @@
+"""The benchmark's table of all networks: which rows, what they hold, what is left out."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import distributed
+from scripts import bench
+from scripts.bench import Variant
+from tests.helpers import ROOT
+
+
+def arguments(*words: str):
+    return bench.get_args_parser().parse_known_args(words)
+
+
+def variant(name: str, seconds: float, **values) -> Variant:
+    made = Variant(name, {}, "fp32", **values)
+    for times in made.seconds.values():
+        times.extend([seconds, 2 * seconds, seconds])
+    return made
+
+
+def test_networks__every_one_that_pre_trains_once():
+    rows = [(method, name) for method, name, _ in bench.networks()]
+    assert len(rows) == len(set(rows))
+    assert {method for method, _ in rows} == {"saim", "semaim", "cae", "a2mim", "udi"}
+    assert ("semaim", "aim_base") in rows
+    assert ("semaim", "saim_base") not in rows  # the same network
+    assert not any(name.startswith(("mae_", "deit_")) for _, name in rows)
+    for _, name in rows:
+        assert next(cpu for words, (cpu, _) in bench.BATCHES.items() if bench.re.search(words, name)) >= 1
+
+
+def test_networks__flags_are_those_of_the_mains():
+    for method, name, words in bench.networks():
+        main = bench.importlib.import_module(f"{method}.main_pretrain")
+        args = main.get_args_parser().parse_args([*bench.RECIPE[method].split(), *words])
+        assert bench.describe(args)[0] == name
+
+
+def test_row__cells(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
+    flags = SimpleNamespace(model="saim_nano", input_size=64, batch_size=8)
+    variants = [variant("reference", 0.02), variant("default", 0.01, memory=2.5e9, flops=1e9, parameters=1_234_567)]
+    cells = bench.row(variants, flags, torch.device("cpu"))  # type: ignore[arg-type]
+    assert cells["network"] == "saim_nano"
+    assert (cells["px"], cells["batch"], cells["param. M"]) == ("64", "8", "1.2")
+    assert (cells["images/s"], cells["ms/step"], cells["forward"]) == ("200", "40", "10")
+    assert (cells["peak GB"], cells["GFLOP/image"], cells["reference/default"]) == ("2.50", "1", "2.00")
+    assert cells["of peak"] == "27%"  # 8 GFLOP in the 30 ms of forward, backward and optimizer
+    alone = bench.row(variants[1:], flags, torch.device("cpu"))  # type: ignore[arg-type]
+    assert alone["reference/default"] == ""
+
+
+def test_variants_of__reference_in_the_same_precision():
+    assert [v.precision for v in bench.variants_of("saim", "bf16", True)] == ["bf16", "bf16"]
+    assert [v.precision for v in bench.variants_of("saim", "bf16", False)] == ["fp32", "fp32", "bf16"]
+    assert [v.name for v in bench.variants_of("udi", "fp32", True)] == ["default, fp32"]
+
+
+def test_table__rows_and_notes(monkeypatch, capsys):
+    """What a row's process prints is a row; what it says on stderr, a note."""
+    commands = []
+
+    def run(command, **_kwargs):
+        commands.append(command)
+        if "aim_huge" in command:
+            return SimpleNamespace(returncode=2, stdout="", stderr="bench.py: needs more than 17.00 GB of memory\n")
+        cells = {"network": command[command.index("--model") + 1], "px": "64", "reference/default": "1.50"}
+        return SimpleNamespace(returncode=0, stdout=f"a warning\n{json.dumps(cells)}\n", stderr="")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    bench.main(*arguments("all", "--markdown", "--only", "semaim aim_(huge|nano)", "--device", "cpu"))
+    out = capsys.readouterr().out
+    assert "| method | network | px | reference/default |\n|---|---|---|---|\n| semaim | aim_nano | 64 | 1.50 |" in out
+    assert "- not measured: semaim aim_huge: needs more than 17.00 GB of memory" in out
+    assert commands[1][-2:] == ["--device", "cpu"]
+    assert commands[1][commands[1].index("--batch_size") + 1] == "32"
+    bench.main(*arguments("all", "--only", "semaim aim_nano", "--device", "cpu"))
+    assert "semaim aim_nano" in capsys.readouterr().out
+
+
+def test_table__raises_on_a_name_without_networks():
+    with pytest.raises(distributed.UserError, match="^--only nothing: no network has that in its name$"):
+        bench.main(*arguments("all", "--only", "nothing", "--device", "cpu"))
+
+
+def test_measure__raises_without_memory(monkeypatch):
+    monkeypatch.setattr(bench, "memory_available", lambda: (1e6, 1e6))
+    words = [
+        "--model",
+        "saim_nano",
+        "--query_depth",
+        "1",
+        "--input_size",
+        "16",
+        "--patch_size",
+        "8",
+        "--num_workers",
+        "0",
+    ]
+    with pytest.raises(distributed.UserError, match="needs more than .* MB of memory"):
+        bench.main(*arguments("saim", *words, "--batch_size", "2", "--device", "cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "only", ["saim saim_nano", "semaim aim_nano", "cae cae_nano", "a2mim resnet_nano", "udi vit_nano"]
+)
+def test_table__of_small_networks(only, run_script):
+    done = run_script("scripts/bench.py", "all", "--only", only, "--steps", "1", "--markdown", timeout=600)
+    header, _, cells = (line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|"))
+    assert (cells[0], cells[1]) == tuple(only.split())
+    values = dict(zip(header, cells, strict=False))
+    for column in ("images/s", "ms/step", "peak GB", "GFLOP/image", "param. M"):
+        assert float(values[column]) > 0
+    assert ("reference/default" in values) == (only.split()[0] in bench.REFERENCE)
+
+
+@pytest.mark.slow
+def test_bench__of_one_method():
+    words = ["saim", "--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
+    command = [sys.executable, "scripts/bench.py", *words, "--num_workers", "0", "--steps", "1", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reference (attn_impl=mask), fp32" in done.stdout
+    assert "default, fp32" in done.stdout
