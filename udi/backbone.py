@@ -14,7 +14,10 @@ PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 
 
 def load_backbone(
-    checkpoint: str | dict[str, Any], checkpoint_key: str = "teacher", class_tokens: str = "all"
+    checkpoint: str | dict[str, Any],
+    checkpoint_key: str = "teacher",
+    class_tokens: str = "all",
+    path: str = "checkpoint",
 ) -> dict[str, Tensor]:
     """The weights of a checkpoint's ViT under their plain names.
 
@@ -23,10 +26,11 @@ def load_backbone(
             extraction wrote, or a plain ViT (DINO's, say).
         checkpoint_key: whose weights, teacher or student; a file without that key is taken as it is.
         class_tokens: first leaves out what belongs to further class tokens.
+        path: names a content in messages.
     Raises:
         UserError: the file cannot be read or holds no ViT.
     """
-    path = checkpoint if isinstance(checkpoint, str) else "checkpoint"
+    path = checkpoint if isinstance(checkpoint, str) else path
     state = distributed.load(checkpoint) if isinstance(checkpoint, str) else checkpoint
     keys = (checkpoint_key, "model", "state_dict")
     found = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)

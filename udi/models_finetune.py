@@ -6,6 +6,7 @@ Legend: B batch, N patches, c class tokens, T = c + N tokens, C width, h heads, 
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -401,7 +402,11 @@ def interpolate_pos_embed(pos_embed: Tensor, grid_size: int, tokens: int = 1) ->
 
 
 def read_weights(
-    path: str, checkpoint_key: str = "teacher", model_key: str = "model|module", model_prefix: str = ""
+    path: str,
+    checkpoint_key: str = "teacher",
+    model_key: str = "model|module",
+    model_prefix: str = "",
+    state: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """The weights of a ViT in a file or https address, by plain names.
 
@@ -409,10 +414,11 @@ def read_weights(
         checkpoint_key: whose weights of a pre-training checkpoint, as in `load_backbone`.
         model_key: keys, separated by |, of which the first that the file has holds the weights, else the file itself.
         model_prefix: of the weights' names.
+        state: the file's content, where it has been read.
     Raises:
         distributed.UserError: the file cannot be read or holds no ViT.
     """
-    state = distributed.load(path)
+    state = distributed.load(path) if state is None else state
     found = next((state[key] for key in model_key.split("|") if isinstance(state.get(key), dict)), state)
     weights = {
         name.removeprefix(model_prefix).removeprefix("module."): value
@@ -424,7 +430,7 @@ def read_weights(
         return weights
     if model_prefix:
         raise distributed.UserError(f"{path}: holds no ViT under names that start with {model_prefix}")
-    return load_backbone(path, checkpoint_key)
+    return load_backbone(state, checkpoint_key, path=path)
 
 
 def first_class_token(weights: dict[str, Tensor]) -> dict[str, Tensor]:
