@@ -131,6 +131,39 @@ def interleave(parts: list[Tensor]) -> Tensor:
     return whole
 
 
+def vote(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    nb_knn: list[int],
+    temperature: float,
+    nb_classes: int,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 accuracy, in percent, of the votes of each number of neighbours. Collective.
+
+    Args:
+        train: features (n, D) of this process's share of the training images. test: (m, D), of all test images.
+    Raises:
+        distributed.UserError: there are not so many training images or classes.
+    """
+    images, largest = round(distributed.all_sum([len(train)])[0]), max(nb_knn)
+    if largest > images:
+        raise distributed.UserError(f"--nb_knn {largest}: there are only {images} training images")
+    top_label = int(max(labels.max() for labels in (train_labels, test_labels) if len(labels)))
+    if top_label >= nb_classes:
+        raise distributed.UserError(f"--nb_classes {nb_classes}: an image is labelled {top_label}")
+    found = [x.cpu() for x in nearest(train, train_labels, test, largest)]
+    cosines, labels = (torch.cat(parts, dim=1) for parts in zip(*distributed.gather(found), strict=True))
+    cosines, index = cosines.topk(largest, dim=1)
+    labels, results = labels.gather(1, index), {}
+    for k in nb_knn:
+        relative = cosines[:, :k] - cosines[:, :1]  # the same winners, and no overflow at low temperatures
+        scores = class_scores(relative, labels[:, :k], temperature, nb_classes)
+        results[k] = accuracy(scores, test_labels.cpu(), k)
+    return results
+
+
 def compute(args: argparse.Namespace, device: torch.device, keep: torch.device) -> list[Tensor]:
     """Features and labels of this process's training images, and of all test images (as in `DUMPS`)."""
     train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split)
@@ -217,21 +250,9 @@ def main(args: argparse.Namespace) -> None:
         train, train_labels, test, test_labels = load_dump(args.load_features, keep)
     else:
         train, train_labels, test, test_labels = compute(args, device, keep)
-    images, largest = round(distributed.all_sum([len(train)])[0]), max(args.nb_knn)
-    if largest > images:
-        raise distributed.UserError(f"--nb_knn {largest}: there are only {images} training images")
-    top_label = int(max(labels.max() for labels in (train_labels, test_labels) if len(labels)))
-    if top_label >= args.nb_classes:
-        raise distributed.UserError(f"--nb_classes {args.nb_classes}: an image is labelled {top_label}")
     # ---- vote
-    found = [x.cpu() for x in nearest(train, train_labels, test, largest)]
-    cosines, labels = (torch.cat(parts, dim=1) for parts in zip(*distributed.gather(found), strict=True))
-    cosines, index = cosines.topk(largest, dim=1)
-    labels = labels.gather(1, index)
-    for k in args.nb_knn:
-        relative = cosines[:, :k] - cosines[:, :1]  # the same winners, and no overflow at low temperatures
-        scores = class_scores(relative, labels[:, :k], args.temperature, args.nb_classes)
-        top1, top5 = accuracy(scores, test_labels.cpu(), k)
+    results = vote(train, train_labels, test, test_labels, args.nb_knn, args.temperature, args.nb_classes)
+    for k, (top1, top5) in results.items():
         distributed.log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
 
 
