@@ -292,6 +292,8 @@ class Checkpoint:
             if updater is not None:
                 updater.restore()
             self.save(Position(epoch, step * images_per_step, gather(epoch_log.sums(step))), name)
+            if epoch_log.run_log is not None and is_main():
+                epoch_log.run_log.record()
             if self.writes:
                 path = self.folder / (name or self.files.latest)
                 log(f"saved epoch {epoch}, step {step} as {path}; --resume continues from this step")
