@@ -87,7 +87,7 @@ cae)
         --decoder_num_classes 1024 --decoder_embed_dim 384 --decoder_num_heads 6 --num_mask_patches 128
         --imagenet_default_mean_and_std --lr 5e-4 --warmup_epochs 20 --clip_grad 3 --drop_path 0.1)
     model=(--model cae_small_patch16_224 --input_size 128 --patch_size 8)
-    probe=("${model[@]}" --epochs 50 --lr 6.4 --warmup_epochs 5)
+    probe=("${model[@]}" --epochs 50 --lr 1 --warmup_epochs 5)
     train=("${model[@]}" --imagenet_default_mean_and_std --lr 5e-4 --warmup_epochs 10 --weight_decay 0.05
         --drop_path 0.1 --mixup 0.8 --cutmix 1.0)
     ;;
@@ -99,7 +99,7 @@ cae--tiny)
         --num_mask_patches 18 --min_mask_patches_per_block 4 --crop_min_size 0.2
         --imagenet_default_mean_and_std --lr 1.5e-3 --warmup_epochs 1 --clip_grad 3)
     model=(--model cae_nano --input_size 48 --patch_size 8)
-    probe=("${model[@]}" --epochs 3 --lr 10 --warmup_epochs 0)
+    probe=("${model[@]}" --epochs 3 --lr 1 --warmup_epochs 0)
     train=("${model[@]}" --imagenet_default_mean_and_std --lr 1e-3 --warmup_epochs 1 --drop_path 0 --reprob 0 --aa "")
     ;;
 a2mim)
@@ -113,7 +113,7 @@ a2mim)
         --val_resize 146 --val_crop 128 --lr 3e-3)
     ;;
 a2mim--tiny)
-    images=32 epochs=5 checkpoint=latest.pth probed=latest.pth
+    images=32 epochs=4 checkpoint=latest.pth probed=latest.pth
     probe_from=--pretrained train_from=--pretrained scratch=() tuned=()
     pretrain=(--backbone resnet_nano --input_size 64 --mask_layer 3 --mask_init 1e-6 --mask_patch_size 16 --loss l1
         --fft_weight 0.5 --fft_unmask_weight 1e-3 --crop_scale 0.3 1 --lr 5e-3 --warmup_epochs 1)
@@ -134,7 +134,7 @@ udi)
         --imagenet_default_mean_and_std --lr 5e-4 --warmup_epochs 10 --drop_path 0.1 --mixup 0.8 --cutmix 1.0)
     ;;
 udi--tiny)
-    images=32 epochs=3
+    images=32 epochs=2
     probe_from=--pretrained_weights
     pretrain=(--arch vit_nano --global_size 48 --local_size 24 --patch_size 8 --local_crops_number 2
         --local_sampling_window_size 3 --out_dim 1024 --lr 4e-3 --warmup_epochs 1 --momentum_teacher 0.99

@@ -1,4 +1,7 @@
-"""The table with which scripts/imagenette.sh ends: python scripts/imagenette_table.py OUT, the folder of its stages."""
+"""The table with which scripts/imagenette.sh ends: python scripts/imagenette_table.py OUT, the folder of its stages.
+
+Without OUT: README's table of the recipes for one core, from scripts/imagenette.json.
+"""
 
 import argparse
 import json
@@ -9,7 +12,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import distributed
 from common.distributed import UserError
-from scripts.report import read_stage
+from scripts.report import ROOT, read_stage
 
 # Stages by row: whose seconds are summed, and where each column's accuracy is found.
 ROWS = {
@@ -23,7 +26,7 @@ COLUMNS = ("k-NN", "linear", "accuracy")
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("Imagenette's table", allow_abbrev=False)
-    p.add_argument("folder", metavar="OUT", help="folder of the stages")
+    p.add_argument("folder", metavar="OUT", nargs="?", default="", help="folder of the stages")
     return p
 
 
@@ -65,5 +68,23 @@ def text(table: dict[str, dict[str, float]]) -> str:
     return "\n".join([*lines, "percent of the validation images; seconds of the row's stages, the probes included"])
 
 
+def measured() -> str:
+    """README's table, Markdown: what was measured with --tiny; a dash is what was not."""
+    results = json.loads((ROOT / "scripts" / "imagenette.json").read_text("utf-8"))["results"]
+    places = [("random weights", "k-NN"), ("pre-trained", "k-NN"), ("random weights", "linear")]
+    places += [("pre-trained", "linear"), ("supervised", "accuracy"), ("pre-trained, fine-tuned", "accuracy")]
+    head = ["", "k-NN, random", "k-NN, pre-trained", "linear, random", "linear, pre-trained", "supervised", "fine-tuned"]
+    lines = [f"| {' | '.join([*head, 'minutes'])} |", "|---" * 8 + "|"]
+    for name, rows in results.items():
+        cells = [f"{rows[row][column]:.1f}" if column in rows.get(row, {}) else "–" for row, column in places]
+        minutes = sum(values["cpu_seconds"] for values in rows.values()) / 60
+        lines.append(f"| {' | '.join([name, *cells, f'{minutes:.0f}'])} |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    print(text(read(Path(args.folder))) if args.folder else measured())
+
+
 if __name__ == "__main__":
-    distributed.run(lambda args: print(text(read(Path(args.folder)))), get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args())

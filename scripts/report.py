@@ -1,7 +1,7 @@
 """Tables of finished and unfinished runs: published and measured numbers, time, hardware, command, checkpoint, curves.
 
-Usage: python scripts/report.py RUN ... [--out DIR]; a RUN is a folder of a row's script, of one stage, or one that holds
-such folders. Writes DIR/report.md, DIR/report.html (with everything inside) and the curves, DIR/<stage>.png.
+Usage: python scripts/report.py RUN ... [--out DIR]; a RUN is a folder of a row's script, of one stage, or one with such
+folders. Writes DIR/report.md, DIR/report.html (with everything inside) and the curves, DIR/<stage>.png.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from common.distributed import UserError
 from scripts.plot_log import Run, plot, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-LOGS = ("log.txt", "*.log.txt", "knn.json", "knn.log")  # by which a stage's folder is known
+LOGS = ("log.txt", "*.log.txt")
+KNOWN = (*LOGS, "run.json", "knn.json", "knn.log")  # files by which a stage's folder is known
 CHECKPOINTS = ("checkpoint.pth", "latest.pth", "checkpoint.pth.tar", "*.temp.pth", "*.linear.pth")
 ACCURACIES = ("test_acc1", "val_head0_top1")
 HEAD = ("run", "stage", "paper", "measured", "difference", "epochs", "images per update", "hardware", "hours")
@@ -39,6 +40,7 @@ class Stage:
     name: str
     folder: Path
     paper: float | None = None
+    trains: bool = True  # k-NN does not
     log: Run = field(default_factory=dict)
     accuracy: float | None = None  # percent, of the last epoch
     best: float | None = None
@@ -51,11 +53,11 @@ class Stage:
     @property
     def done(self) -> int:
         """Epochs in the log, which A2MIM counts from 1."""
-        return max(self.log, default=0) + (min(self.log, default=1) != 1)
+        return max(self.log) + (min(self.log) != 1) if self.log else 0
 
     @property
     def is_finished(self) -> bool:
-        return not self.log or (self.epochs is not None and self.done >= self.epochs)
+        return not self.trains or (self.epochs is not None and self.done >= self.epochs)
 
     def cells(self) -> list[str]:
         """The columns of `HEAD`."""
@@ -72,7 +74,7 @@ class Stage:
             "" if self.paper is None else f"{self.paper:g}",
             measured,
             f"{self.accuracy - self.paper:+.1f}" if compared else "",  # type: ignore[operator]
-            epochs if self.log else "",
+            epochs if self.trains else "",
             "" if self.images_per_update is None else f"{self.images_per_update}",
             "; ".join(machine for machine in machines if machine),
             f"{hours:.2f}" if self.starts else "",
@@ -95,7 +97,7 @@ def published() -> dict[str, dict[str, float]]:
 
 def stage_folders(run: Path) -> list[Path]:
     """The folders of stages in a folder, itself included, in the order in which they were begun."""
-    found = {path.parent for pattern in LOGS for path in run.rglob(pattern)}
+    found = {path.parent for pattern in KNOWN for path in run.rglob(pattern)}
     return sorted(found, key=lambda folder: (folder.parent, _begun(folder), folder.name))
 
 
@@ -103,7 +105,7 @@ def _begun(folder: Path) -> str:
     starts = read_starts(folder)
     if starts:
         return str(starts[0].get("started", ""))
-    oldest = min(path.stat().st_mtime for pattern in LOGS for path in folder.glob(pattern))
+    oldest = min(path.stat().st_mtime for pattern in KNOWN for path in folder.glob(pattern))
     return f"{datetime.fromtimestamp(oldest).astimezone():%Y-%m-%dT%H:%M:%S}"
 
 
@@ -117,7 +119,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_flags(folder: Path, starts: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
-    """The flags of a stage, and its checkpoint's name and hash; those of the command if the checkpoint is unreadable."""
+    """The flags of a stage, and its checkpoint's name and hash; those of the command if that is unreadable."""
     path = next((path for pattern in CHECKPOINTS for path in sorted(folder.glob(pattern))), None)
     words = shlex.split(str(starts[-1].get("command", ""))) if starts else []
     given = {a[2:]: int(b) for a, b in zip(words, words[1:], strict=False) if a.startswith("--") and b.isdecimal()}
@@ -128,9 +130,11 @@ def read_flags(folder: Path, starts: list[dict[str, Any]]) -> tuple[dict[str, An
     except UserError as error:
         distributed.log(f"WARNING: {error}")
         return given, f"{path.name} is damaged"
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return flags if isinstance(flags, dict) else given, f"{path.name} {digest[:12]}"
+        while part := file.read(2**20):
+            digest.update(part)
+    return flags if isinstance(flags, dict) else given, f"{path.name} {digest.hexdigest()[:12]}"
 
 
 def read_neighbours(folder: Path) -> tuple[float, str]:
@@ -163,18 +167,21 @@ def read_stage(folder: Path) -> Stage:
         stage = Stage(folder.resolve().parents[1].name, "knn", folder)
     else:
         stage = Stage(row or folder.resolve().parent.name, folder.resolve().name, folder, starts=starts)
-    log = next((path for pattern in LOGS[:2] for path in sorted(folder.glob(pattern))), None)
-    if log is None:
+    log = next((path for pattern in LOGS for path in sorted(folder.glob(pattern))), None)
+    if log is not None:
+        stage.log = read_log(str(log))
+    elif not starts:
+        stage.trains = False
         stage.accuracy, stage.note = read_neighbours(folder)
         return stage
-    stage.log = read_log(str(log))
     accuracies = [values[name] for values in stage.log.values() for name in ACCURACIES if name in values]
     if accuracies:
         stage.accuracy, stage.best = accuracies[-1], max(accuracies)
     flags, stage.checkpoint = read_flags(folder, starts)
     epochs, batch = flags.get("epochs"), flags.get("batch_size", flags.get("batch_size_per_gpu"))
     stage.epochs = epochs if isinstance(epochs, int) else None
-    accum, processes = flags.get("accum_iter", flags.get("update_freq", 1)), starts[-1].get("processes") if starts else 0
+    accum = flags.get("accum_iter", flags.get("update_freq", 1))
+    processes = starts[-1].get("processes") if starts else 0
     if isinstance(batch, int) and isinstance(accum, int) and isinstance(processes, int) and processes:
         stage.images_per_update = batch * accum * processes
     return stage
@@ -190,10 +197,10 @@ def read_stages(runs: list[str]) -> list[Stage]:
     for run in runs:
         if not Path(run).is_dir():
             raise UserError(f"{run}: is no folder, expected one of a run")
-        folders = [folder for folder in stage_folders(Path(run)) if folder.resolve() not in seen]
+        folders = stage_folders(Path(run))
         if not folders:
-            print(f"left out: {run}: holds no {', '.join(LOGS)}", file=sys.stderr)
-        for folder in folders:
+            print(f"left out: {run}: holds no {', '.join(KNOWN)}", file=sys.stderr)
+        for folder in (folder for folder in folders if folder.resolve() not in seen):
             seen.add(folder.resolve())
             try:
                 stage = read_stage(folder)
