@@ -73,8 +73,8 @@ def measured() -> str:
     results = json.loads((ROOT / "scripts" / "imagenette.json").read_text("utf-8"))["results"]
     places = [("random weights", "k-NN"), ("pre-trained", "k-NN"), ("random weights", "linear")]
     places += [("pre-trained", "linear"), ("supervised", "accuracy"), ("pre-trained, fine-tuned", "accuracy")]
-    head = ["", "k-NN, random", "k-NN, pre-trained", "linear, random", "linear, pre-trained", "supervised", "fine-tuned"]
-    lines = [f"| {' | '.join([*head, 'minutes'])} |", "|---" * 8 + "|"]
+    head = ["k-NN, random", "k-NN, pre-trained", "linear, random", "linear, pre-trained"]
+    lines = [f"| | {' | '.join([*head, 'supervised', 'fine-tuned', 'minutes'])} |", "|---" * 8 + "|"]
     for name, rows in results.items():
         cells = [f"{rows[row][column]:.1f}" if column in rows.get(row, {}) else "–" for row, column in places]
         minutes = sum(values["cpu_seconds"] for values in rows.values()) / 60
