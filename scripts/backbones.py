@@ -19,8 +19,10 @@ METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 
 def add_flags(p: argparse.ArgumentParser, timm: bool = True) -> None:
     """Add the flags that choose a network; timm: also one that only timm knows."""
-    p.add_argument("method", choices=[*METHODS, "timm"] if timm else METHODS, metavar="METHOD", help=", ".join(METHODS))
-    p.add_argument("checkpoint", metavar="CHECKPOINT", help="file, https address, or 'random' (needs --model)")
+    methods = [*METHODS, "timm"] if timm else METHODS
+    folder = "a folder of export.py (its METHOD may be timm)" if timm else "safetensors file"
+    p.add_argument("method", choices=methods, metavar="METHOD", help=", ".join(methods))
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help=f"file, https address, {folder}, or 'random' with --model")
     p.add_argument("--model", default="", help="name in the method's main_finetune.py; default: as the checkpoint says")
     p.add_argument("--input_size", default=None, type=int, help="image side in pixels; default: the checkpoint's")
     p.add_argument("--key", default="", help="the weights' key in the file: ema_state_dict, student, model_ema, ...")

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset, IterableDataset
 
@@ -134,7 +136,8 @@ def write(path: Path, rows: np.ndarray, targets: np.ndarray, about: dict[str, An
             if path.suffix == ".safetensors":
                 joined = np.frombuffer(json.dumps(read_names).encode(), np.uint8)
                 tensors = {"features": np.load(temporary, mmap_mode="r"), "labels": labels, "names": joined}
-                save_file(tensors, part(path, ".new.safetensors"), {key: json.dumps(x) for key, x in about.items()})
+                save_file(tensors, part(path, ".new.safetensors"), {"about": json.dumps(about)})
+                shutil.copymode(temporary, part(path, ".new.safetensors"))  # safetensors lets nobody else read it
                 os.replace(part(path, ".new.safetensors"), path)
                 return
             np.save(part(path, ".labels.new.npy"), labels)
@@ -156,11 +159,9 @@ def read(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     path = Path(name)
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
             tensors = load_file(path)
             with safe_open(path, "numpy") as file:
-                about = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+                about = json.loads(file.metadata()["about"])
             features, labels, about["names"] = (tensors[key] for key in ("features", "labels", "names"))
             about["names"] = json.loads(about["names"].tobytes())
         else:
