@@ -99,7 +99,7 @@ cae--tiny)
         --num_mask_patches 18 --min_mask_patches_per_block 4 --crop_min_size 0.2
         --imagenet_default_mean_and_std --lr 1.5e-3 --warmup_epochs 1 --clip_grad 3)
     model=(--model cae_nano --input_size 48 --patch_size 8)
-    probe=("${model[@]}" --epochs 3 --lr 1 --warmup_epochs 0)
+    probe=("${model[@]}" --epochs 3 --lr 10 --warmup_epochs 0)
     train=("${model[@]}" --imagenet_default_mean_and_std --lr 1e-3 --warmup_epochs 1 --drop_path 0 --reprob 0 --aa "")
     ;;
 a2mim)
@@ -118,7 +118,7 @@ a2mim--tiny)
     pretrain=(--backbone resnet_nano --input_size 64 --mask_layer 3 --mask_init 1e-6 --mask_patch_size 16 --loss l1
         --fft_weight 0.5 --fft_unmask_weight 1e-3 --crop_scale 0.3 1 --lr 5e-3 --warmup_epochs 1)
     model=(--backbone resnet_nano --input_size 64 --val_resize 73 --val_crop 64)
-    probe=("${model[@]}" --epochs 3 --lr 1 --sched CosineAnnealing)
+    probe=("${model[@]}" --epochs 3 --lr 0.1 --sched CosineAnnealing)
     train=("${model[@]}" --aug plain --lr 2e-3 --warmup_epochs 1)
     ;;
 udi)
@@ -140,7 +140,7 @@ udi--tiny)
         --local_sampling_window_size 3 --out_dim 1024 --lr 4e-3 --warmup_epochs 1 --momentum_teacher 0.99
         --warmup_teacher_temp_epochs 1 --teacher_temp 0.04 --drop_path_rate 0 --freeze_last_layer 0)
     model=(--arch vit_nano --input_size 48 --patch_size 8)
-    probe=("${model[@]}" --lr 0.8 --epochs 3)
+    probe=("${model[@]}" --lr 0.04 --epochs 3)
     knn=("${model[@]}" --nb_classes 10 --nb_knn 20)
     model=(--model vit_nano --input_size 48 --patch_size 8)
     train=("${model[@]}" --disable_rel_pos_bias --abs_pos_emb --use_cls --layer_scale_init_value 0

@@ -68,3 +68,10 @@ def test_without_a_folder_nothing_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     distributed.RunLog("", events="events").epoch({"epoch": 0})
     assert [path.name for path in tmp_path.iterdir()] == ["events"]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_start(tmp_path, digits, launch):
+    launch(2, "saim/main_pretrain.py", *PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path))
+    assert [start["processes"] for start in starts(tmp_path)] == [2]
+    assert "main_pretrain.py" in starts(tmp_path)[0]["command"]
