@@ -90,7 +90,7 @@ def plot(runs: dict[str, Run]) -> Figure:
         if title != "learning rate":
             ax.legend(fontsize=8)
     axes[-1].set_xlabel("epoch")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return fig
 
 

@@ -289,6 +289,8 @@ class Checkpoint:
             if updater is not None:
                 updater.restore()
             self.save(epoch_log.position(step), name)
+            if is_main():
+                epoch_log.run_log.record()
             if self.writes:
                 path = self.folder / (name or self.files.latest)
                 log(f"saved epoch {epoch_log.epoch}, step {step} as {path}; --resume continues from this step")

@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
+import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -51,8 +53,21 @@ class Position:
         return {name: [sum(m[name][i] for m in self.meters) for i in (0, 1)] for name in names}
 
 
+def hardware() -> str:
+    """The GPUs of all processes, or this machine's CPU: "8 x NVIDIA H100", "AMD EPYC, 2 cores"."""
+    if torch.cuda.is_initialized():
+        return f"{world_size()} x {torch.cuda.get_device_name()}"
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")][0]
+    return f"{model}, {os.cpu_count()} cores"
+
+
 class RunLog:
     """log.txt (one JSON object per epoch) and TensorBoard events of a run; rank 0 writes.
+
+    Beside log.txt, run.json tells of every start of the run that trained: command, processes, hardware, torch, time.
 
     Args:
         folder: of the log; '' writes none. events: of the TensorBoard events, if another.
@@ -75,6 +90,8 @@ class RunLog:
         self.writer: Any = None
         self.path = Path(folder) / name if folder else None
         self.ticks = ticks
+        self._earlier: list[dict[str, Any]] | None = None  # starts before this one
+        self._begun = time.time()
         if folder or events:
             main_does(lambda: self._open(events or folder, start, keep))
 
@@ -109,8 +126,32 @@ class RunLog:
                     file.write(json.dumps(finite) + "\n")
             if self.writer is not None:
                 self.writer.flush()
+            self.record()
 
         main_does(append)
+
+    def record(self) -> None:
+        """Bring this start's entry in run.json up to date; for rank 0 alone. A damaged file is begun anew."""
+        if self.path is None:
+            return
+        file = self.path.with_name("run.json")
+        if self._earlier is None:
+            self._earlier = []
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._earlier = list(json.loads(file.read_text())["starts"])
+        start = {
+            "row": os.environ.get("ROW_SCRIPT", ""),  # by scripts/lib/row.sh
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "processes": world_size(),
+            "hardware": hardware(),
+            "torch": torch.__version__,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._begun)),
+            "seconds": round(time.time() - self._begun, 1),
+        }
+        with self._written():
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"starts": [*self._earlier, start]}, indent=1) + "\n")
+            os.replace(temporary, file)
 
 
 class EpochLog:

@@ -137,9 +137,10 @@ execute() {
 trap : TERM USR1
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
-# ---- arguments; the stages are those of the script's lines "launch ...", "evaluate ..." and "convert ..."
+# ---- arguments; the stages are those of the script's lines "launch ...", "evaluate ..." and "convert ...", unless it
+# ---- has told `stages`; arguments that it took for itself are in `leading`
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-stages=$(sed -nE 's/^(launch|evaluate|convert) ([a-z0-9_]+) .*/\2/p' "$0" | xargs)
+stages=${stages:-$(sed -nE 's/^(launch|evaluate|convert) ([a-z0-9_]+) .*/\2/p' "$0" | xargs)}
 chosen="" dry_run=""
 for argument in "$@"; do
     if [[ $argument == --dry_run ]]; then
@@ -169,9 +170,10 @@ if [[ -z $dry_run ]]; then
     [[ $NNODES == 1 || (-n ${NODE_RANK:-} && -n ${MASTER_ADDR:-}) ]] ||
         fail "NNODES=$NNODES: on every node set NODE_RANK, 0 to $((NNODES - 1)), and MASTER_ADDR, the address of node 0"
     # A mistake in a later stage shall not wait until the earlier ones are done.
-    GPUS=$GPUS bash "$0" --dry_run "$@" >/dev/null
+    GPUS=$GPUS bash "$0" ${leading[@]+"${leading[@]}"} --dry_run "$@" >/dev/null
 fi
 DATA=${DATA:-/path/to/imagenet} NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
-OUT=${OUT:-$ROOT/runs/$(basename "$0" .sh)}
+export ROW_SCRIPT=${row:-$(basename "$0" .sh)} # run.json of every stage tells it
+OUT=${OUT:-$ROOT/runs/$ROW_SCRIPT}
 OUT=${OUT#"$PWD/"}

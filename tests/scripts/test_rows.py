@@ -236,6 +236,25 @@ def test_rows__are_all_tested():
     assert scripts == set(ROWS)
 
 
+def test_published_numbers__are_those_of_the_scripts():
+    """<method>/rows.json knows every script, and the numbers that its first lines tell."""
+    known = []
+    for path in ROOT.glob("*/rows.json"):
+        data = json.loads(path.read_text())
+        for entry in data["rows"]:
+            name = Path(entry["script"]).stem
+            known.append(name)
+            assert (folder_of(name), entry["script"]) == (path.parent.name, f"scripts/{name}.sh")
+            head = (ROOT / entry["script"]).read_text().split("set -euo")[0]
+            assert entry["paper"].keys() <= data["metrics"].keys()
+            assert all(f" {value} " in head for value in entry["paper"].values()), name
+            assert set(entry["paper"]) <= set(method_of(name).commands), name
+            assert entry["ours"].keys() <= data["metrics"].keys()
+            if name in RECIPES:
+                assert entry["paper"] == {"finetune": RECIPES[name].published}
+    assert sorted(known) == sorted(ROWS)
+
+
 @pytest.mark.parametrize(
     "name, gpus, nodes",
     [

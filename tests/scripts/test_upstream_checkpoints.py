@@ -20,7 +20,7 @@ from cae.models_cae import REVISION_A
 from common import distributed
 from scripts import diff_upstream as diff
 from tests.helpers import GOLDEN_DIR
-from tests.udi.checkpoints import pretraining_file
+from tests.udi.weights import SIXTEEN, pretrained
 from udi import main_finetune as udi_finetune
 from udi import main_linprobe as udi_linprobe
 from udi.backbone import load_backbone
@@ -202,7 +202,7 @@ def test_cae_tokenizer(tmp_path):
 
 
 def test_udi(tmp_path):
-    path = pretraining_file(tmp_path)
+    path = pretrained(tmp_path, *SIXTEEN)
     rows = rows_of("udi", path)
     assert_same(rows, "pre-training", encoder=True)
     assert "norm1" not in rows["matched"].upstream

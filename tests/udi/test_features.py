@@ -28,7 +28,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def weights(tmp_path_factory, request) -> str:
-    return pretrained(tmp_path_factory.mktemp("udi"), tokens=request.param)
+    return pretrained(tmp_path_factory.mktemp("udi"), "--number_cls_token", str(request.param))
 
 
 # ---- pre-training

@@ -1,0 +1,322 @@
+"""Tables of finished and unfinished runs: published and measured numbers, time, hardware, command, checkpoint, curves.
+
+Usage: python scripts/report.py RUN ... [--out DIR]; a RUN is a folder of a row's script, of one stage, or one with such
+folders. Writes DIR/report.md, DIR/report.html (with everything inside) and the curves, DIR/<stage>.png.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import distributed
+from common.distributed import UserError
+from scripts.plot_log import Run, plot, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ("log.txt", "*.log.txt")
+KNOWN = (*LOGS, "run.json", "knn.json", "knn.log")  # files by which a stage's folder is known
+CHECKPOINTS = ("checkpoint.pth", "latest.pth", "checkpoint.pth.tar", "*.temp.pth", "*.linear.pth")
+ACCURACIES = ("test_acc1", "val_head0_top1")
+HEAD = ("run", "stage", "paper", "measured", "difference", "epochs", "images per update", "hardware", "hours")
+HEAD += ("checkpoint (SHA-256)",)
+
+
+@dataclass
+class Stage:
+    """What a stage's folder tells; None and '' where it does not."""
+
+    run: str
+    name: str
+    folder: Path
+    paper: float | None = None
+    trains: bool = True  # k-NN does not
+    log: Run = field(default_factory=dict)
+    accuracy: float | None = None  # percent, of the last epoch
+    best: float | None = None
+    note: str = ""
+    epochs: int | None = None  # that the run is to have
+    images_per_update: int | None = None
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: str = ""  # file and hash
+
+    @property
+    def done(self) -> int:
+        """Epochs in the log, which A2MIM counts from 1."""
+        return max(self.log) + (min(self.log) != 1) if self.log else 0
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.trains or (self.epochs is not None and self.done >= self.epochs)
+
+    def cells(self) -> list[str]:
+        """The columns of `HEAD`."""
+        measured = "" if self.accuracy is None else f"{self.accuracy:.1f}{self.note}"
+        if self.best is not None and self.accuracy is not None and self.best - self.accuracy >= 0.05:
+            measured += f" (best {self.best:.1f})"
+        compared = self.paper is not None and self.accuracy is not None and self.is_finished
+        epochs = f"{self.done}" if self.is_finished else f"{self.done} of {self.epochs or '?'}, unfinished"
+        hours = sum(start.get("seconds", 0) for start in self.starts) / 3600
+        machines = dict.fromkeys(str(start.get("hardware", "")) for start in self.starts)
+        return [
+            self.run,
+            self.name,
+            "" if self.paper is None else f"{self.paper:g}",
+            measured,
+            f"{self.accuracy - self.paper:+.1f}" if compared else "",  # type: ignore[operator]
+            epochs if self.trains else "",
+            "" if self.images_per_update is None else f"{self.images_per_update}",
+            "; ".join(machine for machine in machines if machine),
+            f"{hours:.2f}" if self.starts else "",
+            self.checkpoint,
+        ]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("Report runs", allow_abbrev=False)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a row's script, of a stage, or of several")
+    p.add_argument("--out", default="report", help="folder to write")
+    return p
+
+
+def published() -> dict[str, dict[str, float]]:
+    """Numbers of the papers by row (the name of its script) and stage, from every <method>/rows.json."""
+    rows = [row for path in sorted(ROOT.glob("*/rows.json")) for row in json.loads(path.read_text("utf-8"))["rows"]]
+    return {Path(row["script"]).stem: row["paper"] for row in rows}
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """The folders of stages in a folder, itself included, in the order in which they were begun."""
+    found = {path.parent for pattern in KNOWN for path in run.rglob(pattern)}
+    return sorted(found, key=lambda folder: (folder.parent, _begun(folder), folder.name))
+
+
+def _begun(folder: Path) -> str:
+    starts = read_starts(folder)
+    if starts:
+        return str(starts[0].get("started", ""))
+    oldest = min(path.stat().st_mtime for pattern in KNOWN for path in folder.glob(pattern))
+    return f"{datetime.fromtimestamp(oldest).astimezone():%Y-%m-%dT%H:%M:%S}"
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts in a folder's run.json; none if it is missing or damaged."""
+    try:
+        starts = json.loads((folder / "run.json").read_text("utf-8"))["starts"]
+        return [start for start in starts if isinstance(start.get("seconds"), int | float)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def read_flags(folder: Path, starts: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The flags of a stage, and its checkpoint's name and hash; those of the command if that is unreadable."""
+    path = next((path for pattern in CHECKPOINTS for path in sorted(folder.glob(pattern))), None)
+    words = shlex.split(str(starts[-1].get("command", ""))) if starts else []
+    given = {a[2:]: int(b) for a, b in zip(words, words[1:], strict=False) if a.startswith("--") and b.isdecimal()}
+    if path is None:
+        return given, ""
+    try:
+        flags = distributed.load(str(path)).get("args")
+    except UserError as error:
+        distributed.log(f"WARNING: {error}")
+        return given, f"{path.name} is damaged"
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return flags if isinstance(flags, dict) else given, f"{path.name} {digest.hexdigest()[:12]}"
+
+
+def read_neighbours(folder: Path) -> tuple[float, str]:
+    """k-NN accuracy in percent of the best k, and which that is.
+
+    Raises:
+        UserError: there is no result.
+    """
+    try:
+        if (folder / "knn.json").exists():
+            found = {20: float(json.loads((folder / "knn.json").read_text("utf-8"))["knn20"])}
+        else:
+            text = (folder / "knn.log").read_text("utf-8", "replace")
+            found = {int(k): float(top1) for k, top1 in re.findall(r"(\d+)-NN classifier result: Top1: ([\d.]+)", text)}
+        k = max(found, key=lambda k: found[k])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: holds no k-NN result") from error
+    return found[k], f" (k = {k})"
+
+
+def read_stage(folder: Path) -> Stage:
+    """What a stage's folder tells, but the paper's number.
+
+    Raises:
+        UserError: its log cannot be read or is not a run's.
+    """
+    starts = read_starts(folder)
+    row = str(starts[-1].get("row", "")) if starts else ""
+    if folder.name.startswith("knn-"):  # UDI's, beside the weights
+        stage = Stage(folder.resolve().parents[1].name, "knn", folder)
+    else:
+        stage = Stage(row or folder.resolve().parent.name, folder.resolve().name, folder, starts=starts)
+    log = next((path for pattern in LOGS for path in sorted(folder.glob(pattern))), None)
+    if log is not None:
+        stage.log = read_log(str(log))
+    elif not starts:
+        stage.trains = False
+        stage.accuracy, stage.note = read_neighbours(folder)
+        return stage
+    accuracies = [values[name] for values in stage.log.values() for name in ACCURACIES if name in values]
+    if accuracies:
+        stage.accuracy, stage.best = accuracies[-1], max(accuracies)
+    flags, stage.checkpoint = read_flags(folder, starts)
+    epochs, batch = flags.get("epochs"), flags.get("batch_size", flags.get("batch_size_per_gpu"))
+    stage.epochs = epochs if isinstance(epochs, int) else None
+    accum = flags.get("accum_iter", flags.get("update_freq", 1))
+    processes = starts[-1].get("processes") if starts else 0
+    if isinstance(batch, int) and isinstance(accum, int) and isinstance(processes, int) and processes:
+        stage.images_per_update = batch * accum * processes
+    return stage
+
+
+def read_stages(runs: list[str]) -> list[Stage]:
+    """All stages of the runs; what cannot be read is named and left out.
+
+    Raises:
+        UserError: a path is no folder.
+    """
+    papers, stages, seen = published(), [], set()
+    for run in runs:
+        if not Path(run).is_dir():
+            raise UserError(f"{run}: is no folder, expected one of a run")
+        folders = stage_folders(Path(run))
+        if not folders:
+            print(f"left out: {run}: holds no {', '.join(KNOWN)}", file=sys.stderr)
+        for folder in (folder for folder in folders if folder.resolve() not in seen):
+            seen.add(folder.resolve())
+            try:
+                stage = read_stage(folder)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            stage.paper = papers.get(stage.run, {}).get(stage.name)
+            stages.append(stage)
+    return stages
+
+
+def draw(stages: list[Stage], out: Path) -> dict[int, str]:
+    """Write the curves of every stage that has a log; the pictures' names by the stage's position."""
+    names: dict[int, str] = {}
+    for i, stage in enumerate(stages):
+        name = re.sub(r"[^\w.-]", "_", f"{i + 1}-{stage.run}-{stage.name}.png")
+        try:
+            figure = plot({stage.name: stage.log}) if stage.log else None
+        except UserError:
+            continue  # a log without a loss
+        if figure is not None:
+            figure.savefig(out / name)
+            names[i] = name
+    return names
+
+
+def commands(stage: Stage) -> str:
+    """Every different command of a stage, in order."""
+    return "\n".join(dict.fromkeys(str(start.get("command", "")) for start in stage.starts))
+
+
+def title(i: int, stage: Stage) -> str:
+    resumed = f", {len(stage.starts)} starts" if len(stage.starts) > 1 else ""
+    return f"{i + 1}. {stage.run}: {stage.name}{resumed}"
+
+
+def markdown(stages: list[Stage], pictures: dict[int, str]) -> str:
+    rows = [[cell.replace("|", r"\|") for cell in stage.cells()] for stage in stages]
+    lines = ["# Runs", "", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    for i, stage in enumerate(stages):
+        lines += ["", f"## {title(i, stage)}"]
+        if stage.starts:
+            lines += ["", "```", commands(stage), "```"]
+        if i in pictures:
+            lines += ["", f"![{stage.run} {stage.name}]({pictures[i]})"]
+    return "\n".join(lines) + "\n"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Runs</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222; }}
+.table {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9em; }}
+th, td {{ padding: 0.35rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }}
+th {{ border-bottom: 2px solid #888; vertical-align: bottom; }}
+.unfinished td {{ color: #777; font-style: italic; }}
+section {{ margin-top: 2rem; }}
+h2 {{ font-size: 1.1em; }}
+pre {{ background: #f5f5f5; padding: 0.7rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+img {{ max-width: 100%; width: 44rem; }}
+</style>
+</head>
+<body>
+<h1>Runs</h1>
+<div class="table">
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</div>
+{sections}
+</body>
+</html>
+"""
+
+
+def page(stages: list[Stage], pictures: dict[int, str], out: Path) -> str:
+    rows, sections = [], []
+    for i, stage in enumerate(stages):
+        kind = "" if stage.is_finished else ' class="unfinished"'
+        rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in stage.cells()) + "</tr>")
+        parts = [f"<h2>{html.escape(title(i, stage))}</h2>"]
+        if stage.starts:
+            parts.append(f"<pre>{html.escape(commands(stage))}</pre>")
+        if i in pictures:
+            data = base64.b64encode((out / pictures[i]).read_bytes()).decode()
+            text = html.escape(f"curves of {stage.run}, {stage.name}")
+            parts.append(f'<img src="data:image/png;base64,{data}" alt="{text}">')
+        if len(parts) > 1:
+            sections.append("\n".join(["<section>", *parts, "</section>"]))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEAD)
+    return PAGE.format(head=head, rows="\n".join(rows), sections="\n".join(sections))
+
+
+def main(args: argparse.Namespace) -> None:
+    stages = read_stages(args.runs)
+    if not stages:
+        raise distributed.Exit("nothing to report")
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = draw(stages, out)
+        (out / "report.md").write_text(markdown(stages, pictures), "utf-8")
+        (out / "report.html").write_text(page(stages, pictures, out), "utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    unfinished = sum(not stage.is_finished for stage in stages)
+    print(f"wrote {out}/report.md and report.html: {len(stages)} stages, {unfinished} of them unfinished")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
