@@ -7,10 +7,6 @@ from torch import Tensor, nn
 from common import distributed
 
 
-class Derived(str):
-    """Default of a folder's flag: upstream's words, which it never follows. The same words on a command line count."""
-
-
 def folder_beside(weights: str, *parts: str) -> str:
     """A folder beside a file of weights; in the current one for an https address."""
     parent = Path() if weights.startswith(("http://", "https://")) else Path(weights).parent

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from common import datasets, distributed
 from udi.engine_finetune import evaluate_checkpoint, fit
-from udi.files import Derived, folder_beside
+from udi.files import folder_beside
 from udi.models_finetune import (
     MODELS,
     LayerDecayValueAssigner,
@@ -30,7 +30,7 @@ from udi.optim import cosine_scheduler
 
 HALF = (0.5, 0.5, 0.5)
 LATEST = "checkpoint.pth"
-TEST_EXP = Derived("./test_exp/")
+DERIVED = "./test_exp/"  # upstream's default folder, which it never writes to
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -98,8 +98,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     datasets.add_flags(p)
     p.add_argument("--eval_data_path", default=None, type=str, help="no effect, as upstream: val/ of --data_path")
     p.add_argument("--nb_classes", default=0, type=int, help="0: 1000, which upstream always has")
-    p.add_argument("--output_dir", default=TEST_EXP, help="default: beside --finetune, named by the recipe; '' none")
-    p.add_argument("--log_dir", default=TEST_EXP, help="TensorBoard; default: the output folder")
+    p.add_argument("--output_dir", default=DERIVED, help="default: beside --finetune, named by the recipe; '' none")
+    p.add_argument("--log_dir", default=DERIVED, help="TensorBoard; default: the output folder")
     p.add_argument("--save_ckpt_freq", default=50, type=int, help="no effect: checkpoint.pth is of the last epoch")
     p.add_argument("--save_ckpt", action="store_true", default=True)
     p.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
@@ -117,7 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def output_dir(args: argparse.Namespace) -> str:
     """The folder of --output_dir; if that is not given, one beside the weights whose name tells the recipe."""
-    if not isinstance(args.output_dir, Derived):
+    if args.output_dir != DERIVED:
         return args.output_dir
     name = (
         f"fine-tuning-{args.epochs}-{args.warmup_epochs}-b-{args.batch_size}-lr-{args.lr:.3e}-{args.drop_path:.2f}"
@@ -278,6 +278,8 @@ def main(args: argparse.Namespace) -> None:
     distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
+    if not 0 <= args.model_ema_decay <= 1:
+        raise distributed.UserError(f"--model_ema_decay {args.model_ema_decay}: expected 0 to 1")
     args.output_dir, args.accum_iter, args.nb_classes = output_dir(args), args.update_freq, args.nb_classes or 1000
     # ---- data
     loader, val_loader = datasets.supervised_loaders(
@@ -318,9 +320,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_checkpoint(resume, model, val_loader, updater)
         return
-    if isinstance(args.log_dir, Derived):
-        args.log_dir = args.output_dir
-    files = distributed.Files(events=args.log_dir)
+    files = distributed.Files(events="" if args.log_dir == DERIVED else args.log_dir)
     parts = {"optimizer": optimizer, "scaler": updater.scaler}
     if ema is not None:
         parts["model_ema"] = ema.module

@@ -17,9 +17,11 @@ from torchvision import transforms
 from common import datasets, distributed
 from udi.backbone import build_backbone, load_backbone
 from udi.engine_finetune import evaluate, train_one_epoch
-from udi.files import Derived, Prefixed, folder_beside
+from udi.files import Prefixed, folder_beside
 from udi.flags import boolean
 from udi.models_udi import VisionTransformer
+
+DERIVED = "."  # upstream's default folder, which it never writes to
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -45,9 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- data, files, process
     datasets.add_flags(p)
     p.add_argument("--val_freq", default=1, type=int, help="epochs between evaluations; the last one comes in any case")
-    p.add_argument(
-        "--output_dir", default=Derived("."), help="default: beside the weights, named by the recipe; '' none"
-    )
+    p.add_argument("--output_dir", default=DERIVED, help="default: beside the weights, named by the recipe; '' none")
     p.add_argument("--evaluate", action="store_true", help="only evaluate the probe of --resume, or of the folder")
     distributed.add_flags(p)
     p.set_defaults(data_path="/dataset/imagenet-raw/", num_workers=12, local_rank=0)
@@ -124,7 +124,7 @@ class Probe(nn.Module):
 
 def output_dir(args: argparse.Namespace) -> str:
     """The folder of --output_dir; if that is not given, one beside the weights whose name tells the recipe."""
-    if not isinstance(args.output_dir, Derived):
+    if args.output_dir != DERIVED:
         return args.output_dir
     name = (
         f"linear-eva-lr-{args.lr:.3e}-mlr-{args.lr_min:.3e}-bs-{args.batch_size_per_gpu}-ep-{args.epochs}"
