@@ -285,7 +285,7 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     names = next((names for names in LAUNCHERS if all(name in env for name in names)), None)
     rank, world = (int(env[name]) for name in names[:2]) if names else (0, 1)
     kind = {"RANK": "torchrun", "OMPI_COMM_WORLD_RANK": "OpenMPI", "SLURM_PROCID": "SLURM"}[names[0]] if names else ""
-    interactive = kind == "SLURM" and (sys.stdin.isatty() or env.get("SLURM_STEP_NUM_TASKS") != env["SLURM_NTASKS"])
+    interactive = kind == "SLURM" and (sys.stdin.isatty() or "SLURM_STEP_NUM_TASKS" not in env)
     launched = world > 1 and not interactive
     if launched and own.processes not in (None, world):
         raise distributed.UserError(f"--processes {own.processes}: this is a launch of {world}")
@@ -301,9 +301,9 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
                 report.warn(problem, f"start it by torchrun or srun, or unset {stray}")
     if interactive and world > 1:
         problem = f"SLURM's variables in this shell make a plain python wait for {world} processes"
-        report.warn(problem, f"start it by srun, or unset {' '.join(LAUNCHERS[2])} and use torchrun")
+        report.warn(problem, f"start it by srun, or unset {' '.join(names or ())} and use torchrun")
     if interactive:
-        env = {k: v for k, v in env.items() if k not in LAUNCHERS[2]}
+        env = {k: v for k, v in env.items() if k not in (names or ())}
     planned = world if launched else own.processes or 1
     room = max(1, torch.cuda.device_count()) if device == "cuda" else cores()
     here = world if launched else min(planned, room)

@@ -53,8 +53,8 @@ def parse(monkeypatch, tmp_path) -> Callable[[Command], None]:
         except SystemExit as end:
             assert not end.code, shlex.join(sys.argv)
             return
-        if "unknown" in names:  # the flags of a main, behind those of a tool for all methods
-            known: Any = names["known"]
+        known: Any = names.get("known")
+        if known is not None and known.method in METHODS:  # the flags of a main, behind those of a tool for all methods
             main = importlib.import_module(f"{known.method}.main_{getattr(known, 'stage', 'pretrain')}")
             try:
                 main.get_args_parser().parse_args(names["unknown"])

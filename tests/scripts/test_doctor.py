@@ -195,11 +195,11 @@ def test_check_launcher__threads_and_workers(machine, capsys):
 
 
 def test_check_launcher__slurm_in_an_interactive_shell(machine, capsys):
-    for name, value in zip(doctor.LAUNCHERS[2], ("0", "8", "0"), strict=True):
+    for name, value in zip(doctor.LAUNCHERS[3], ("0", "8", "0"), strict=True):
         machine.setenv(name, value)
     found = launch()
     assert (found.planned, found.here, found.launched) == (1, 1, False)
-    assert not set(doctor.LAUNCHERS[2]) & set(found.env)  # else the measured run would wait, too
+    assert not set(doctor.LAUNCHERS[3]) & set(found.env)  # else the measured run would wait, too
     assert "makes a plain python wait" not in (told := warnings(capsys)[0])
     assert "make a plain python wait for 8 processes -> start it by srun, or unset SLURM_PROCID" in told
 

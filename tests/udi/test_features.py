@@ -222,7 +222,7 @@ def test_models_are_told_by_their_width(tmp_path):
 
 
 MISTAKES = [
-    ({"key": "teachers"}, "--key teachers: not in .*, whose keys are student, teacher, args"),
+    ({"key": "teachers"}, "--key teachers: not in .*, whose keys are student, teacher, optimizer, args"),
     ({"model": "vit_nono"}, "--model vit_nono: expected one of vit_tiny"),
     ({"model": "vit_tiny"}, "--model vit_tiny: the file has 4 blocks of 96 channels"),
     ({"input_size": 30}, "is no multiple of 8"),
