@@ -207,8 +207,12 @@ def read_stages(runs: list[str]) -> list[Stage]:
             except UserError as error:
                 print(f"left out: {error}", file=sys.stderr)
                 continue
-            stage.paper = papers.get(stage.run, {}).get(stage.name)
             stages.append(stage)
+    # A stage that trains nothing does not tell its row: it is that of the stages beside it.
+    rows = {stage.folder.resolve().parent: stage.run for stage in stages if any(s.get("row") for s in stage.starts)}
+    for stage in stages:
+        stage.run = rows.get(stage.folder.resolve().parent, stage.run)
+        stage.paper = papers.get(stage.run, {}).get(stage.name)
     return stages
 
 

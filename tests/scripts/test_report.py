@@ -70,7 +70,7 @@ def test_cells(row, tmp_path):
     expected |= {"checkpoint (SHA-256)": f"checkpoint.pth {digest[:12]}"}
     assert finetune == {"stage": "finetune", **expected}
     assert (linprobe["paper"], linprobe["difference"], linprobe["epochs"]) == ("62.5", "", "2 of 3, unfinished")
-    assert (knn["measured"], knn["paper"], knn["hours"]) == ("33.2 (k = 20)", "", "")
+    assert (knn["run"], knn["measured"], knn["paper"], knn["hours"]) == (ROW, "33.2 (k = 20)", "", "")
     assert text.count(COMMAND) == 2  # equal commands once per stage
 
 
