@@ -66,7 +66,7 @@ def test_kill_inside_a_checkpoint_write(tmp_path, digits, reference):
 STOPS = [
     pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
     pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
-    (2, signal.SIGTERM),
+    pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
 ]
 
 
@@ -125,6 +125,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path, digits):
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, digits):
     flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "4"]
     process = start(command(1, str(FAULTS), "saim/main_pretrain.py", *flags), tmp_path / "out", FAULT="full_disk_at:3")
@@ -224,6 +225,7 @@ def test_no_output_folder_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_evaluation_can_be_stopped_and_is_repeated(tmp_path, digits):
     runs = [tmp_path / "whole", tmp_path / "stopped"]
     for run in runs:

@@ -631,6 +631,7 @@ def toy_simmim(tmp_path_factory, digits) -> Callable[[], Path]:
     return run
 
 
+@pytest.mark.slow
 def test_extracted_encoder__is_fine_tuned(toy_simmim):
     out = toy_simmim()
     names = ("pretrain/latest.pth", "extract/encoder.pth", "finetune/latest.pth")
