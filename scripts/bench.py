@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -145,6 +146,31 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     return 2 * n**3 / best
 
 
+def convolution_backward_flops(
+    grad_shape: list[int],
+    x_shape: list[int],
+    weight_shape: list[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    output_mask: list[bool],
+    **_kwargs: Any,
+) -> int:
+    """FLOPs of a convolution's gradients, each as many as the forward pass; torch's own formula forgets groups."""
+    outputs = x_shape if transposed else grad_shape
+    return 2 * math.prod(outputs) * math.prod(weight_shape[1:]) * sum(output_mask[:2])
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts matrix products and convolutions."""
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
 def measure(
     variant: Variant,
     args: argparse.Namespace,
@@ -176,7 +202,7 @@ def measure(
     optimizer = main.build_optimizer(args, model, 1e-4)
     updater = distributed.Updater(optimizer, device, variant.precision, clip_grad=args.clip_grad)
     epoch, batches = 0, loader.batches()
-    counter, begun = FlopCounterMode(display=False), sync(device)
+    counter, begun = flop_counter(), sync(device)
     for step in range(steps + 1):
         if step > 1 and seconds and sync(device) - begun > seconds:
             break

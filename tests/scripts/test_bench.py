@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from common import distributed
 from scripts import bench
@@ -83,6 +84,25 @@ def test_table__rows_and_notes(monkeypatch, capsys):
     assert commands[1][commands[1].index("--batch_size") + 1] == "32"
     bench.main(*arguments("all", "--only", "semaim aim_nano", "--device", "cpu"))
     assert "semaim aim_nano" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("layer", "side"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), 10),
+        (nn.Conv2d(8, 16, 3, stride=2, padding=1), 10),
+        (nn.Conv2d(8, 16, 3, groups=4), 10),
+        (nn.ConvTranspose2d(8, 16, 2, stride=2), 5),
+    ],
+)
+def test_flop_counter__gradients_of_grouped_convolutions(layer, side):
+    with bench.flop_counter() as counter:
+        out = layer(torch.randn(2, 8, side, side, requires_grad=True))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    products = out.numel() // out.shape[1] * layer.weight.numel()  # multiplications, for a plain convolution
+    assert forward == 2 * (products if not layer.transposed else 2 * 8 * side * side * layer.weight[0].numel())
+    assert counter.get_total_flops() == 3 * forward  # one as large for each gradient
 
 
 def test_table__raises_on_a_name_without_networks():
