@@ -14,15 +14,15 @@ import pytest
 from torch.distributed import launch as old_launcher
 from torch.distributed import run as launcher
 
-from tests import documents
-from tests.documents import FILE, METHODS, Command
-from tests.helpers import ROOT
+from tests.support import documents
+from tests.support.documents import FILE, METHODS, Command
+from tests.support.helpers import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "FAQ.md"]
 SCRIPTS = sorted(
     p for folder in ("scripts", *METHODS) for p in ROOT.glob(f"{folder}/**/*.*") if p.suffix in (".py", ".sh")
 )
-FORWARDS = {"tests/udi/plain.py": "udi/main_pretrain.py"}  # scripts whose flags are another one's
+FORWARDS = {"tests/support/udi_literal_loss.py": "udi/main_pretrain.py"}  # scripts whose flags are another one's
 # Stands in for the interpreter in a shell script: writes down what it is called with.
 STUB = '#!/bin/sh\n{ printf python; for word; do printf " %s" "$word"; done; echo; } >>"$CALLS"\n'
 

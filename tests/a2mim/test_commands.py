@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from a2mim import config, main_finetune, main_linprobe, main_pretrain
-from tests.commands import commands_of, finish, start
-from tests.helpers import ROOT, golden_files, load_golden
-from tests.processes import launch
-from tests.runs import arguments, run_main
+from tests.support.commands import commands_of, finish, start
+from tests.support.helpers import ROOT, golden_files, load_golden
+from tests.support.processes import launch
+from tests.support.runs import arguments, run_main
 
 README = """
 PORT=29500 bash tools/dist_train.sh \

@@ -14,8 +14,8 @@ from a2mim.openmixup import extract_encoder
 from a2mim.tools.model_converters import extract_backbone_weights
 from common import distributed
 from common.distributed import UserError
-from tests.helpers import ROOT, golden_files, load_golden
-from tests.runs import kept_signals, mistake, run_main
+from tests.support.helpers import ROOT, golden_files, load_golden
+from tests.support.runs import kept_signals, mistake, run_main
 
 CONFIGS = ROOT / "a2mim" / "configs"
 MAINS = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune, "main_linprobe.py": main_linprobe}

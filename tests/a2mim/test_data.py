@@ -23,8 +23,8 @@ from a2mim.masking_generator import BlockwiseMaskGenerator, fill_mean
 from a2mim.openmixup import resize_pos_embed
 from common import datasets
 from common.distributed import UserError
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import CPU
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import CPU
 
 SIZES = ("input_size", "mask_patch_size", "model_patch_size", "mask_ratio")
 

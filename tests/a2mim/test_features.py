@@ -19,7 +19,7 @@ from a2mim.openmixup import extract_encoder, load_classifier, load_encoder, load
 from a2mim.openmixup import to_openmixup_state_dict as official
 from a2mim.optim import EMA, Weights
 from common.distributed import UserError
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 
 NANO = ("vit_nano", "resnet_nano", "convnext_nano")
 

@@ -19,8 +19,8 @@ from a2mim.fourier import feature_variance, observed, relative_log_amplitude
 from a2mim.losses import MIMLoss
 from a2mim.models_a2mim import build_classifier, build_masked
 from a2mim.openmixup import to_openmixup_state_dict
-from tests.helpers import ROOT, assert_close, golden_files, load_golden
-from tests.runs import mistake, run_main
+from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.runs import mistake, run_main
 
 
 @golden_files("a2mim", "fourier_analysis")

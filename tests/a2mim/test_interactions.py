@@ -29,8 +29,8 @@ from a2mim.interactions import (
 from a2mim.models_a2mim import build_classifier
 from a2mim.openmixup import to_openmixup_state_dict
 from common import distributed
-from tests.helpers import ROOT, assert_close, golden_files, load_golden
-from tests.runs import mistake, run_main
+from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.runs import mistake, run_main
 
 # ---- the authors' numbers
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from a2mim.losses import PIXEL_LOSSES, MIMLoss, pixel_loss
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 
 L1 = {"type": "RegressionLoss", "mode": "l1_loss", "loss_weight": 1.0, "reduction": "none"}
 FOCAL_L1 = {**L1, "mode": "focal_l1_loss", "activate": "sigmoid", "alpha": 0.2, "gamma": 1.0, "residual": False}

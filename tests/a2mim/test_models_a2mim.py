@@ -39,7 +39,7 @@ from a2mim.openmixup import (
     to_openmixup_state_dict,
 )
 from common.distributed import UserError
-from tests.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
 
 CONFIGS = ROOT / "a2mim" / "configs" / "openmixup"
 TOLERANCE = {

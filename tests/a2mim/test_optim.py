@@ -15,8 +15,8 @@ from a2mim.losses import MIMLoss
 from a2mim.models_a2mim import build_classifier, build_masked
 from a2mim.openmixup import official_names, to_openmixup_state_dict
 from common import distributed
-from tests.helpers import ROOT, assert_close, golden_files, load_golden
-from tests.runs import CPU
+from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.runs import CPU
 
 CONFIGS = ROOT / "a2mim" / "configs" / "openmixup"
 NO_DECAY = [("(bn|ln|gn)(\\d+)?.(weight|bias)", {"weight_decay": 0.0}), ("bias", {"weight_decay": 0.0})]

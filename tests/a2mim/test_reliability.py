@@ -19,9 +19,9 @@ from a2mim import main_finetune, main_linprobe, main_pretrain
 from a2mim.models_a2mim import Classifier, MaskedImageModel, build_classifier
 from a2mim.openmixup import to_openmixup_state_dict
 from common import distributed
-from tests.helpers import ROOT
-from tests.processes import CONTEXT, launch, run_script
-from tests.runs import FAULTS, assert_same, mistake, run_main, spoil
+from tests.support.helpers import ROOT
+from tests.support.processes import CONTEXT, launch, run_script
+from tests.support.runs import FAULTS, assert_same, mistake, run_main, spoil
 
 # 48 images: 6 steps of 8; or 7 steps of 7, the last one of 6 images and half an update.
 SMALL = ["--epochs", "3", "--num_workers", "0", "--warmup_epochs", "1"]
@@ -287,7 +287,7 @@ def test_statistics_of_the_joint_batch(tmp_path):
     x = (torch.randn(8, 3, 6, 5) * torch.arange(1, 9).view(8, 1, 1, 1) + 3).requires_grad_()  # unlike each other
     problem = {"net": net.state_dict(), "x": x.detach(), "slope": torch.randn(8, 4, 4, 3), "sizes": [3, 5]}
     torch.save(problem, tmp_path / "problem")
-    script = str(ROOT / "tests" / "a2mim" / "joint_batch.py")
+    script = str(ROOT / "tests" / "support" / "joint_batch.py")
     assert launch(tmp_path / "out", script, str(tmp_path / "problem"), str(tmp_path), processes=2) == [0, 0]
     y = net(x)
     (y * problem["slope"]).sum().backward()

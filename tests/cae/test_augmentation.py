@@ -17,7 +17,7 @@ from cae.augmentation import HALF, INTERPOLATIONS, PretrainAugmentation, crop_bo
 from cae.masking_generator import MaskingGenerator, RandomMaskingGenerator
 from cae.models_dalle import map_pixels
 from common import datasets
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 
 CLIP = transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # spec, CAE v2
 VIEWS = {"dall-e": map_pixels, "customized": transforms.Normalize(HALF, HALF), "clip": CLIP}

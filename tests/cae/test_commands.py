@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cae import main_attentive, main_finetune, main_linprobe, main_pretrain
 from cae.models_dvae import DiscreteVAE
-from tests.commands import commands_of, fill, finish, flags, processes, start, uneven_images
-from tests.helpers import ROOT, golden_files, load_golden
-from tests.runs import run_main
+from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.helpers import ROOT, golden_files, load_golden
+from tests.support.runs import run_main
 
 # Pre-training is the README's; it names the settings of the others, which are those of the authors' scripts.
 README = r"""

@@ -23,7 +23,7 @@ from torch._utils import _rebuild_parameter_with_state
 from cae import convert_dalle, models_dalle
 from cae.models_dvae import load_tokenizer
 from common.distributed import UserError
-from tests.runs import mistake, run_main
+from tests.support.runs import mistake, run_main
 
 SIZES: dict[str, Any] = {"n_hid": 4, "vocab_size": 12, "n_blk_per_group": 1}
 FORMATS = ["zip", "legacy"]

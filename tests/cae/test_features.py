@@ -16,7 +16,7 @@ from cae.main_finetune import build_model
 from cae.main_linprobe import add_probe
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common.distributed import UserError
-from tests.helpers import assert_close, golden_files, load_golden, tolerance
+from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
 
 
 def randomised(model: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cae.blocks import DropPath, relative_position_index, sincos_pos_embed
 from cae.models_cae import MODELS, ContextAutoencoderViT, cae_loss
-from tests.helpers import (
+from tests.support.helpers import (
     assert_close,
     assert_drawn_alike,
     blocks_in,

@@ -23,7 +23,7 @@ from cae.models_vit import (
     resize_relative_positions,
 )
 from common.distributed import UserError
-from tests.helpers import (
+from tests.support.helpers import (
     assert_close,
     assert_drawn_alike,
     golden_files,

@@ -15,8 +15,8 @@ from cae.models_cae import ContextAutoencoderViT
 from cae.models_vit import VisionTransformer
 from common import distributed
 from common.lr_decay import LARS
-from tests.helpers import assert_close, golden_files, load_golden, tolerance
-from tests.runs import CPU
+from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
+from tests.support.runs import CPU
 
 # ---- goldens
 

@@ -14,7 +14,7 @@ from cae.models_cae import ContextAutoencoderViT
 from cae.models_vit import VisionTransformer
 from common import distributed
 from tests.cae.test_commands import CODES, tokenizer_file
-from tests.runs import FAULTS, assert_same, command, finish, mistake, run_main, spoil, start
+from tests.support.runs import FAULTS, assert_same, command, finish, mistake, run_main, spoil, start
 
 SMALL = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "4", "--num_workers", "0", "--batch_size", "8"]
 SMALL += ["--epochs", "3", "--warmup_epochs", "1"]

@@ -30,8 +30,8 @@ from cae.models_dalle import (
 from cae.models_dvae import DiscreteVAE, load_tokenizer
 from common import distributed
 from common.distributed import UserError, process
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import CPU, assert_same, mistake, run_main
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import CPU, assert_same, mistake, run_main
 
 # ---- the authors' numbers
 

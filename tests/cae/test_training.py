@@ -24,8 +24,8 @@ from cae.models_dalle import DalleTokenizer
 from cae.models_dvae import DiscreteVAE
 from cae.models_vit import ProbeBatchNorm, VisionTransformer
 from common import datasets, distributed, lr_sched
-from tests.helpers import assert_close, golden_files, load_golden, tolerance
-from tests.runs import CPU, FixedLoader, RecordingLog
+from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
+from tests.support.runs import CPU, FixedLoader, RecordingLog
 
 TAGS = {"loss/loss": "loss", "loss/mlm_acc": "mlm_acc", "loss/class_acc": "class_acc"}
 TAGS |= {"loss_main/loss": "loss_main", "loss_align/loss": "loss_align"}

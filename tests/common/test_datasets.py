@@ -15,7 +15,7 @@ from common import datasets
 from common.datasets import Loader
 from common.distributed import Position, UserError
 from saim.main_pretrain import pretrain_transform
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 
 CPU = torch.device("cpu")
 SIZE = 16

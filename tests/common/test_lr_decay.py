@@ -6,7 +6,7 @@ from torch import nn
 
 from common.lr_decay import LARS, decay_groups, layer_decay_groups, vit_layer_id
 from saim.models_vit import VisionTransformer
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 
 
 @golden_files("cae", "layer_decay_base", ".json")

@@ -3,7 +3,7 @@
 import pytest
 
 from common import lr_sched
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 
 
 @golden_files("semaim", "lr_schedule")

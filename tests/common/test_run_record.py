@@ -9,7 +9,7 @@ import pytest
 
 from common import distributed
 from saim import main_pretrain
-from tests.runs import run_main, spoil
+from tests.support.runs import run_main, spoil
 
 PRETRAIN = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8", "--epochs", "2"]
 PRETRAIN += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "0"]

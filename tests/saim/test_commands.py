@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from saim import main_finetune, main_linprobe, main_pretrain
-from tests.commands import commands_of, fill, finish, flags, processes, start, uneven_images
-from tests.helpers import ROOT
+from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.helpers import ROOT
 
 README = r"""
 python -m torch.distributed.launch --nproc_per_node 32 main_pretrain.py \

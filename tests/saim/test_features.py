@@ -12,8 +12,8 @@ from common.distributed import UserError
 from saim import features, main_linprobe, models_saim
 from saim.features import load_backbone, timm_form
 from saim.models_vit import MODELS, VisionTransformer, load_encoder
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.timm_forms import assert_timm_form, timm_model
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.timm_forms import assert_timm_form, timm_model
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 4}
 IMGS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import torch
 
 from saim.blocks import sincos_pos_embed
 from saim.models_saim import MODELS, GaussianConv2d, SaimViT, saim_base
-from tests.helpers import assert_close, assert_gradients, golden_files, load_golden
+from tests.support.helpers import assert_close, assert_gradients, golden_files, load_golden
 
 
 def build(ref, **kwargs) -> SaimViT:

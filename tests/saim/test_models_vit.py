@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from saim.models_saim import SaimViT
 from saim.models_vit import MODELS, VisionTransformer, interpolate_pos_embed, load_pretrained
-from tests.helpers import assert_close, assert_gradients, golden_files, load_golden
+from tests.support.helpers import assert_close, assert_gradients, golden_files, load_golden
 
 
 @golden_files("saim", "vit_")

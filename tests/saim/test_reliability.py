@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import distributed
-from tests.runs import FAULTS, FixedLoader, assert_same, command, finish, mistake, start, wait_for
+from tests.support.runs import FAULTS, FixedLoader, assert_same, command, finish, mistake, start, wait_for
 
 PRETRAIN = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
 PRETRAIN += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "1", "--blr", "1e-2", "--clip_grad", "1"]

@@ -14,8 +14,8 @@ from common import distributed, lr_decay, lr_sched
 from saim import engine_finetune, engine_pretrain, main_finetune, main_linprobe, main_pretrain
 from saim.models_saim import SaimViT
 from saim.models_vit import VisionTransformer
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import CPU, FixedLoader, RecordingLog, schedule_of
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import CPU, FixedLoader, RecordingLog, schedule_of
 
 MAINS = {"main_pretrain": main_pretrain, "main_finetune": main_finetune, "main_linprobe": main_linprobe}
 

@@ -12,7 +12,7 @@ from PIL import Image
 from common import distributed
 from saim import figures, main_linprobe, models_saim, models_vit, visualize_attention, visualize_prediction
 from saim.models_saim import SaimViT
-from tests.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
 
 SIZES = {"img_size": 16, "patch_size": 4}
 VIT = ["--model", "vit_tiny_patch16", "--input_size", "16", "--patch_size", "4"]

@@ -12,7 +12,7 @@ from torch import nn
 from common import distributed
 from scripts import bench
 from scripts.bench import Variant
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 
 def arguments(*words: str):

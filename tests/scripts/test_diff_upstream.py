@@ -17,7 +17,7 @@ from scripts import diff_upstream as diff
 from scripts.lib import sources
 from semaim import main_pretrain as semaim_pretrain
 from semaim.files import run_files
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 RECORDED = [m for m in diff.METHODS if (ROOT / m / "upstream.json").exists()]
 CHECKOUTS = [(m, i) for m in RECORDED for i in range(len(diff.read_record(m)["repositories"]))]

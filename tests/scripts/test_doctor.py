@@ -18,7 +18,7 @@ from common import distributed
 from scripts import doctor
 from scripts.bench import synthetic_images
 from scripts.doctor import Launch, Measurement, Report
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 SCRIPT = "scripts/doctor.py"
 TINY = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8", "--warmup_epochs", "0"]
@@ -583,7 +583,7 @@ def photographs(tmp_path_factory) -> str:
 def real_run(script: Path, words: list[str], processes: int = 1) -> tuple[float, float, float]:
     """Median seconds, and seconds of processor time, of an epoch after the first; memory at the peak, bytes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher[: 5 * (processes > 1)], str(ROOT / "tests/scripts/timed_run.py"), str(script)]
+    command = [sys.executable, *launcher[: 5 * (processes > 1)], str(ROOT / "tests/support/timed_run.py"), str(script)]
     done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("EPOCH")]

@@ -30,8 +30,8 @@ from saim import models_vit as saim_vit
 from scripts import backbones, export
 from semaim import models_semaim
 from semaim import models_vit as semaim_vit
-from tests.helpers import assert_close
-from tests.runs import mistake, run_main
+from tests.support.helpers import assert_close
+from tests.support.runs import mistake, run_main
 from udi import models_finetune, models_udi
 
 SIZE: dict[str, Any] = {"img_size": 32, "patch_size": 8}

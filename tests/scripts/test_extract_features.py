@@ -17,8 +17,8 @@ from saim.features import load_backbone, timm_form
 from saim.models_vit import MODELS
 from scripts import backbones, extract_features
 from scripts.extract_features import read
-from tests import processes
-from tests.runs import mistake, run_main
+from tests.support import processes
+from tests.support.runs import mistake, run_main
 
 SMALL = ["--num_workers", "0", "--batch_size", "7", "--device", "cpu"]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from scripts import imagenette_table
-from tests.commands import flags
-from tests.helpers import ROOT
-from tests.runs import arguments, mistake
 from tests.scripts.test_rows import refused, row
+from tests.support.commands import flags
+from tests.support.helpers import ROOT
+from tests.support.runs import arguments, mistake
 
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 STAGES = ["pretrain", "linear", "random_linear", "knn", "random_knn", "supervised", "finetune"]

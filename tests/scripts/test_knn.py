@@ -12,9 +12,9 @@ import torch
 from scripts import extract_features, knn
 from semaim import main_knn as semaim_knn
 from semaim.models_semaim import MODELS
-from tests import processes
-from tests.runs import mistake, run_main
-from tests.udi.weights import pretrained
+from tests.support import processes
+from tests.support.runs import mistake, run_main
+from tests.support.udi_weights import pretrained
 from udi import main_knn as udi_knn
 
 SMALL = ["--num_workers", "0", "--batch_size", "7", "--device", "cpu", "--nb_knn", "5", "1", "--json"]

@@ -7,7 +7,7 @@ import pytest
 
 from common.distributed import UserError
 from scripts import diff_upstream, readme
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 ROWS = {
     "metrics": {"finetune": "fine-tuned", "linprobe": "linear"},

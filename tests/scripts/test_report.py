@@ -11,7 +11,7 @@ import torch
 
 from common import distributed
 from scripts import report
-from tests.runs import mistake
+from tests.support.runs import mistake
 
 ROW = "saim_vit_base_800e"
 COMMAND = "python saim/main_finetune.py --epochs 3 --batch_size 8 --name '<b>&'"

@@ -22,10 +22,10 @@ from cae.files import run_files as cae_files
 from common import distributed
 from semaim.files import run_files
 from tests.cae import test_commands as cae
-from tests.commands import flags, processes
-from tests.helpers import ROOT
 from tests.saim import test_commands as saim
 from tests.semaim import test_commands as semaim
+from tests.support.commands import flags, processes
+from tests.support.helpers import ROOT
 from tests.udi import test_commands as udi
 
 Parser = Callable[[list[str]], argparse.Namespace]

@@ -19,8 +19,8 @@ from cae import main_pretrain as cae_pretrain
 from cae.models_cae import REVISION_A
 from common import distributed
 from scripts import diff_upstream as diff
-from tests.helpers import GOLDEN_DIR
-from tests.udi.weights import SIXTEEN, pretrained
+from tests.support.helpers import GOLDEN_DIR
+from tests.support.udi_weights import SIXTEEN, pretrained
 from udi import main_finetune as udi_finetune
 from udi import main_linprobe as udi_linprobe
 from udi.backbone import load_backbone

@@ -11,9 +11,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from semaim import main_finetune, main_knn, main_linprobe, main_pretrain
-from tests.commands import commands_of, fill, finish, flags, processes, start, uneven_images
-from tests.helpers import ROOT, golden_files, load_golden
-from tests.runs import run_main
+from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.helpers import ROOT, golden_files, load_golden
+from tests.support.runs import run_main
 
 README = r"""
 python -m torch.distributed.launch --nproc_per_node 8 --nnodes 4 --node_rank 0 \

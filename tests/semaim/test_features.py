@@ -11,8 +11,8 @@ from common.distributed import UserError
 from semaim import features, main_knn, main_linprobe, models_semaim
 from semaim.features import load_backbone, timm_form
 from semaim.models_vit import MODELS, VisionTransformer
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.timm_forms import assert_timm_form, timm_model
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.timm_forms import assert_timm_form, timm_model
 
 SIZES = {"img_size": 16, "patch_size": 4}
 IMGS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

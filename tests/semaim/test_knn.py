@@ -11,12 +11,12 @@ from torch import Tensor
 from semaim import main_knn
 from semaim.main_knn import DUMPS, accuracy, class_scores, interleave, knn_classifier, knn_transform, nearest
 from semaim.models_semaim import MODELS
-from tests.helpers import (
+from tests.support.helpers import (
     assert_close,
     golden_files,
     load_golden,
 )
-from tests.runs import mistake, run_main
+from tests.support.runs import mistake, run_main
 
 
 @golden_files("semaim", "knn")

@@ -18,7 +18,7 @@ from semaim import main_pretrain
 from semaim.blocks import LayerNorm
 from semaim.models_clip import ClipVisual, load_teacher, read_weights
 from semaim.models_semaim import AimViT, calculate_similarity
-from tests.helpers import (
+from tests.support.helpers import (
     assert_close,
     golden_files,
     load_golden,

@@ -22,7 +22,7 @@ from semaim.models_semaim import (
     GaussianConv2d,
     calculate_similarity,
 )
-from tests.helpers import (
+from tests.support.helpers import (
     assert_close,
     golden_files,
     load_golden,

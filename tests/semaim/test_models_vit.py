@@ -13,7 +13,7 @@ from semaim import main_finetune, main_knn
 from semaim.main_linprobe import add_probe
 from semaim.models_semaim import AimViT
 from semaim.models_vit import MODELS, VisionTransformer, interpolate_pos_embed, load_encoder, load_pretrained
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 
 
 @golden_files("semaim", "vit_eval")

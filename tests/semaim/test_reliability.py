@@ -11,7 +11,7 @@ import torch
 from common import distributed
 from semaim import main_finetune, main_knn, main_linprobe, main_pretrain
 from semaim.models_semaim import AimViT
-from tests.runs import FAULTS, assert_same, command, finish, kept_signals, mistake, run_main, start
+from tests.support.runs import FAULTS, assert_same, command, finish, kept_signals, mistake, run_main, start
 
 SMALL = ["--input_size", "16", "--patch_size", "4", "--num_workers", "0"]
 PRETRAIN = ["--model", "aim_nano", "--query_depth", "2", "--permutation_type", "attention_center", *SMALL]

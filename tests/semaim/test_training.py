@@ -21,13 +21,13 @@ from semaim.engine_pretrain import Guide
 from semaim.models_clip import load_teacher
 from semaim.models_semaim import AimViT, calculate_similarity
 from semaim.models_vit import VisionTransformer
-from tests.helpers import (
+from tests.support.helpers import (
     assert_close,
     golden_files,
     load_golden,
     without_key_bias,
 )
-from tests.runs import CPU, FixedLoader, RecordingLog, schedule_of
+from tests.support.runs import CPU, FixedLoader, RecordingLog, schedule_of
 
 MAINS = {
     "main_pretrain.py": main_pretrain,

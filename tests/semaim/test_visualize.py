@@ -14,7 +14,7 @@ from common import distributed
 from saim import figures
 from semaim import main_visualize, models_semaim, models_vit
 from semaim.main_visualize import GROUPS, PANELS, encoder_maps, heat, jet, make_order, overlay, stretch
-from tests.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
 
 SIZES = {"img_size": 16, "patch_size": 4, "query_depth": 2}
 FLAGS = {"model": "aim_nano", "input_size": 16, "patch_size": 4}

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from common import distributed
-from tests.commands import commands_of, fill, finish, flags, processes, start, uneven_images
-from tests.helpers import ROOT, golden_files, load_golden
-from tests.processes import launch
+from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.helpers import ROOT, golden_files, load_golden
+from tests.support.processes import launch
 from udi import (
     main_finetune,
     main_knn,

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from tests.helpers import ROOT, golden_files, load_golden
+from tests.support.helpers import ROOT, golden_files, load_golden
 from udi import main_knn, main_logistic_regression, main_semi_supervised, main_transfer, visualize_attention
 
 SEMI = "eval_semi_supervised_learning/eval_semi_supervised_learning.py"

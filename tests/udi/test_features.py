@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from common.distributed import UserError
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.timm_forms import assert_timm_form, timm_model
-from tests.udi.weights import NANO, pretrained
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.timm_forms import assert_timm_form, timm_model
+from tests.support.udi_weights import NANO, pretrained
 from udi import features, main_finetune, main_knn, main_linprobe, models_finetune, models_udi
 from udi.backbone import build_backbone
 from udi.features import load_backbone, timm_form

@@ -12,9 +12,9 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from common import distributed
-from tests.helpers import ROOT, golden_files, load_golden
-from tests.runs import assert_same, mistake, run_main, spoil
-from tests.udi import weights as files
+from tests.support import udi_weights as files
+from tests.support.helpers import ROOT, golden_files, load_golden
+from tests.support.runs import assert_same, mistake, run_main, spoil
 from udi import main_finetune, main_linprobe
 from udi.backbone import load_backbone
 from udi.eval_finetuning import extract_backbone_weights_for_finetuning as extract

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common.datasets import eval_transform
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import mistake, run_main
-from tests.udi.weights import NANO, pretrained
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import mistake, run_main
+from tests.support.udi_weights import NANO, pretrained
 from udi import main_knn
 from udi.backbone import load_backbone
 from udi.main_knn import DUMPS, FirstToken, knn_classifier

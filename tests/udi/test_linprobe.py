@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from common import datasets, distributed
-from tests.helpers import ROOT, assert_close, golden_files, load_golden
-from tests.runs import CPU, FixedLoader, RecordingLog, assert_same, mistake, run_main, spoil
-from tests.udi import weights as files
+from tests.support import udi_weights as files
+from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.runs import CPU, FixedLoader, RecordingLog, assert_same, mistake, run_main, spoil
 from udi import engine_finetune, main_finetune, main_linprobe
 from udi.backbone import build_backbone, load_backbone
 from udi.main_linprobe import LinearClassifier, Probe, probe_features

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import assert_close
-from tests.runs import mistake, run_main
-from tests.udi.weights import NANO, pretrained
+from tests.support.helpers import assert_close
+from tests.support.runs import mistake, run_main
+from tests.support.udi_weights import NANO, pretrained
 from udi import main_logistic_regression
 from udi.main_knn import DUMPS
 from udi.main_logistic_regression import Features, fit

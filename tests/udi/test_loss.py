@@ -1,7 +1,6 @@
 """The loss that is trained with, against the authors' numbers and a literal computation of every logit."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import Golden, assert_close, golden_files, load_golden
-from tests.udi.plain import plain_loss
+from tests.support.helpers import ROOT, Golden, assert_close, golden_files, load_golden
+from tests.support.udi_literal_loss import plain_loss
 from tests.udi.test_models_udi import network_of, tol
 from udi import optim
 from udi.loss import UDILoss, cross_entropies, udi_forward_loss
 from udi.models_udi import Projected
 
-TWO_RANKS = str(Path(__file__).with_name("two_ranks.py"))
+TWO_RANKS = str(ROOT / "tests" / "support" / "udi_two_ranks.py")
 
 
 def batch_of(ref: Golden, prefix: str = "in") -> dict[str, Any]:

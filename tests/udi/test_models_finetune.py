@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import UserError
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import CPU, FixedLoader, RecordingLog
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import CPU, FixedLoader, RecordingLog
 from udi import engine_finetune, main_finetune
 from udi.backbone import build_backbone
 from udi.models_finetune import (

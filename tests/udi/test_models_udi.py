@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 from udi.models_udi import MODELS, DINOHead, DropPath, MaskedAttention, MultiCropWrapper, UDIWrapper, VisionTransformer
 
 

@@ -18,15 +18,15 @@ from PIL import Image
 from torch import nn
 
 from common import distributed
-from tests.helpers import ROOT
-from tests.processes import launch
-from tests.runs import FAULTS, arguments, assert_same, mistake, run_main, spoil
-from tests.udi.narrow import WIDTHS
+from tests.support.helpers import ROOT
+from tests.support.processes import launch
+from tests.support.runs import FAULTS, arguments, assert_same, mistake, run_main, spoil
+from tests.support.udi_narrow_head import WIDTHS
 from udi import main_pretrain
 from udi.models_udi import MODELS, DINOHead, MultiCropWrapper
 
 SCRIPT = "udi/main_pretrain.py"
-NARROW = str(ROOT / "tests" / "udi" / "narrow.py")
+NARROW = str(ROOT / "tests" / "support" / "udi_narrow_head.py")
 SMALL = "--arch vit_nano --patch_size 8 --global_size 64 --local_size 32 --out_dim 256 --epochs 2 --warmup_epochs 1"
 SMALL += " --num_workers 0 --drop_path_rate 0.2 --lr 0.05 --local_crops_number 2 --warmup_teacher_temp_epochs 2"
 # 48 images: 6 steps of 8; or 5 steps of 9, which are 2 updates and half of one that is never made.

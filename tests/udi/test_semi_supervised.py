@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from common import distributed, lr_decay
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import assert_same, mistake, run_main, spoil
-from tests.udi.weights import NANO, pretrained
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import assert_same, mistake, run_main, spoil
+from tests.support.udi_weights import NANO, pretrained
 from udi import data, engine_deit, main_semi_supervised
 from udi.models_eval import ClassProjHead, EvaluationViT, build_proj_head, load_head
 

@@ -13,9 +13,9 @@ from scipy.io import savemat
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from common import distributed
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import assert_same, mistake, run_main, spoil
-from tests.udi.weights import NANO, pretrained
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import assert_same, mistake, run_main, spoil
+from tests.support.udi_weights import NANO, pretrained
 from udi import data, main_transfer
 from udi.models_eval import EvaluationViT
 

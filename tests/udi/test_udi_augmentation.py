@@ -11,7 +11,7 @@ from torchvision import transforms
 
 from common import datasets
 from common.distributed import Position
-from tests.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.udi.test_models_udi import tol
 from udi.udi_augmentation import DataAugmentation, Photometric, RandomCropCoord, collate, expand
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import assert_close, golden_files, load_golden
-from tests.runs import mistake, run_main
-from tests.udi.weights import NANO, pretrained
+from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.runs import mistake, run_main
+from tests.support.udi_weights import NANO, pretrained
 from udi import visualize_attention
 from udi.models_udi import VisionTransformer
 from udi.visualize_attention import attended, attention_maps, enlarge, read_image, to_pixels

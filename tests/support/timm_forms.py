@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_close
+from tests.support.helpers import assert_close
 
 
 def timm_model(form: Any) -> Any:

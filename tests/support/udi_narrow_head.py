@@ -1,4 +1,4 @@
-"""Run a script with a narrow head, whose checkpoints are small: python narrow.py <script> <words>.
+"""Run a script with a narrow head, whose checkpoints are small: python udi_narrow_head.py <script> <words>.
 
 RECORD=<folder>: each process writes what its networks and centres add up to after every epoch, to <rank>.json.
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 CONFIGS = ROOT / "a2mim/configs/openmixup"

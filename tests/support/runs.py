@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_flatten
 
 from common import distributed, lr_sched
 from common.datasets import Loader
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 CPU = torch.device("cpu")
-FAULTS = ROOT / "tests" / "saim" / "faults.py"
+FAULTS = ROOT / "tests" / "support" / "faults.py"
 
 
 # ---- training loops

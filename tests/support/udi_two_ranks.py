@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from common import distributed
-from tests.helpers import load_golden
+from tests.support.helpers import load_golden
 from tests.udi.test_loss import loss_on
 from udi.loss import UDILoss
 

@@ -1,6 +1,7 @@
 """The loss as the paper's code computes it: every logit, every average of logits, the teacher's backbone twice.
 
-python -m tests.udi.plain [flags of udi/main_pretrain.py] compares time and memory of a step with what is trained with.
+python -m tests.support.udi_literal_loss [flags of udi/main_pretrain.py] compares time and memory of a step with those
+of the loss that is trained with.
 """
 
 import gc

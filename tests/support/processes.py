@@ -7,7 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 MAINS = {"a2mim": ("pretrain", "finetune", "linprobe"), "udi": ("pretrain", "finetune", "linprobe", "knn")}

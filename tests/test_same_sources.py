@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 COMMENT = re.compile(r"^\s*# same as (\w+/\w+\.py)$")
