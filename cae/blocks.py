@@ -1,6 +1,7 @@
 """The transformer blocks that CAE's encoder, regressor, decoder and the downstream ViT are made of.
 
-Legend: B batch, T tokens, C width, h heads, d = floor(C / h) width of a head, H = h d (at most C).
+Legend: B batch, T tokens, C width, h heads, d = floor(C / h) width of a head, H = h d (at most C), N patches, M masked
+and V visible ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class DropPath(nn.Module):
 
 
 def layer_scale(dim: int, init_value: float) -> nn.Parameter:
+    """A branch's factors γ (C,), which start at init_value."""
     return nn.Parameter(torch.full((dim,), float(init_value)))
 
 
@@ -88,16 +90,18 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C), or only the given rows of it. bias: (h, T, T), added to the logits."""
         qkv_bias = None
         if self.q_bias is not None:
-            qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # type: ignore[list-item]
-        q, k, v = (split_heads(y, self.num_heads) for y in F.linear(x, self.qkv.weight, qkv_bias).chunk(3, dim=-1))
+            keys = torch.zeros_like(self.q_bias)
+            qkv_bias = torch.cat([self.q_bias, keys, self.v_bias])  # type: ignore[list-item]  # (3 H,)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)  # (B, T, 3 H)
+        q, k, v = (split_heads(y, self.num_heads) for y in qkv.chunk(3, dim=-1))  # (B, h, T, d) each
         if self.relative_position_bias_table is not None:
-            own = relative_position_bias(self)
+            own = relative_position_bias(self)  # (h, T, T)
             bias = own if bias is None else own + bias
         if bias is not None:
-            bias = bias[None, :, rows].to(q.dtype)
+            bias = bias[None, :, rows].to(q.dtype)  # (1, h, rows, T)
         dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q[:, :, rows], k, v, bias, dropout)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        x = F.scaled_dot_product_attention(q[:, :, rows], k, v, bias, dropout)  # (B, h, rows, d)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, rows, C)
 
 
 class CrossAttention(nn.Module):
@@ -122,8 +126,8 @@ class CrossAttention(nn.Module):
             split_heads(F.linear(x, layer.weight, bias), self.num_heads)
             for x, layer, bias in ((q, self.q, self.q_bias), (k, self.k, None), (v, self.v, self.v_bias))
         )
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)  # (B, h, Tq, d)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, Tq, C)
 
 
 class Block(nn.Module):
@@ -153,20 +157,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
         """(B, T, C) -> (B, T, C), or only the given rows of it."""
-        attended = self.attn(self.norm1(x), bias, rows)
+        attended = self.attn(self.norm1(x), bias, rows)  # (B, rows, C)
         x = x[:, rows] + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
         changed = self.mlp(self.norm2(x))
         return x + self.drop_path(changed if self.gamma_2 is None else self.gamma_2 * changed)
 
 
 def mlp(dim: int, ratio: float, drop: float) -> Mlp:
+    """(B, T, C) -> (B, T, C) through ratio C hidden units and GELU."""
     return Mlp(dim, int(dim * ratio), drop=(0.0, drop))  # no dropout after the activation
 
 
 class RegressorBlock(nn.Module):
-    """Latent regressor block (paper sec. 3.1): a = q + γ1 CrossAttn; z = LN2(a); out = z + γ2 MLP(z).
+    """One block of CAE's latent contextual regressor: y = q + γ1 CrossAttn(q, kv); z = LN2(y); out = z + γ2 MLP(z).
 
-    As upstream: the second residual starts from the normalised z.
+    Each of queries, keys and values has a norm of its own. As upstream: the second residual starts from the normalised
+    z, not from y.
     """
 
     def __init__(
@@ -196,8 +202,13 @@ class RegressorBlock(nn.Module):
             self.gamma_2_cross.requires_grad_(False)
 
     def forward(self, q: Tensor, kv: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
-        """Update q (B, M, D) from kv (B, T, D); positions are added to queries and keys, not to values."""
-        attended = self.cross_attn(self.norm1_q(q + pos_q), self.norm1_k(kv + pos_k), self.norm1_v(kv))
+        """The queries of the next block, (B, M, D).
+
+        Args:
+            q: (B, M, D), queries of the masked patches. kv: (B, V + M, D), the visible latents and then the queries.
+            pos_q, pos_k: positions, shaped like q and kv; they are added to queries and keys, not to values.
+        """
+        attended = self.cross_attn(self.norm1_q(q + pos_q), self.norm1_k(kv + pos_k), self.norm1_v(kv))  # (B, M, D)
         z = self.norm2_cross(q + self.drop_path(self.gamma_1_cross * attended))
         return z + self.drop_path(self.gamma_2_cross * self.mlp_cross(z))
 
@@ -225,7 +236,8 @@ class PatchEmbed(nn.Module):
         if (h, w) != (self.img_size, self.img_size):
             raise ValueError(f"images are {h}x{w}, the model was built for {self.img_size}x{self.img_size}")
         g, p = self.grid_size, self.patch_size
-        patches = imgs.reshape(b, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, c * p * p)
+        patches = imgs.reshape(b, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, 3, p, p)
+        patches = patches.reshape(b, g * g, c * p * p)  # (B, N, 3 p p), in the order of the convolution's weight
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -244,9 +256,9 @@ def sincos_pos_embed(dim: int, grid: Sequence[int]) -> Tensor:
     if dim % 4:
         raise ValueError(f"width {dim} is not a multiple of 4, as the sin-cos position table needs")
     rows, columns = grid
-    t = torch.arange(rows * columns)
+    t = torch.arange(rows * columns)  # (N,)
     omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    a, b = (x.float()[:, None] * omega for x in (t // rows, t % rows))
+    a, b = (x.float()[:, None] * omega for x in (t // rows, t % rows))  # (N, C / 4) each
     return F.pad(torch.cat([a.sin(), a.cos(), b.sin(), b.cos()], dim=1), (0, 0, 1, 0))[None]
 
 
@@ -258,10 +270,10 @@ def relative_position_index(grid: Sequence[int]) -> Tensor:
     """
     rows, columns = grid
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (N, 2)
-    delta = place[:, None] - place[None]  # query - key
+    delta = place[:, None] - place[None]  # (N, N, 2), query - key
     index = (delta[..., 0] + rows - 1) * (2 * columns - 1) + delta[..., 1] + columns - 1
     last = (2 * rows - 1) * (2 * columns - 1) + 2
-    index = F.pad(index, (1, 0, 1, 0))
+    index = F.pad(index, (1, 0, 1, 0))  # (1 + N, 1 + N)
     index[0, :], index[:, 0], index[0, 0] = last - 2, last - 1, last
     return index
 

@@ -1,11 +1,13 @@
 """CAE pre-training network: a context autoencoder (arXiv 2202.03026).
 
-The encoder sees the visible patches only. A regressor predicts the latents of the masked patches by cross-attention
-from mask tokens to the visible latents; the alignment loss compares them with what the encoder makes of the masked
-patches alone. A decoder turns the predicted latents into the visual tokens of the masked patches.
+The encoder sees a class token and the visible patches. The latent contextual regressor starts from one mask token per
+masked patch and predicts that patch's latent: in every block these queries attend to the visible latents, which never
+change, followed by the queries themselves as they are by then. The class token stays outside of it. Two losses:
+alignment compares the predicted latents with those that the encoder itself gives to the masked patches alone, without
+gradient (`alignment_target`); decoding classifies each masked patch's visual token from the predicted latents only.
 
 Legend: B batch, N patches, M masked and V = N - M visible ones, C encoder width, D width of regressor and decoder,
-K visual tokens.
+K visual tokens, G side of the patch grid.
 """
 
 from collections.abc import Callable
@@ -47,18 +49,18 @@ def split_patches(mask: Tensor, num_masked: int) -> tuple[Tensor, Tensor]:
     Args:
         mask: (B, N) bool, True = masked; num_masked of every row.
     """
-    order = mask.int().argsort(dim=1, stable=True)
+    order = mask.int().argsort(dim=1, stable=True)  # (B, N), the visible ones first
     visible, masked = order.tensor_split([mask.shape[1] - num_masked], dim=1)
     return visible, masked
 
 
 def truncated_(tensor: Tensor) -> Tensor:
-    """Normal of 0.02 cut at one deviation (as upstream)."""
+    """Draw from a normal of deviation 0.02 that is cut at one deviation (as upstream)."""
     return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
 class VisionTransformerEncoder(nn.Module):
-    """ViT over a part of the patches."""
+    """ViT over the class token and some of the patches: the visible ones, or, for the targets, the masked ones."""
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class VisionTransformerEncoder(nn.Module):
     ):
         super().__init__()
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))  # (1, 1, C)
         grid = self.patch_embed.grid_size
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, (grid, grid)), requires_grad=False)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
@@ -96,15 +98,16 @@ class VisionTransformerEncoder(nn.Module):
 
     def forward(self, patches: Tensor, index: Tensor) -> Tensor:
         """Encode the patches at `index` (B, n) among all embedded `patches` (B, N, C) -> (B, 1 + n, C)."""
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        x = torch.cat([cls, rows_at(patches, index) + rows_at(self.pos_embed[0, 1:], index)], dim=1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)  # (B, 1, C)
+        tokens = rows_at(patches, index) + rows_at(self.pos_embed[0, 1:], index)  # (B, n, C)
+        x = torch.cat([cls, tokens], dim=1)  # (B, 1 + n, C)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
 class VisionTransformerRegressor(nn.Module):
-    """Predicts the latents of the masked patches from those of the visible ones."""
+    """Predicts the latents of the masked patches; keys and values are the visible latents and the current queries."""
 
     def __init__(self, dim: int, depth: int, num_heads: int, drop_path_rate: float, init_values: float, **kwargs):
         super().__init__()
@@ -115,15 +118,21 @@ class VisionTransformerRegressor(nn.Module):
         self.norm = kwargs["norm_layer"](dim)
 
     def forward(self, q: Tensor, visible: Tensor, pos: Tensor) -> Tensor:
-        """q (B, M, D) mask tokens, visible (B, V, D), pos (B, V + M, D) with the visible ones first -> (B, M, D)."""
-        pos_masked = pos[:, visible.shape[1] :]
+        """Predicted latents (B, M, D).
+
+        Args:
+            q: (B, M, D), mask tokens. visible: (B, V, D), the encoder's latents without the class token's.
+            pos: (B, V + M, D), positions, those of the visible patches first.
+        """
+        pos_masked = pos[:, visible.shape[1] :]  # (B, M, D)
         for block in self.regressor_blocks:
-            q = block(q, torch.cat([visible, q], dim=1), pos_masked, pos)
+            kv = torch.cat([visible, q], dim=1)  # (B, V + M, D): only q changes from block to block
+            q = block(q, kv, pos_masked, pos)  # (B, M, D)
         return self.norm(q)
 
 
 class VisionTransformerDecoder(nn.Module):
-    """Classifies each masked patch's visual token from the predicted latents."""
+    """Classifies each masked patch's visual token from the predicted latents, by self-attention among them."""
 
     def __init__(
         self,
@@ -144,23 +153,24 @@ class VisionTransformerDecoder(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, M, D) -> logits (B M, K)."""
+        """Predicted latents plus positions (B, M, D) -> logits (B M, K)."""
         for block in self.decoder_blocks:
-            x = block(x)
-        return self.head(self.norm(x)).flatten(0, 1)
+            x = block(x)  # (B, M, D)
+        return self.head(self.norm(x)).flatten(0, 1)  # (B M, K)
 
 
 class ContextAutoencoderViT(nn.Module):
-    """CAE.
+    """Context autoencoder: encoder, latent contextual regressor, decoder, and the encoder of the alignment targets.
 
     Args:
-        init_values: initial layer scale of the encoder; 0 has none. decoder_layer_scale_init_value: of the other two.
-        decoder_embed_dim, decoder_num_heads: width D and heads of both regressor and decoder.
-        decoder_num_classes: K.
-        fix_init_weight: keep the truncated normal initialisation, rescaled by depth, instead of Xavier's.
-        base_momentum: the targets' encoder is a moving average, m teacher + (1 - m) encoder after each forward pass;
-            None: it is the encoder itself.
-        num_out_dim: no effect, of CAE v2.
+        init_values: initial layer scale of the encoder; 0 leaves it out.
+        decoder_embed_dim: width D of regressor and decoder. decoder_num_heads: heads of both.
+        decoder_layer_scale_init_value: initial layer scale of both.
+        decoder_num_classes: number of visual tokens, K.
+        fix_init_weight: keep the truncated normal initialisation, divided by sqrt(2 layer), instead of Xavier's.
+        base_momentum: m; the targets come from a moving average of the encoder's weights, m average + (1 - m) encoder
+            after each forward pass, as in the authors' earlier revision; None: from the encoder's weights themselves.
+        num_out_dim: no effect; belongs to CAE v2.
     Raises:
         ValueError: an argument does not fit.
     """
@@ -216,8 +226,9 @@ class ContextAutoencoderViT(nn.Module):
 
         # Registration order is upstream's: optimizer states refer to parameters by position.
         grid = (img_size // patch_size, img_size // patch_size)
+        # rd_pos_embed: positions (1, 1 + N, D) of regressor and decoder; the first row, the class token's, is not used.
         self.rd_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, grid), requires_grad=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))  # (1, 1, D)
         self.encoder = encoder()
         self.alignment_encoder = encoder().requires_grad_(False)
         self.encoder_to_regresser = self.encoder_to_regresser_norm = None
@@ -233,10 +244,25 @@ class ContextAutoencoderViT(nn.Module):
         self._tie()
         self.register_load_state_dict_pre_hook(self._complete)
 
-    # ---- the targets' encoder
+    # ---- alignment: the targets and the encoder that makes them
+
+    @torch.no_grad()
+    def alignment_target(self, x: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
+        """Target latents: the masked patches alone, through the encoder.
+
+        The network's only gradient stop. The weights are the encoder's own of this very step (`_tie`), or, with
+        `base_momentum`, the moving average; the pass has its own draws of stochastic depth, as upstream.
+        Args:
+            x: (B, 3, H, W), images. patches: (B, N, C), as the encoder embedded them. masked: (B, M), indices.
+        Returns:
+            (B, M, D); the class token's row is left out.
+        """
+        if self.base_momentum is not None:
+            patches = self.alignment_encoder.patch_embed(x)
+        return self._to_regressor(self.alignment_encoder(patches, masked))[:, 1:]
 
     def _tie(self) -> None:
-        """Let the targets' encoder have the encoder's very weights; it has draws of stochastic depth of its own."""
+        """Let the targets' encoder share the encoder's weights, in the same memory, unless it averages them."""
         if self.base_momentum is None:
             for alias, param in zip(self.alignment_encoder.parameters(), self.encoder.parameters(), strict=True):
                 alias.data = param.data
@@ -262,6 +288,7 @@ class ContextAutoencoderViT(nn.Module):
 
     @torch.no_grad()
     def _update_teacher(self) -> None:
+        """Move the average of `base_momentum`; with shared weights there is nothing to do."""
         if self.base_momentum is not None:
             for own, new in zip(self.alignment_encoder.parameters(), self.encoder.parameters(), strict=True):
                 own.lerp_(new, 1 - self.base_momentum)
@@ -290,7 +317,7 @@ class ContextAutoencoderViT(nn.Module):
     # ---- network
 
     def _to_regressor(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, D)."""
+        """Latents at the regressor's width, (B, T, C) -> (B, T, D)."""
         if self.encoder_to_regresser is None:
             return x
         return self.encoder_to_regresser_norm(self.encoder_to_regresser(x))  # type: ignore[misc]
@@ -321,30 +348,29 @@ class ContextAutoencoderViT(nn.Module):
                 raise ValueError(
                     f"the masks hide {counts.tolist()} of {expected[1]} patches, expected equally many, not none or all"
                 )
-        visible, masked = split_patches(mask, num_masked)
-        patches = self.encoder.patch_embed(x)
-        latents = self._to_regressor(self.encoder(patches, visible))
-        with torch.no_grad():
-            # Under autocast the encoder must come first: casts cached here would have no gradient.
-            own = patches if self.base_momentum is None else self.alignment_encoder.patch_embed(x)
-            target = self._to_regressor(self.alignment_encoder(own.detach(), masked))[:, 1:]
+        visible, masked = split_patches(mask, num_masked)  # (B, V), (B, M)
+        patches = self.encoder.patch_embed(x)  # (B, N, C), embedded once for both passes
+        latents = self._to_regressor(self.encoder(patches, visible))  # (B, 1 + V, D)
+        # After the encoder: weights that autocast casts and keeps without gradient here would have none there.
+        target = self.alignment_target(x, patches, masked)  # (B, M, D)
         self._update_teacher()
-        pos = rows_at(self.rd_pos_embed[0, 1:], torch.cat([visible, masked], dim=1))
-        q = self.mask_token.expand(len(x), num_masked, -1)
-        predicted = self.regresser(q, latents[:, 1:], pos)
-        logits = self.decoder(predicted + pos[:, visible.shape[1] :])
+        pos = rows_at(self.rd_pos_embed[0, 1:], torch.cat([visible, masked], dim=1))  # (B, V + M, D)
+        q = self.mask_token.expand(len(x), num_masked, -1)  # (B, M, D)
+        predicted = self.regresser(q, latents[:, 1:], pos)  # (B, M, D); row 0 is the class token's
+        logits = self.decoder(predicted + pos[:, visible.shape[1] :])  # (B M, K)
         return logits, predicted, target
 
 
 def cae_loss(
     logits: Tensor, predicted: Tensor, target: Tensor, labels: Tensor, align_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of the visual tokens and the weighted squared error of the latents (paper Eq. 1).
+    """CAE's loss (arXiv 2202.03026): decoding + λ alignment, the authors' λ being 2 (README).
 
     Args:
-        labels: (B M,), the masked patches' visual tokens; others as `ContextAutoencoderViT.forward` returns them.
+        logits, predicted, target: as `ContextAutoencoderViT.forward` returns them; the target is a constant.
+        labels: (B M,), the masked patches' visual tokens. align_weight: λ.
     Returns:
-        their sum and the two parts, () float32 each.
+        the sum, () float32; cross entropy of the tokens, (); λ times the mean squared error of the latents, ().
     """
     main = F.cross_entropy(logits.float(), labels)
     align = align_weight * F.mse_loss(predicted.float(), target.detach().float())

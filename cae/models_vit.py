@@ -1,4 +1,7 @@
-"""Vision Transformer for fine-tuning CAE's encoder and for linear and attentive probing, and how it is loaded.
+"""Vision Transformer for fine-tuning CAE's encoder and for linear and attentive probing, and how files become it.
+
+Linear probing reads the class token of the frozen encoder; attentive probing reads what a learned query token gathers
+from all of its tokens by cross-attention (`AttentiveBlock`, then `ProbeBatchNorm`).
 
 Legend: B batch, N patches, T = N + 1 tokens, C width, h heads, G side of the patch grid, K classes.
 """
@@ -29,7 +32,7 @@ from common import distributed
 
 
 class AttentiveBlock(nn.Module):
-    """Cross-attention from query tokens to all tokens of an image; no residual, no MLP."""
+    """Attentive probe: cross-attention from a query token to all tokens of an image; no residual, no MLP."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, norm_layer: Callable[[int], nn.Module]):
         super().__init__()
@@ -44,15 +47,17 @@ class AttentiveBlock(nn.Module):
 
 
 class ProbeBatchNorm(nn.BatchNorm1d):
-    """Batch norm without parameters whose statistics are chosen by the caller, not by the module's mode."""
+    """Batch norm of the attentive probe: no parameters; its caller, not the module's mode, chooses the statistics."""
 
     def __init__(self, dim: int):
         super().__init__(dim, affine=False)
 
     def forward(self, input: Tensor, is_train: bool = True) -> Tensor:
-        """(B, C) -> (B, C). is_train: use the batch's statistics and add them to the running ones; else use those.
+        """(B, C) -> (B, C).
 
-        A single image has no statistics of its own: it takes the running ones.
+        Args:
+            is_train: use the batch's statistics and move the running ones by them; False: use the running ones. A
+                batch of one image has no statistics and always takes the running ones.
         """
         is_train = is_train and len(input) > 1
         if is_train:
@@ -79,11 +84,11 @@ class VisionTransformer(nn.Module):
     """ViT classifier.
 
     Args:
-        init_values: initial layer scale; 0 has none.
-        use_rel_pos_bias: a relative position bias in every block. use_shared_rel_pos_bias: one for all.
+        init_values: initial layer scale; 0 leaves it out.
+        use_rel_pos_bias: a table of relative position biases in every block. use_shared_rel_pos_bias: one for all.
         use_mean_pooling: classify the mean of the patch tokens (after `fc_norm`), not the class token (after `norm`).
-        sin_pos_emb: fixed sin-cos positions. abs_pos_emb: learned ones instead.
-        init_scale: factor on the initial head.
+        sin_pos_emb: add fixed sin-cos positions. abs_pos_emb: add learned positions instead.
+        init_scale: factor on the initial weight and bias of the head.
         lin_probe: classify frozen features: the class token after `norm`, or, with linear_type "attentive", what a
             query token gathers from all tokens, after a batch norm.
     Raises:
@@ -178,25 +183,25 @@ class VisionTransformer(nn.Module):
 
     def tokens(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """(B, 3, H, W) -> the given rows of the tokens (B, T, C) after the last block."""
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)  # (B, T, C)
         if self.pos_embed is not None:
-            x = x + self.pos_embed
+            x = x + self.pos_embed  # (1, T, C)
         x = self.pos_drop(x)
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (h, T, T)
         for block in self.blocks[:-1]:
-            x = block(x, bias)
-        return self.blocks[-1](x, bias, rows)
+            x = block(x, bias)  # (B, T, C)
+        return self.blocks[-1](x, bias, rows)  # (B, rows, C)
 
     def forward_features(self, x: Tensor, is_train: bool = True) -> Tensor:
         """(B, 3, H, W) -> features (B, C), the input of the head. is_train: as `ProbeBatchNorm`."""
         if self.attentive:
-            tokens = self.tokens(x) if self.use_mean_pooling else self.norm(self.tokens(x))
-            q = self.attentive_blocks[0](self.query_token.expand(len(x), -1, -1), tokens)
-            return self.fc_norm(q[:, 0], is_train)
+            tokens = self.tokens(x) if self.use_mean_pooling else self.norm(self.tokens(x))  # (B, T, C)
+            q = self.attentive_blocks[0](self.query_token.expand(len(x), -1, -1), tokens)  # (B, 1, C)
+            return self.fc_norm(q[:, 0], is_train)  # (B, C)
         # Only the rows that are read leave the last block; keys and values come from all.
         if self.use_mean_pooling and not self.lin_probe:
-            return self.fc_norm(self.tokens(x, slice(1, None)).mean(dim=1))
-        token = self.tokens(x, slice(0, 1))[:, 0]
+            return self.fc_norm(self.tokens(x, slice(1, None)).mean(dim=1))  # (B, N, C) -> (B, C)
+        token = self.tokens(x, slice(0, 1))[:, 0]  # (B, C)
         return token if self.use_mean_pooling else self.norm(token)
 
     def forward(self, x: Tensor, is_train: bool = True) -> Tensor:
@@ -206,7 +211,7 @@ class VisionTransformer(nn.Module):
 
 # ---- checkpoints
 
-KEYS = ("model", "module", "state_dict")  # of the weights, in this order
+KEYS = ("model", "module", "state_dict")  # a file's first of these holds the weights
 
 
 def _spline(knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -218,7 +223,8 @@ def _spline(knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def resize_relative_positions(table: Tensor, grid_size: int) -> Tensor:
     """Resize a table of relative position biases ((2G-1)² + 3, h) to another grid; the last 3 rows are kept.
 
-    Old distances are placed in geometric progression, dense in the middle, and interpolated by cubic splines.
+    Old distances are placed in geometric progression, dense in the middle, and interpolated by cubic splines. The
+    bisection ends at its last midpoint (as upstream).
     """
     source, target = math.isqrt(len(table) - 3), 2 * grid_size - 1
     if source == target:
@@ -230,7 +236,7 @@ def resize_relative_positions(table: Tensor, grid_size: int) -> Tensor:
     distances = np.cumsum(q ** np.arange(source // 2))
     knots = np.concatenate([-distances[::-1], [0.0], distances])
     weights = _spline(knots, np.arange(target, dtype=np.float64) - target // 2)
-    old = table[:-3].double().numpy().reshape(source, source, -1)
+    old = table[:-3].double().numpy().reshape(source, source, -1)  # (2G-1, 2G-1, h) of the old grid
     new = np.einsum("ai,bj,ijh->abh", weights, weights, old).reshape(target**2, -1)
     return torch.cat([torch.from_numpy(new).to(table.dtype), table[-3:]])
 
@@ -240,7 +246,7 @@ def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
     old = round((pos_embed.shape[1] - 1) ** 0.5)
     if old == grid_size:
         return pos_embed
-    patches = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, C, G, G)
     patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 

@@ -45,10 +45,10 @@ def relative_position_index(grid: Sequence[int]) -> Tensor:
     """
     rows, columns = grid
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (N, 2)
-    delta = place[:, None] - place[None]  # query - key
+    delta = place[:, None] - place[None]  # (N, N, 2), query - key
     index = (delta[..., 0] + rows - 1) * (2 * columns - 1) + delta[..., 1] + columns - 1
     last = (2 * rows - 1) * (2 * columns - 1) + 2
-    index = F.pad(index, (1, 0, 1, 0))
+    index = F.pad(index, (1, 0, 1, 0))  # (1 + N, 1 + N)
     index[0, :], index[:, 0], index[0, 0] = last - 2, last - 1, last
     return index
 
@@ -153,6 +153,7 @@ class Block(nn.Module):
 
 # same as cae/blocks.py
 def layer_scale(dim: int, init_value: float) -> nn.Parameter:
+    """A branch's factors γ (C,), which start at init_value."""
     return nn.Parameter(torch.full((dim,), float(init_value)))
 
 
@@ -180,7 +181,8 @@ class PatchEmbed(nn.Module):
         if (h, w) != (self.img_size, self.img_size):
             raise ValueError(f"images are {h}x{w}, the model was built for {self.img_size}x{self.img_size}")
         g, p = self.grid_size, self.patch_size
-        patches = imgs.reshape(b, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, c * p * p)
+        patches = imgs.reshape(b, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, 3, p, p)
+        patches = patches.reshape(b, g * g, c * p * p)  # (B, N, 3 p p), in the order of the convolution's weight
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -374,7 +376,8 @@ def _spline(knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def resize_relative_positions(table: Tensor, grid_size: int) -> Tensor:
     """Resize a table of relative position biases ((2G-1)² + 3, h) to another grid; the last 3 rows are kept.
 
-    Old distances are placed in geometric progression, dense in the middle, and interpolated by cubic splines.
+    Old distances are placed in geometric progression, dense in the middle, and interpolated by cubic splines. The
+    bisection ends at its last midpoint (as upstream).
     """
     source, target = math.isqrt(len(table) - 3), 2 * grid_size - 1
     if source == target:
@@ -386,7 +389,7 @@ def resize_relative_positions(table: Tensor, grid_size: int) -> Tensor:
     distances = np.cumsum(q ** np.arange(source // 2))
     knots = np.concatenate([-distances[::-1], [0.0], distances])
     weights = _spline(knots, np.arange(target, dtype=np.float64) - target // 2)
-    old = table[:-3].double().numpy().reshape(source, source, -1)
+    old = table[:-3].double().numpy().reshape(source, source, -1)  # (2G-1, 2G-1, h) of the old grid
     new = np.einsum("ai,bj,ijh->abh", weights, weights, old).reshape(target**2, -1)
     return torch.cat([torch.from_numpy(new).to(table.dtype), table[-3:]])
 
