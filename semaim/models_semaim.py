@@ -4,9 +4,9 @@ Two streams run through the network. The content stream h holds a class token an
 equal or earlier rank. The query stream g holds positions only; g_i cross-attends to the patches of strictly earlier
 rank in h and predicts patch i: its pixels, or a teacher's features. All patches are predicted in one pass.
 
-The ranks come from one of eight rules (`permutation`). Three of them follow a map that says how similar each patch is
-to the whole image; without a teacher, the encoder itself draws it in an extra pass without masks and gradients
-(`semantic_map`).
+The ranks π come from one of eight rules (orders.py). Three of them follow a map that says how similar each patch is to
+the whole image; without a teacher, the encoder itself draws it in an extra pass without masks and gradients
+(`semantic_pass`). engine_pretrain.py: `Guide` decides which network draws the map and the features to predict.
 
 Ranks may tie: float32 swallows the noise that should separate equal distances. Patches of equal rank see each other's
 content and do not predict each other, exactly as the authors' masks have it. `attn_impl` says how that is computed.
@@ -21,25 +21,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from semaim import orders
 from semaim.blocks import CAUSAL, Block, LayerNorm, PatchEmbed, QueryBlock, Visible, sincos_pos_embed
 
-PERMUTATIONS = (
-    "zigzag",
-    "raster",
-    "stochastic",
-    "stochastic_center",
-    "center2out",
-    "attention",
-    "attention_guided",
-    "attention_center",
-)
 ATTENTIONS = ("cls", "gap", "self")
 FEATURES = ("none", "inference", "ema", "dino", "clip")
 ATTN_IMPLS = ("auto", "mask", "flex", "causal", "authors")
-BOXES = (1, 3, 5)  # half sides of the three nested boxes, upstream models_semaim.py@ade770f
-BOX_GRID = 14  # grid side that their bounds were tabulated for
 
 
 # same as saim/models_saim.py
@@ -81,31 +70,10 @@ def additive(visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -math.inf)[:, None]
 
 
-# ---- orders
-
-
-def box_start(centre: Tensor, half: int) -> Tensor:
-    """First row (or column) of the box of 2 * half rows around `centre`, on the grid of 14.
-
-    Towards the borders boxes stick to the first, or to the last but one row.
-    """
-    inside = (centre - half).clamp(0, BOX_GRID - 1 - 2 * half)
-    return inside.masked_fill(centre <= 2, 0).masked_fill(centre >= BOX_GRID - 3, BOX_GRID - 1 - 2 * half)
-
-
-def in_boxes(rows: Tensor, columns: Tensor, grid_size: int) -> Tensor:
-    """How many of three boxes hold each patch.
-
-    Args:
-        rows, columns: (N, 3) long, the boxes' first row and column.
-    Returns:
-        (N, L) long, 0 to 3.
-    """
-    side = 2 * torch.tensor(BOXES, device=rows.device)[None, :, None]
-    at = torch.arange(grid_size, device=rows.device)
-    row_in = (at >= rows[..., None]) & (at < rows[..., None] + side)  # (N, 3, w)
-    column_in = (at >= columns[..., None]) & (at < columns[..., None] + side)
-    return (row_in[..., :, None] & column_in[..., None, :]).sum(dim=1).flatten(1)
+def block_mask(last: Tensor, keys: int) -> BlockMask:
+    """FlexAttention's mask of rows that each see the keys 0 to last (N, Tq)."""
+    n, rows = last.shape
+    return create_block_mask(lambda b, h, q, k: k <= last[b, q], n, None, rows, keys, device=last.device.type)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -114,7 +82,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def calculate_similarity(tokens: Tensor) -> Tensor:
-    """Cosine between the first token and each other one of tokens (N, T, D), stretched to 0..1 per image: (N, L)."""
+    """The map of a CLIP or DINO teacher, used by `Guide` (the encoder's own is `AimViT.feature_attention`).
+
+    Cosine between the class token and each patch of tokens (N, T, D), stretched to 0..1 per image: (N, L).
+    """
     similarity = cosine(tokens[:, 1:], tokens[:, :1])
     low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
     return (similarity - low) / (high - low + 1e-6)
@@ -125,7 +96,7 @@ class AimViT(nn.Module):
 
     Args:
         out_dim: width of the features that predict_feature="clip" regresses.
-        permutation_type: rule of the order, see `permutation`.
+        permutation_type: rule of the order, a name of `orders.ORDERS`.
         attention_type: what the similarity is measured from: "cls" (class token), "gap" (mean of the patches), or
             "self" (the class token's attention in the last block).
         query_depth: decoder blocks; block j runs after encoder block (j + 1) * (depth // query_depth) - 1.
@@ -167,7 +138,7 @@ class AimViT(nn.Module):
     ):
         super().__init__()
         for name, value, known in (
-            ("permutation_type", permutation_type, PERMUTATIONS),
+            ("permutation_type", permutation_type, orders.ORDERS),
             ("attention_type", attention_type, ATTENTIONS),
             ("prediction_head_type", prediction_head_type, ("MLP", "LINEAR")),
             ("loss_type", loss_type, ("L1", "L2")),
@@ -193,9 +164,9 @@ class AimViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         grid_size = self.patch_embed.grid_size
-        if permutation_type in ("stochastic_center", "attention_guided") and grid_size != BOX_GRID:
+        if permutation_type in orders.BOX_ORDERS and grid_size != orders.BOX_GRID:
             raise ValueError(
-                f"permutation_type {permutation_type} is defined for {BOX_GRID} x {BOX_GRID} patches, "
+                f"permutation_type {permutation_type} is defined for {orders.BOX_GRID} x {orders.BOX_GRID} patches, "
                 f"here are {grid_size} x {grid_size}"
             )
         self.pos_embed = nn.Parameter(torch.zeros(1, grid_size**2 + 1, embed_dim), requires_grad=False)
@@ -237,7 +208,7 @@ class AimViT(nn.Module):
     @property
     def follows_map(self) -> bool:
         """Whether the order needs attention maps."""
-        return "attention" in self.permutation_type
+        return self.permutation_type in orders.MAP_ORDERS
 
     # ---- targets and losses
 
@@ -269,7 +240,13 @@ class AimViT(nn.Module):
         return (error.abs() if self.loss_type == "L1" else error.square()).mean(dim=-1)
 
     def feature_loss(self, pred: Tensor, tokens: Tensor) -> Tensor:
-        """Squared distance of unit vectors, 2 - 2 cos: pred (N, L, O), tokens (N, T, O) with class token -> (N, L)."""
+        """Loss of CLIP, DINO and own features: squared distance of unit vectors, 2 - 2 cos (SemAIM* predicts CLIP's).
+
+        Args:
+            pred: (N, L, O). tokens: (N, T, O), class token first, which is left out.
+        Returns:
+            (N, L) float32
+        """
         pred, target = F.normalize(pred.float(), dim=-1), F.normalize(tokens[:, 1:].float(), dim=-1)
         return (pred - target).square().sum(dim=-1)
 
@@ -282,77 +259,8 @@ class AimViT(nn.Module):
         noise: Tensor | None = None,
         center_noise: Tensor | None = None,
     ) -> Tensor:
-        """Rank of every patch for a batch like x (N, L, ...): the smaller, the earlier it is predicted.
-
-        zigzag            row by row from the left.
-        raster            row by row, every second row from the right. As upstream: a snake named raster.
-        stochastic        uniform noise.
-        center2out        noise, less 1 for each of three boxes in the image's middle that holds the patch.
-        stochastic_center the same around a random centre.
-        attention_guided  the same around the maximum of the map.
-        attention         1 - map.
-        attention_center  distance to the maximum of the map, plus 0.001 noise (paper).
-        Args:
-            attention_maps: (N, L), for the three rules that follow a map.
-            noise: (N, L) in [0, 1), replaces the draw of the order.
-            center_noise: (2, N) in [0, 1), replaces the draw of a random centre's row and column.
-        Returns:
-            (N, L), long for zigzag and float32 else.
-        Raises:
-            ValueError: the order follows a map, and none is given; or an argument has another shape.
-        """
-        n, length, rule = len(x), x.shape[1], self.permutation_type
-        for name, given, shape in (
-            ("attention_maps", attention_maps, (n, length)),
-            ("noise", noise, (n, length)),
-            ("center_noise", center_noise, (2, n)),
-        ):
-            if given is not None and given.shape != shape:
-                raise ValueError(f"{name} is {tuple(given.shape)}, expected {shape}")
-        w = math.isqrt(length)
-        index = torch.arange(length, device=x.device)
-        row, column = index // w, index % w
-        if rule == "zigzag":
-            return index.expand(n, -1)
-        if rule == "raster":
-            return (w * row + torch.where(row % 2 == 0, column, w - 1 - column)).float().expand(n, -1)
-        if self.follows_map and attention_maps is None:
-            raise ValueError(f"permutation_type {rule} needs attention_maps")
-        if rule == "attention":
-            assert attention_maps is not None
-            return 1 - attention_maps.float()
-        if noise is None:
-            noise = torch.rand(n, length, device=x.device)
-        if rule == "stochastic":
-            return noise
-        if rule == "center2out":
-            start = (w // 2 - torch.tensor(BOXES, device=x.device)).expand(n, -1)
-            return noise - in_boxes(start, start, w)
-        if rule == "stochastic_center":
-            if center_noise is None:
-                center_noise = torch.stack([torch.rand(n, device=x.device), torch.rand(n, device=x.device)])
-            center_row, center_column = (center_noise * (w - 1)).floor().long()
-        else:
-            assert attention_maps is not None
-            best = attention_maps.argmax(dim=1)
-            center_row, center_column = best // w, best % w
-        if rule == "attention_center":
-            distance = (row - center_row[:, None]).square() + (column - center_column[:, None]).square()
-            # float32 square roots are rounded differently by different kernels, and every bit makes or breaks a tie.
-            return distance.double().sqrt().float() + 0.001 * noise
-        starts = [torch.stack([box_start(c, half) for half in BOXES], dim=1) for c in (center_row, center_column)]
-        return noise - in_boxes(starts[0], starts[1], w)
-
-    def visibility(self, permutation: Tensor) -> tuple[Tensor, Tensor]:
-        """Bool masks of the content stream (N, T, T) and, without its class token, the query stream (N, L, T).
-
-        True = visible; keys begin with the class token, which all see and which sees only itself.
-        """
-        row, key = permutation[:, :, None], permutation[:, None, :]
-        content = F.pad(key <= row, (1, 0), value=True)
-        content = F.pad(content, (0, 0, 1, 0), value=False)
-        content[:, 0, 0] = True
-        return content, F.pad(key < row, (1, 0), value=True)
+        """Rank of every patch for a batch like x (N, L, ...) by this model's rule; the rest as `orders.permutation`."""
+        return orders.permutation(self.permutation_type, x, attention_maps, noise, center_noise)
 
     def generate_attention_mask(
         self,
@@ -367,37 +275,25 @@ class AimViT(nn.Module):
             two (N, 1, T, T) tensors of 0 and -inf, index 0 = class token, and (N, L).
         """
         permutation = self.permutation(x, attention_maps, noise, center_noise)
-        content, query = self.visibility(permutation)
+        content, query = orders.visibility(permutation)
         query = torch.cat([content[:, :1], query], dim=1)
         return additive(content), additive(query), permutation
 
     def _plan(self, permutation: Tensor) -> tuple[Tensor | None, Visible, Visible]:
         """The order in which to sort the patches (None: image order), and what the two streams may see then."""
         impl = self.attn_impl
-        unique = self.permutation_type in ("zigzag", "raster")
         if impl == "auto":  # a look at the ranks is free on a CPU; a GPU would have to wait for it
-            on_cpu = permutation.device.type == "cpu"
-            ranks = permutation.sort(dim=1).values if on_cpu and not unique else None
-            unique = unique or (ranks is not None and bool((ranks.diff(dim=1) > 0).all()))
+            unique = self.permutation_type in orders.TOTAL_ORDERS
+            unique = unique or (permutation.device.type == "cpu" and not orders.has_ties(permutation))
             impl = "causal" if unique else "mask"
-        if impl == "authors":
-            content, query = self.visibility(permutation)
-            return None, additive(content), additive(query)
-        if impl == "mask":
-            content, query = self.visibility(permutation)
-            return None, content[:, None], query[:, None]
+        if impl in ("mask", "authors"):
+            seen = orders.visibility(permutation)
+            content, query = (additive(mask) if impl == "authors" else mask[:, None] for mask in seen)
+            return None, content, query
         order = permutation.argsort(dim=1, stable=True)
         if impl == "causal":
             return order, CAUSAL, CAUSAL
-        n, length = permutation.shape
-        ranks = permutation.gather(1, order).contiguous()
-        # In sorted order a row sees the class token, key 0, and the patches of keys 1 to its limit.
-        low = torch.searchsorted(ranks, ranks, right=False)  # patches of smaller rank
-        high = F.pad(torch.searchsorted(ranks, ranks, right=True), (1, 0))  # of smaller or equal rank; class token: 0
-        content = create_block_mask(
-            lambda b, h, q, k: k <= high[b, q], n, None, length + 1, length + 1, device=ranks.device.type
-        )
-        query = create_block_mask(lambda b, h, q, k: k <= low[b, q], n, None, length, length + 1, ranks.device.type)
+        content, query = (block_mask(last, order.shape[1] + 1) for last in orders.sorted_limits(permutation, order))
         return order, content, query
 
     # ---- network
@@ -406,21 +302,6 @@ class AimViT(nn.Module):
         """Embedded patches (N, L, D) and class token (N, 1, D), positions added."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
         return self.patch_embed(imgs) + self.pos_embed[:, 1:], cls
-
-    def _predict(self, imgs: Tensor, permutation: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predictions (N, L, O), and the order (N, L) in which they are sorted (None: image order)."""
-        order, content, query = self._plan(permutation)
-        patches, cls = self._tokens(imgs)
-        patches = gather_rows(patches, order)
-        if content == CAUSAL:
-            patches = patches[:, :-1]  # the last patch informs no other
-        h = torch.cat([cls, patches], dim=1)
-        g = self.pos_embed[0, 1:]  # (L, D): the first decoder block projects one table for all samples
-        for i, block in enumerate(self.blocks[: self.step * len(self.query_blocks)]):
-            h = block(h, content)
-            if (i + 1) % self.step == 0:
-                g = self.query_blocks[i // self.step](g, h, query, order)
-        return self.prediction_head(self.norm(g)), order
 
     def forward_aim(
         self,
@@ -436,16 +317,29 @@ class AimViT(nn.Module):
         Returns:
             (N, L, O) in image order, and the permutation (N, L).
         """
-        permutation = self._permutation_of(imgs, attention_maps, noise, center_noise)
-        pred, order = self._predict(imgs, permutation)
+        patches, cls = self._tokens(imgs)
+        permutation = self.permutation(patches, attention_maps, noise, center_noise)
+        order, content, query = self._plan(permutation)
+        patches = gather_rows(patches, order)
+        if content == CAUSAL:
+            # Sorted by π, both visibilities are one lower triangle: row r sees cls, π_1 ... π_r. In the content stream
+            # it is the token π_r itself (row 0: cls); in the query stream, which has no cls row, it predicts π_{r+1}.
+            patches = patches[:, :-1]  # the last patch of the order informs no other
+        h = torch.cat([cls, patches], dim=1)  # (N, T, D), or without the last patch
+        g = self.pos_embed[0, 1:]  # (L, D): the first decoder block projects one table for all samples
+        for i, block in enumerate(self.blocks[: self.step * len(self.query_blocks)]):
+            h = block(h, content)
+            if (i + 1) % self.step == 0:
+                g = self.query_blocks[i // self.step](g, h, query, order)  # (N, L, D)
+        pred = self.prediction_head(self.norm(g))  # (N, L, O), sorted by the order
         return pred if order is None else gather_rows(pred, order.argsort(dim=1)), permutation
 
-    def _permutation_of(self, imgs: Tensor, *sources: Tensor | None) -> Tensor:
-        like = imgs.new_empty(0).expand(len(imgs), self.patch_embed.num_patches, 0)
-        return self.permutation(like, *sources)
-
     def feature_attention(self, tokens: Tensor) -> Tensor:
-        """Softmax over the patches of their cosine with the image's token: tokens (N, T, D) -> (N, L)."""
+        """The map S of the encoder's own tokens, used by `semantic_pass` (teachers: `calculate_similarity`).
+
+        Softmax over the patches of their cosine with the class token, or with the mean of the patches if
+        attention_type is "gap": (N, T, D) -> (N, L).
+        """
         tokens = tokens.float()
         whole = tokens[:, 1:].mean(dim=1, keepdim=True) if self.attention_type == "gap" else tokens[:, :1]
         return cosine(tokens[:, 1:], whole).softmax(dim=-1)
@@ -507,10 +401,7 @@ class AimViT(nn.Module):
             raise ValueError(
                 f"predict_feature {self.predict_feature!r} {'needs' if tokens is None else 'takes no'} tokens"
             )
-        permutation = self._permutation_of(imgs, attention_maps, noise, center_noise)
-        pred, order = self._predict(imgs, permutation)
-        if order is not None:
-            pred = gather_rows(pred, order.argsort(dim=1))
+        pred, permutation = self.forward_aim(imgs, attention_maps, noise, center_noise)
         errors = self.pixel_loss(pred, self.make_target(imgs)) if tokens is None else self.feature_loss(pred, tokens)
         return errors.mean(), permutation, errors
 

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semaim import orders
 from semaim.blocks import sincos_pos_embed
 from semaim.models_semaim import (
     ATTENTIONS,
-    BOX_GRID,
     FEATURES,
     MODELS,
-    PERMUTATIONS,
     AimViT,
     GaussianConv2d,
     calculate_similarity,
@@ -30,9 +29,7 @@ from tests.support.helpers import (
 )
 
 EXACT = ("mask", "auto", "authors")  # with gradients on a CPU, ties or not; FlexAttention has none there
-BOX_ORDERS = ("stochastic_center", "attention_guided")
-MAP_ORDERS = ("attention", "attention_guided", "attention_center")
-DRAWN_ORDERS = [p for p in PERMUTATIONS if p not in ("zigzag", "raster", "attention")]
+DRAWN_ORDERS = [p for p in orders.ORDERS if p not in ("zigzag", "raster", "attention")]
 
 
 def has_ties(ranks: Tensor) -> bool:
@@ -50,13 +47,13 @@ def build(ref, **kwargs) -> AimViT:
 
 def rule_of(case: str) -> str:
     """The order of a case: its name, or the longest that its name begins with (attention_ties: attention)."""
-    return max((rule for rule in PERMUTATIONS if case.startswith(rule)), key=len)
+    return max((rule for rule in orders.ORDERS if case.startswith(rule)), key=len)
 
 
 def inputs(ref, case: str = "") -> dict[str, Tensor]:
     """Maps, noise and features to predict that a golden (or a case of it) holds for the network's forward."""
     found = {name: ref[f"in/{name}"] for name in ("tokens", "attention_maps", "noise") if f"in/{name}" in ref}
-    if case and rule_of(case) in MAP_ORDERS:
+    if case and rule_of(case) in orders.MAP_ORDERS:
         found["attention_maps"] = ref[re.findall(r"out/\w+", ref.meta["attention_maps_for_attention_cases"])[0]]
     own = {k: ref[f"in/{case}/{k}"] for k in ("attention_maps", "noise", "center_noise") if f"in/{case}/{k}" in ref}
     if ref.kwargs.get("predict_feature", "none") != "none" and "tokens" not in found:
@@ -67,7 +64,7 @@ def inputs(ref, case: str = "") -> dict[str, Tensor]:
 
 def assert_ranks(permutation: Tensor, expected: Tensor, case: str) -> None:
     assert permutation.dtype == expected.dtype, case
-    exact = rule_of(case) not in MAP_ORDERS
+    exact = rule_of(case) not in orders.MAP_ORDERS
     assert_close(permutation, expected, rtol=0, atol=0 if exact else 1e-6, what=case)
 
 
@@ -275,7 +272,7 @@ SHAPES = [
     pytest.param({"gaussian_kernel_size": 3, "gaussian_sigma": 1}, id="blur"),
 ]
 ORDERS = [
-    *(pytest.param(rule, 0, id=rule) for rule in PERMUTATIONS if rule not in BOX_ORDERS),
+    *(pytest.param(rule, 0, id=rule) for rule in orders.ORDERS if rule not in orders.BOX_ORDERS),
     pytest.param("stochastic", 3, id="stochastic,ties"),
     pytest.param("attention", 2, id="attention,ties"),
     pytest.param("stochastic", 1, id="all equal"),
@@ -324,7 +321,7 @@ def test_implementations_agree_on_every_order(rule, levels):
     assert_same_networks({}, rule, levels)
 
 
-@pytest.mark.parametrize("rule", BOX_ORDERS)
+@pytest.mark.parametrize("rule", orders.BOX_ORDERS)
 @pytest.mark.usefixtures("eager_flex")
 def test_implementations_agree_on_box_orders(rule):
     assert_same_networks({"img_size": 14, "patch_size": 1}, rule, levels=0, gradients=False)
@@ -466,10 +463,10 @@ def test_attention__most_similar_first():
     assert torch.equal(found, 1 - maps)
 
 
-@pytest.mark.parametrize("rule", PERMUTATIONS)
+@pytest.mark.parametrize("rule", orders.ORDERS)
 def test_draws(rule):
     """What is drawn, from which generator, and in upstream's order: noise, centre's rows, centre's columns."""
-    maps = torch.rand(2, 196) if rule in MAP_ORDERS else None
+    maps = torch.rand(2, 196) if rule in orders.MAP_ORDERS else None
     model = small(img_size=14, patch_size=1, permutation_type=rule)
     like = torch.zeros(2, 196, 1)
     torch.manual_seed(5)
@@ -483,13 +480,13 @@ def test_draws(rule):
     assert drawn.dtype == (torch.int64 if rule == "zigzag" else torch.float32)
 
 
-@pytest.mark.parametrize("rule", BOX_ORDERS)
+@pytest.mark.parametrize("rule", orders.BOX_ORDERS)
 def test_box_orders_need_the_grid_of_14(rule):
-    with pytest.raises(ValueError, match=f"{rule} is defined for {BOX_GRID} x {BOX_GRID} patches, here are 4 x 4"):
+    with pytest.raises(ValueError, match=f"{rule} is defined for 14 x 14 patches, here are 4 x 4"):
         small(permutation_type=rule)
 
 
-@pytest.mark.parametrize("rule", MAP_ORDERS)
+@pytest.mark.parametrize("rule", orders.MAP_ORDERS)
 def test_missing_maps_are_named(rule):
     model = small(permutation_type=rule, img_size=14, patch_size=1)
     assert model.follows_map
