@@ -9,7 +9,7 @@
 # and a table of the results. Each method has one recipe: the authors', with batch size, epochs, learning rate and patch
 # size for small images. It is not tuned, and its numbers are not comparable with the papers'.
 # Usage: DATA=/imagenette [OUT=...] bash scripts/imagenette.sh saim|semaim|cae|a2mim|udi [--tiny] [--dry_run] [stage ...]
-#   DATA: a folder with ten classes in train/ and val/, such as python scripts/prepare_data.py imagenette writes
+#   DATA: a folder with ten classes in train/ and val/, such as python scripts/tools/prepare_data.py imagenette writes
 #   --tiny: a network of four blocks, 48 or 64 pixels and few epochs, for one core of a CPU and a quarter of an hour
 # After a crash run it again, it resumes by itself. Other variables are those of the rows' scripts:
 set -euo pipefail
@@ -188,12 +188,12 @@ if [[ $method == udi ]]; then # whose probe keeps no encoder
     neighbours knn udi/main_knn.py "${knn[@]}" --pretrained_weights "$encoder" --output_dir "$OUT/knn"
     neighbours random_knn udi/main_knn.py "${knn[@]}" --pretrained_weights "" --output_dir "$OUT/random_knn"
 else
-    neighbours knn scripts/knn.py $method "$encoder" "${knn[@]}"
-    neighbours random_knn scripts/knn.py $method "$OUT/random_linear/$probed" "${knn[@]}"
+    neighbours knn scripts/tools/knn.py $method "$encoder" "${knn[@]}"
+    neighbours random_knn scripts/tools/knn.py $method "$OUT/random_linear/$probed" "${knn[@]}"
 fi
 
 launch supervised $method/main_finetune.py $images "${train[@]}" "${scratch[@]}" $train_from ""
 
 launch finetune $method/main_finetune.py $images "${train[@]}" "${tuned[@]}" $train_from "$encoder"
 
-if [[ -z $dry_run ]]; then echo && python "$ROOT/scripts/imagenette_table.py" "$OUT"; fi
+if [[ -z $dry_run ]]; then echo && python "$ROOT/scripts/tools/imagenette_table.py" "$OUT"; fi

@@ -3,4 +3,4 @@
 # Usage: bash scripts/quickstart.sh [--data_path DIR]; run again, it continues where it was interrupted.
 set -euo pipefail
 source "$(dirname "$0")/lib/environment.sh"
-exec "$PYTHON" scripts/quickstart.py "$@"
+exec "$PYTHON" scripts/tools/quickstart.py "$@"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from common import distributed
-from scripts import bench
-from scripts.bench import Variant
+from scripts.tools import bench
+from scripts.tools.bench import Variant
 from tests.support.helpers import ROOT
 
 
@@ -133,7 +133,7 @@ def test_measure__raises_without_memory(monkeypatch):
     "only", ["saim saim_nano", "semaim aim_nano", "cae cae_nano", "a2mim resnet_nano", "udi vit_nano"]
 )
 def test_table__of_small_networks(only, run_script):
-    done = run_script("scripts/bench.py", "all", "--only", only, "--steps", "1", "--markdown", timeout=600)
+    done = run_script("scripts/tools/bench.py", "all", "--only", only, "--steps", "1", "--markdown", timeout=600)
     header, _, cells = (line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|"))
     assert (cells[0], cells[1]) == tuple(only.split())
     values = dict(zip(header, cells, strict=False))
@@ -145,7 +145,8 @@ def test_table__of_small_networks(only, run_script):
 @pytest.mark.slow
 def test_bench__of_one_method():
     words = ["saim", "--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
-    command = [sys.executable, "scripts/bench.py", *words, "--num_workers", "0", "--steps", "1", "--device", "cpu"]
+    words += ["--num_workers", "0", "--steps", "1", "--device", "cpu"]
+    command = [sys.executable, "scripts/tools/bench.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "reference (attn_impl=mask), fp32" in done.stdout

@@ -13,13 +13,13 @@ import torch
 
 from common import distributed
 from saim import main_finetune, main_linprobe, main_pretrain
-from scripts import diff_upstream as diff
-from scripts.lib import sources
+from scripts.tools import diff_upstream as diff
+from scripts.tools import sources
 from semaim import main_pretrain as semaim_pretrain
 from semaim.files import run_files
 from tests.support.helpers import ROOT
 
-RECORDED = [m for m in diff.METHODS if (ROOT / m / "upstream.json").exists()]
+RECORDED = [m for m in diff.METHODS if (diff.TOOLS / "upstream" / f"{m}.json").exists()]
 CHECKOUTS = [(m, i) for m in RECORDED for i in range(len(diff.read_record(m)["repositories"]))]
 SOME = [pytest.param(m, i, marks=pytest.mark.slow) if i else (m, i) for m, i in CHECKOUTS]
 
@@ -372,7 +372,7 @@ def test_the_command__says_what_is_unexpected(saim):
 def test_the_script__in_a_process_of_its_own(saim, run_script):
     (saim / "models_saim.py").unlink()
     (saim / "util").rename(saim / "other")
-    done = run_script("scripts/diff_upstream.py", "saim", "--upstream", str(saim), status=2)
+    done = run_script("scripts/tools/diff_upstream.py", "saim", "--upstream", str(saim), status=2)
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "is no checkout of https://github.com/qiy20/SAIM (no models_saim.py)" in done.stderr
@@ -454,10 +454,10 @@ def test_record__has_every_flag_of_the_golden_manifest(method):
 
 
 def test_record__of_a_wrong_form(tmp_path, monkeypatch):
-    monkeypatch.setattr(diff, "ROOT", tmp_path)
+    monkeypatch.setattr(diff, "TOOLS", tmp_path)
     with pytest.raises(distributed.UserError, match="cannot be read"):
         diff.read_record("saim")
-    (tmp_path / "saim").mkdir()
+    (tmp_path / "upstream").mkdir()
     for text, words in (
         ("{", "is no JSON"),
         ("[]", "is no object"),
@@ -465,7 +465,7 @@ def test_record__of_a_wrong_form(tmp_path, monkeypatch):
         ('{"repositories": [], "differences": [], "flags": 1}', "has the unknown key flags"),
         ('{"repositories": [{"name": ""}], "differences": []}', r"repositories\[0\] lacks commit"),
     ):
-        (tmp_path / "saim" / "upstream.json").write_text(text)
+        (tmp_path / "upstream" / "saim.json").write_text(text)
         with pytest.raises(distributed.UserError, match=words):
             diff.read_record("saim")
 
@@ -590,7 +590,7 @@ def test_wrong_checkpoints__are_one_line(tmp_path, saim):
 
 
 def test_docstring__names_every_key():
-    """The form of upstream.json is told where its reader is."""
+    """The form of upstream/<method>.json is told where its reader is."""
     assert diff.__doc__
     words = set(diff.__doc__.replace(",", " ").replace("{", " ").replace("}", " ").replace("`", " ").split())
     keys = {key for required, optional in diff.RECORD.values() for key in required | optional}

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from common import distributed
-from scripts import doctor
-from scripts.bench import synthetic_images
-from scripts.doctor import Launch, Measurement, Report
+from scripts.tools import doctor
+from scripts.tools.bench import synthetic_images
+from scripts.tools.doctor import Launch, Measurement, Report
 from tests.support.helpers import ROOT
 
-SCRIPT = "scripts/doctor.py"
+SCRIPT = "scripts/tools/doctor.py"
 TINY = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8", "--warmup_epochs", "0"]
 TINY += ["--batch_size", "8", "--num_workers", "0", "--epochs", "30"]
 ONE = Launch(1, 1, False, dict(os.environ))

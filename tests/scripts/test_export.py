@@ -27,7 +27,7 @@ from common import distributed
 from saim import main_linprobe as saim_linprobe
 from saim import models_saim
 from saim import models_vit as saim_vit
-from scripts import backbones, export
+from scripts.tools import backbones, export
 from semaim import models_semaim
 from semaim import models_vit as semaim_vit
 from tests.support.helpers import assert_close

@@ -15,8 +15,8 @@ from torchvision.datasets import ImageFolder
 
 from saim.features import load_backbone, timm_form
 from saim.models_vit import MODELS
-from scripts import backbones, extract_features
-from scripts.extract_features import read
+from scripts.tools import backbones, extract_features
+from scripts.tools.extract_features import read
 from tests.support import processes
 from tests.support.runs import mistake, run_main
 
@@ -76,7 +76,10 @@ def test_several_processes_write_the_same(checkpoint, digits, tmp_path):
     """48 images in batches of 7: every process ends with another incomplete batch."""
     flags = ["saim", checkpoint, "--data_path", digits, "--dtype", "float32"]
     extract(*flags, "--out", tmp_path / "1.npy")
-    log, script = tmp_path / "log", ["scripts/extract_features.py", *flags, *SMALL, "--out", str(tmp_path / "2.npy")]
+    log, script = (
+        tmp_path / "log",
+        ["scripts/tools/extract_features.py", *flags, *SMALL, "--out", str(tmp_path / "2.npy")],
+    )
     assert processes.launch(log, *script, processes=2) == [0, 0], log.read_text()
     for ending in (".npy", ".labels.npy", ".json"):
         assert (tmp_path / f"1{ending}").read_bytes() == (tmp_path / f"2{ending}").read_bytes()
@@ -203,7 +206,7 @@ MISTAKES = [
     (["saim", "/nowhere.pth"], "/nowhere.pth: no such checkpoint file"),
     (["saim", "random"], "--model: must be given for random weights"),
     (["saim", "random", "--model", "vit_nono"], "--model vit_nono: expected one of vit_base_patch16"),
-    (["timm", "CHECKPOINT"], "has no config.json, expected a folder written by scripts/export.py"),
+    (["timm", "CHECKPOINT"], "has no config.json, expected a folder written by scripts/tools/export.py"),
     (["timm", "FOLDER", "--key", "x"], "--key: "),
     (["saim", "CHECKPOINT", "--input_size", "17"], "image size 17 is not a multiple of the patch size 8"),
     (["saim", "CHECKPOINT", "--input_size", "0"], "--input_size 0: expected at least 1"),
@@ -239,7 +242,7 @@ def test_damaged_files_are_refused(checkpoint, digits, tmp_path):
     for name in ("a.npy", "a.safetensors", "a.json", "a.labels.npy"):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(extract_features.UserError, match="expected a file of scripts/extract_features.py"):
+        with pytest.raises(extract_features.UserError, match="expected a file of scripts/tools/extract_features.py"):
             read(str(tmp_path / (name if name.endswith("a.safetensors") else "a.npy")))
         (tmp_path / name).write_bytes(whole)
     np.save(tmp_path / "a.labels.npy", np.zeros(7, np.int64))

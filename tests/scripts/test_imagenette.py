@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import imagenette_table
+from scripts.tools import imagenette_table
 from tests.scripts.test_rows import refused, row
 from tests.support.commands import flags
 from tests.support.helpers import ROOT

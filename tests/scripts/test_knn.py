@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import extract_features, knn
+from scripts.tools import extract_features, knn
 from semaim import main_knn as semaim_knn
 from semaim.models_semaim import MODELS
 from tests.support import processes
@@ -72,7 +72,7 @@ def test_files_and_several_processes(checkpoints, digits, tmp_path, capsys):
     run_main(knn, "--features", *files, *SMALL)
     assert results(capsys.readouterr().out) == alone
     log = tmp_path / "log"
-    assert processes.launch(log, "scripts/knn.py", *flags, *SMALL, processes=2) == [0, 0], log.read_text()
+    assert processes.launch(log, "scripts/tools/knn.py", *flags, *SMALL, processes=2) == [0, 0], log.read_text()
     assert results(log.read_text().strip()) == alone
 
 
@@ -82,7 +82,7 @@ def test_files_on_several_processes(tmp_path):
     found = []
     for n in (1, 3):
         log = tmp_path / f"log{n}"
-        assert processes.launch(log, "scripts/knn.py", "--features", *files, *SMALL, processes=n) == [0] * n
+        assert processes.launch(log, "scripts/tools/knn.py", "--features", *files, *SMALL, processes=n) == [0] * n
         found.append(results(log.read_text().strip()))
     assert found[0] == found[1] == {"5": {"top1": 100, "top5": 100}, "1": {"top1": 100, "top5": 100}}
 
@@ -107,7 +107,7 @@ def test_mistakes_in_files(tmp_path, capsys):
         (dump(tmp_path), ["--nb_knn", "13"], "--nb_knn 13: there are only 12 training images"),
         (dump(tmp_path), ["--nb_knn", "0"], "--nb_knn 0: expected at least 1"),
         (dump(tmp_path), ["--temperature", "0"], "--temperature 0.0: expected at least"),
-        (["/nowhere.npy", "/x.npy"], [], "/nowhere.npy: expected a file of scripts/extract_features.py"),
+        (["/nowhere.npy", "/x.npy"], [], "/nowhere.npy: expected a file of scripts/tools/extract_features.py"),
     ]
     for files, flags, words in cases:
         assert words in mistake(knn, "--features", *files, *SMALL, *flags, capsys=capsys)

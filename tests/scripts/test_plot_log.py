@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from common import distributed
-from scripts import plot_log
+from scripts.tools import plot_log
 
 
 @pytest.fixture
@@ -91,5 +91,5 @@ def test_user_errors(runs, tmp_path, capsys, log, out, words):
 
 def test_script(run_script, runs, tmp_path):
     out = tmp_path / "figures" / "log.png"
-    run_script("scripts/plot_log.py", *runs.values(), "--out", str(out))
+    run_script("scripts/tools/plot_log.py", *runs.values(), "--out", str(out))
     assert Image.open(out).width > 800

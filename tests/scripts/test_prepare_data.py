@@ -22,9 +22,9 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder, Imagenet
 
 from common.datasets import image_dataset
 from common.distributed import UserError, run
-from scripts.prepare_data import get_args_parser, main
+from scripts.tools.prepare_data import get_args_parser, main
 
-SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py")
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "tools" / "prepare_data.py")
 RNG = np.random.default_rng(0)
 CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), np.uint8)  # ten for training, two for validation
 STL = RNG.integers(0, 256, (3, 3, 96, 96), np.uint8)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from common.distributed import UserError
-from scripts import diff_upstream, readme
+from scripts.tools import diff_upstream, readme
 from tests.support.helpers import ROOT
 
 ROWS = {
@@ -34,13 +34,14 @@ ROWS = {
 def here(tmp_path, monkeypatch):
     """A root of its own, with SAIM's differences and ROWS."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    monkeypatch.setattr(diff_upstream, "ROOT", tmp_path)
+    for module in (readme, diff_upstream):
+        monkeypatch.setattr(module, "TOOLS", tmp_path)
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "a.sh").touch()
+    (tmp_path / "upstream").mkdir()
     for method in ("saim", "semaim"):
-        (tmp_path / method).mkdir()
-        shutil.copy(ROOT / method / "upstream.json", tmp_path / method)
-    (tmp_path / "saim" / "rows.json").write_text(json.dumps(ROWS))
+        shutil.copy(ROOT / "scripts" / "tools" / "upstream" / f"{method}.json", tmp_path / "upstream")
+    (tmp_path / "rows.json").write_text(json.dumps({"saim": ROWS}))
     return tmp_path
 
 
@@ -67,14 +68,14 @@ def test_rows(here):
 
 
 def test_differences__name_what_is_shared(here):
-    record = json.loads((here / "semaim" / "upstream.json").read_text())
+    record = json.loads((here / "upstream" / "semaim.json").read_text())
     text = readme.differences("semaim")
     assert text.startswith("As for SAIM: precision, targets, `--device`,")
     assert text.count("\n| ") == 1 + len(record["differences"]) - 1 + 1
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
     assert " ".join(text.split()).endswith(f"Kept on purpose: {'; '.join(record['kept'])}.")
     record["shared"].append("nothing")
-    (here / "semaim" / "upstream.json").write_text(json.dumps(record))
+    (here / "upstream" / "semaim.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="shared: nothing is no id"):
         readme.differences("semaim")
 
@@ -110,6 +111,6 @@ def test_wrong_files(here):
         {**ROWS, "rows": [{**row, "script": "scripts/none.sh"}]},
         {**ROWS, "rows": [{"name": "a"}]},
     ):
-        (here / "saim" / "rows.json").write_text(json.dumps(wrong))
+        (here / "rows.json").write_text(json.dumps({"saim": wrong}))
         with pytest.raises(UserError, match="is not of the form metrics, rows"):
             readme.result_rows("saim")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import distributed
-from scripts import report
+from scripts.tools import report
 from tests.support.runs import mistake
 
 ROW = "saim_vit_base_800e"

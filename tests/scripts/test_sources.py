@@ -1,6 +1,6 @@
 """Python files read as syntax trees: the many ways to write a flag and a constructor."""
 
-from scripts.lib import sources
+from scripts.tools import sources
 
 
 def test_every_way_to_add_an_argument(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints of CAE, A2MIM and UDI in scripts/diff_upstream.py: the authors' layouts by name and shape, and ours."""
+"""Checkpoints of CAE, A2MIM and UDI in diff_upstream.py: the authors' layouts by name and shape, and ours."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from cae import main_attentive, main_finetune, main_linprobe, main_tokenizer
 from cae import main_pretrain as cae_pretrain
 from cae.models_cae import REVISION_A
 from common import distributed
-from scripts import diff_upstream as diff
+from scripts.tools import diff_upstream as diff
 from tests.support.helpers import GOLDEN_DIR
 from tests.support.udi_weights import SIXTEEN, pretrained
 from udi import main_finetune as udi_finetune

@@ -12,7 +12,7 @@ from tests.support.helpers import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 MAINS = {"a2mim": ("pretrain", "finetune", "linprobe"), "udi": ("pretrain", "finetune", "linprobe", "knn")}
 PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]
-CONTEXT.set_forkserver_preload([*PRELOAD, "scripts.knn", __name__])
+CONTEXT.set_forkserver_preload([*PRELOAD, "scripts.tools.knn", __name__])
 
 
 def run_script(argv: list[str], log: str, env: dict[str, str], cwd: str = str(ROOT)) -> None:

@@ -1,6 +1,6 @@
 """Features, labels and names of a split's images, by the encoder of any method's checkpoint.
 
-Usage: python scripts/extract_features.py METHOD CHECKPOINT --data_path DATA --split val --out OUT
+Usage: python scripts/tools/extract_features.py METHOD CHECKPOINT --data_path DATA --split val --out OUT
 OUT is FILE.npy, beside which go FILE.labels.npy and FILE.json; FILE.safetensors, which holds all; or a folder for
 <split>.npy. Rows are the images in their order. `read` gives it all back.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from common import datasets, distributed
 from common.distributed import UserError, log
-from scripts import backbones
+from scripts.tools import backbones
 
 CHUNK = 2**14  # rows that are copied at once
 
@@ -171,7 +171,7 @@ def read(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
             raise ValueError(f"features {features.shape}, labels {labels.shape}, {len(about['names'])} names")
     except Exception as error:  # NumPy and safetensors report a damaged file by many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path}: expected a file of scripts/extract_features.py ({reason})") from error
+        raise UserError(f"{path}: expected a file of scripts/tools/extract_features.py ({reason})") from error
     return features, labels, about
 
 

@@ -1,7 +1,7 @@
 """Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link a few-label subset of existing ones.
 
-Usage: python scripts/prepare_data.py digits|cifar10|cifar100|stl10|imagenette OUT
-       python scripts/prepare_data.py subset OUT --source DIR (--per_class N | --percent P) [--val_per_class N]
+Usage: python scripts/tools/prepare_data.py digits|cifar10|cifar100|stl10|imagenette OUT
+       python scripts/tools/prepare_data.py subset OUT --source DIR (--per_class N | --percent P) [--val_per_class N]
 
 OUT appears only when it is complete: until then the images are in a hidden folder beside it.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, Imagenette

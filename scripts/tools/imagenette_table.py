@@ -1,6 +1,7 @@
-"""The table with which scripts/imagenette.sh ends: python scripts/imagenette_table.py OUT, the folder of its stages.
+"""The table with which scripts/imagenette.sh ends.
 
-Without OUT: README's table of the recipes for one core, from scripts/imagenette.json.
+Usage: python scripts/tools/imagenette_table.py OUT, the folder of its stages. Without OUT:
+the table of the recipes for one core in the documents, from scripts/tools/imagenette.json.
 """
 
 import argparse
@@ -9,10 +10,10 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
-from scripts.report import ROOT, read_stage
+from scripts.tools.report import ROOT, read_stage
 
 # Stages by row: whose seconds are summed, and where each column's accuracy is found.
 ROWS = {

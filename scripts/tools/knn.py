@@ -1,7 +1,7 @@
 """k-NN of any method's checkpoint, or of features in files: votes weighted by cosine, as main_knn.py of SemAIM and UDI.
 
-Usage: python scripts/knn.py METHOD CHECKPOINT --data_path DATA [flags], or python scripts/knn.py --features TRAIN VAL,
-files that scripts/extract_features.py wrote.
+Usage: python scripts/tools/knn.py METHOD CHECKPOINT --data_path DATA [flags]
+       python scripts/tools/knn.py --features TRAIN VAL, files that scripts/tools/extract_features.py wrote.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common import datasets, distributed
 from common.distributed import UserError, log
-from scripts import backbones, extract_features
+from scripts.tools import backbones, extract_features
 from semaim import main_knn
 
 

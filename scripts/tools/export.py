@@ -1,6 +1,6 @@
 """The encoder of a checkpoint as a folder for timm and for a hub, or as one safetensors file.
 
-Usage: python scripts/export.py METHOD CHECKPOINT OUT [--format timm|safetensors] [--model ... --pool ...]
+Usage: python scripts/tools/export.py METHOD CHECKPOINT OUT [--format timm|safetensors] [--model ... --pool ...]
 timm: OUT is a folder with model.safetensors, config.json and README.md, a model card;
 `timm.create_model("local-dir:OUT", pretrained=True)` loads it. safetensors: OUT is a file with the weights under the
 method's own names, which every tool and main here reads like a checkpoint. Fine-tuned and probed checkpoints keep their
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import timm
 import torch
 from PIL import Image
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import Exit, UserError
-from scripts import backbones
+from scripts.tools import backbones
 
 TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
 WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it

@@ -1,7 +1,7 @@
 """Compare a checkout of the authors' repository with this project: files, flags, constructors, and a checkpoint.
 
 Nothing of the checkout is imported or executed; its Python files are read as syntax trees. What the pinned commit
-holds, and where this project differs on purpose, is recorded beside each method in upstream.json:
+holds, and where this project differs on purpose, is recorded in upstream/<method>.json:
 
 repositories  name, url, commit (7 digits or more), licence; `marks`: paths that tell it from others. DIR is the
               repository of the pinned commit, else the first one all of whose marks exist. `inferred`: what is recorded
@@ -31,7 +31,7 @@ checkpoints   [{kind, weights, marks, without, holds, ...}], tried in order: the
   encoder     {flags, build, loader, models, set, path}: what fine-tuning takes of it. models: the network's name ->
               that for fine-tuning; set: its flag -> the network's; path: flag that names the file, without a loader
 preface, shared, differences, kept, notes
-              README's section on the differences (scripts/readme.py); shared: ids of saim's differences that hold
+              README's section on the differences (scripts/tools/readme.py); shared: ids of saim's differences that hold
               here, too; differences: [{id, topic, upstream, here}]
 
 A reason is the id of a difference or a sentence. Exit status: 0, 1 if anything is unexpected, 2 for a user's mistake.
@@ -55,13 +55,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
 from common import distributed
 from common.distributed import UserError
-from scripts.lib.sources import (
+from scripts.tools.sources import (
     Definition,
     Flag,
     Source,
@@ -77,7 +77,8 @@ from scripts.lib.sources import (
     summary,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = Path(__file__).resolve().parent
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED = "same", "on purpose", "unexpected", "not compared", "not measured"
 STATUSES = (SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED)
@@ -141,12 +142,12 @@ PARTS = {
 
 
 def read_record(method: str) -> dict[str, Any]:
-    """<method>/upstream.json.
+    """upstream/<method>.json.
 
     Raises:
         UserError: it is missing or not of the form that this module's docstring describes.
     """
-    path = ROOT / method / "upstream.json"
+    path = TOOLS / "upstream" / f"{method}.json"
     try:
         record = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -182,10 +183,10 @@ def shared_differences(record: dict[str, Any]) -> list[dict[str, str]]:
     """SAIM's differences that hold for a method, too."""
     if not record.get("shared"):
         return []
-    saim = {d["id"]: d for d in json.loads((ROOT / "saim" / "upstream.json").read_text("utf-8"))["differences"]}
+    saim = {d["id"]: d for d in json.loads((TOOLS / "upstream" / "saim.json").read_text("utf-8"))["differences"]}
     unknown = [i for i in record["shared"] if i not in saim]
     if unknown:
-        raise UserError(f"shared: {unknown[0]} is no id of a difference in saim/upstream.json")
+        raise UserError(f"shared: {unknown[0]} is no id of a difference in upstream/saim.json")
     return [saim[i] for i in record["shared"]]
 
 

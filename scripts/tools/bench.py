@@ -1,4 +1,4 @@
-"""Speed and memory of pre-training steps: python scripts/bench.py METHOD [flags of its main_pretrain.py], or all.
+"""Speed and memory of pre-training steps: python scripts/tools/bench.py METHOD [flags of its main_pretrain.py], or all.
 
 METHOD: rows are variants of the same step, measured in turn in one run: the reference formulation in fp32, then what
 trains by default in fp32 and, where the device has fast bf16, in bf16. Times are medians over all rounds.
@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
-from scripts.doctor import NETWORK, amount, memory_available
-from scripts.lib.measured_run import resident_bytes
+from scripts.tools.doctor import NETWORK, amount, memory_available
+from scripts.tools.measured_run import resident_bytes
 
 # The authors' formulation as keyword arguments of build_model(args, ...): what a method's speed-up is measured against.
 REFERENCE: dict[str, dict[str, Any]] = {"saim": {"attn_impl": "mask"}, "semaim": {"attn_impl": "authors"}}
@@ -46,7 +46,7 @@ RECIPE = {
     "a2mim": "--batch_size 8 --mask_layer 3 --mask_init 1e-6 --loss focal_l1 --fft_weight 0.5 --fft_unmask_weight 1e-3",
     "udi": "--batch_size 4 --local_crops_number 10 --norm_last_layer false",
 }
-METHODS = sorted(p.parent.name for p in Path(__file__).resolve().parents[1].glob("*/main_pretrain.py"))
+METHODS = sorted(p.parent.name for p in Path(__file__).resolve().parents[2].glob("*/main_pretrain.py"))
 PHASES = ("data", "forward", "backward", "optimizer")
 # Images per step of a network in the table of all: on a CPU such that a step takes seconds, and on a GPU.
 BATCHES = {

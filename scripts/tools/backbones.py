@@ -30,7 +30,7 @@ def add_flags(p: argparse.ArgumentParser, timm: bool = True) -> None:
 
 
 class TimmBackbone(nn.Module):
-    """Features of a timm model in a folder with config.json and model.safetensors, as scripts/export.py writes it.
+    """Features of a timm model in a folder with config.json and model.safetensors, as export.py writes it.
 
     Raises:
         UserError: the folder holds no such model.
@@ -41,7 +41,7 @@ class TimmBackbone(nn.Module):
         path = Path(folder)
         for name in ("config.json", "model.safetensors"):  # the only form of weights that cannot hold code
             if not (path / name).is_file():
-                raise UserError(f"{path}: has no {name}, expected a folder written by scripts/export.py")
+                raise UserError(f"{path}: has no {name}, expected a folder written by scripts/tools/export.py")
         with distributed.user_errors(f"{path}"):
             config: dict[str, Any] = json.loads((path / "config.json").read_text())
             resized: dict[str, Any] = (

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from common import datasets, distributed
 
@@ -59,7 +59,7 @@ def accuracy(folder: Path) -> float:
 
 def prepare(source: str, out: Path) -> tuple[Path, Path, list[str], int]:
     """Make the image folders; returns those of all and of few labels, the size flags, the number of classes."""
-    script = "scripts/prepare_data.py"
+    script = "scripts/tools/prepare_data.py"
     if source:
         images = datasets.image_dataset(source, train=True)
         smallest = min(Counter(target for _, target in images.samples).values())
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
     )
     curves = [out / "pretrain", out / "pretrain_raster", out / "finetune", "--out", out / "curves.png"]
     together(
-        (command("scripts/plot_log.py", *curves), out / "figures.out"),
+        (command("scripts/tools/plot_log.py", *curves), out / "figures.out"),
         (command("saim/visualize_prediction.py", "--checkpoint", encoder, *shown[:3], 6, *shown[4:]), None),
     )
     report(out, few, not args.data_path)

@@ -1,4 +1,6 @@
-"""Checks a long run before it is started: python scripts/doctor.py METHOD [--stage STAGE] [flags of main_<stage>.py].
+"""Checks a long run before it is started.
+
+Usage: python scripts/tools/doctor.py METHOD [--stage STAGE] [flags of main_<stage>.py]
 
 Reports versions, devices and launcher; the images; images per update and learning rate beside the paper's; memory,
 speed and duration, from a few steps of the run itself, in processes like its own; space for its checkpoints, and what
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from packaging.requirements import Requirement
 from torchvision.datasets.folder import default_loader
@@ -40,7 +42,7 @@ from torchvision.datasets.folder import default_loader
 from common import datasets, distributed
 from common.distributed.process import LAUNCHERS, check_ranges
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED_RUN = ROOT / "scripts" / "lib" / "measured_run.py"
 SAMPLED = 200  # images that are read by default
 PACKAGES = ("torch", "torchvision", "timm", "numpy")  # whose versions are shown; all requirements are compared

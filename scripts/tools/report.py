@@ -1,7 +1,7 @@
 """Tables of finished and unfinished runs: published and measured numbers, time, hardware, command, checkpoint, curves.
 
-Usage: python scripts/report.py RUN ... [--out DIR]; a RUN is a folder of a row's script, of one stage, or one with such
-folders. Writes DIR/report.md, DIR/report.html (with everything inside) and the curves, DIR/<stage>.png.
+Usage: python scripts/tools/report.py RUN ... [--out DIR]; a RUN is a folder of a row's script, of one stage, or one
+with such folders. Writes DIR/report.md, DIR/report.html (with everything inside) and the curves, DIR/<stage>.png.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
-from scripts.plot_log import Run, plot, read_log
+from scripts.tools.plot_log import Run, plot, read_log
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOGS = ("log.txt", "*.log.txt")
 KNOWN = (*LOGS, "run.json", "knn.json", "knn.log")  # files by which a stage's folder is known
 CHECKPOINTS = ("checkpoint.pth", "latest.pth", "checkpoint.pth.tar", "*.temp.pth", "*.linear.pth")
@@ -90,8 +90,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def published() -> dict[str, dict[str, float]]:
-    """Numbers of the papers by row (the name of its script) and stage, from every <method>/rows.json."""
-    rows = [row for path in sorted(ROOT.glob("*/rows.json")) for row in json.loads(path.read_text("utf-8"))["rows"]]
+    """Numbers of the papers by row (the name of its script) and stage, from rows.json."""
+    tables = json.loads((ROOT / "scripts" / "tools" / "rows.json").read_text("utf-8"))
+    rows = [row for table in tables.values() for row in table["rows"]]
     return {Path(row["script"]).stem: row["paper"] for row in rows}
 
 

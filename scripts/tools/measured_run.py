@@ -1,4 +1,6 @@
-"""The first steps of a run, written down for doctor.py: python scripts/lib/measured_run.py ORDER MAIN [flags of MAIN].
+"""The first steps of a run, written down for doctor.py.
+
+The doctor starts it with the words ORDER MAIN [flags of MAIN].
 
 MAIN runs as it is, with its flags. But its checkpoints and logs go to a folder of the measurement, unreadable images
 are skipped, and once enough steps were measured its epoch ends, as if the images had: what it does then is measured,

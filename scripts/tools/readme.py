@@ -1,8 +1,9 @@
 """Generate README.md's tables of results and of differences from the authors' code; --check only compares.
 
-A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of <method>/rows.json:
+A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of rows.json, by method
 {"metrics": {metric: title}, "rows": [{"name", "script", "paper": {metric: number}, "ours": {metric: number}, "note"}]}.
-`<!-- differences METHOD -->` holds the section of <method>/upstream.json (its form: scripts/diff_upstream.py).
+`<!-- differences METHOD -->` holds the section of upstream/<method>.json (its form:
+scripts/tools/diff_upstream.py).
 A method without such a file keeps its region as it is.
 """
 
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
-from scripts.diff_upstream import METHODS, ROOT, read_record, shared_differences
+from scripts.tools.diff_upstream import METHODS, ROOT, TOOLS, read_record, shared_differences
 
 REGION = re.compile(r"(<!-- (rows|differences) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 120
@@ -43,7 +44,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def differences(method: str) -> str:
-    """The section on what differs from the authors' repository, from <method>/upstream.json."""
+    """The section on what differs from the authors' repository, from upstream/<method>.json."""
     record = read_record(method)
     parts = []
     preface = record.get("preface", "")
@@ -60,12 +61,16 @@ def differences(method: str) -> str:
 
 
 def read_rows(method: str) -> dict[str, Any] | None:
-    """<method>/rows.json, None if there is none; raises UserError if it is not of the form {metrics, rows}."""
-    path = ROOT / method / "rows.json"
-    if not path.exists():
-        return None
+    """The method's part of rows.json, None if it has none.
+
+    Raises:
+        UserError: it is not of the form {metrics, rows}.
+    """
+    path = TOOLS / "rows.json"
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8")).get(method)
+        if data is None:
+            return None
         for row in data["rows"]:
             unknown = {*row["paper"], *row["ours"]} - set(data["metrics"])
             if unknown or not all(isinstance(row[key], str) for key in ("name", "script")):
@@ -73,7 +78,7 @@ def read_rows(method: str) -> dict[str, Any] | None:
             if not (ROOT / row["script"]).is_file():
                 raise ValueError(f"row {row['name']}: there is no {row['script']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not of the form metrics, rows ({error!r})") from error
+        raise UserError(f"{path}: {method} is not of the form metrics, rows ({error!r})") from error
     return data
 
 
@@ -83,7 +88,7 @@ def number(value: float | str) -> str:
 
 
 def result_rows(method: str) -> str | None:
-    """The table of results; None where there is no rows.json."""
+    """The table of results; None where rows.json has none."""
     data = read_rows(method)
     if data is None:
         return None
@@ -109,7 +114,7 @@ def generate(text: str) -> str:
         if method not in METHODS:
             raise UserError(f"region '{kind} {method}': expected one of {', '.join(METHODS)}")
         if kind == "differences":
-            new = differences(method) if (ROOT / method / "upstream.json").exists() else None
+            new = differences(method) if (TOOLS / "upstream" / f"{method}.json").exists() else None
         else:
             new = result_rows(method)
         return match[0] if new is None else f"{begin}{new}\n{end}"
@@ -132,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
         changed = [
             f"{a[2]} {a[3]}" for a, b in zip(REGION.finditer(text), REGION.finditer(new), strict=True) if a[0] != b[0]
         ]
-        print(f"{path}: differs from the data in {', '.join(changed)}; python scripts/readme.py rewrites it")
+        print(f"{path}: differs from the data in {', '.join(changed)}; python scripts/tools/readme.py rewrites it")
         sys.exit(1)
     else:
         path.write_text(new, "utf-8")
