@@ -1,31 +1,17 @@
-"""Running on one or many processes: the group and its ranks, checkpoints, meters and logs."""
+"""Running on one or many processes. Stairs, each file uses only those before it:
 
-from common.distributed.checkpoint import (
-    WEIGHT_KEYS,
-    Checkpoint,
-    Files,
-    find_checkpoint,
-    load,
-    load_report,
-    load_weights,
-    local_file,
-    weights_of,
-)
+exits (one-line errors, stop signals), process (the group and its ranks), step (precision, the guarded update),
+metrics (meters, progress, logs), weights (reading files), checkpoint (exact resume), command (flags, run).
+"""
+
+from common.distributed.checkpoint import Checkpoint, Files, find_checkpoint
+from common.distributed.command import add_flags, add_launch_flags, check_ranges, run
+from common.distributed.exits import Exit, NonFinite, Stopped, UserError, catch_signals, stop_signal, user_errors
 from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import (
-    Exit,
-    NonFinite,
-    Stopped,
-    Updater,
-    UserError,
-    add_flags,
-    add_launch_flags,
     agree,
     all_sum,
-    amp_dtype,
     barrier,
-    catch_signals,
-    check_ranges,
     gather,
     gather_to_main,
     init,
@@ -34,12 +20,11 @@ from common.distributed.process import (
     main_does,
     on_main_first,
     rank,
-    run,
     seed_step,
-    stop_signal,
     sync_buffers,
     unwrap,
-    user_errors,
     world_size,
     wrap,
 )
+from common.distributed.step import Updater, amp_dtype
+from common.distributed.weights import WEIGHT_KEYS, load, load_report, load_weights, local_file, weights_of

@@ -1,134 +1,22 @@
-"""Checkpoints: written atomically by rank 0, loaded without executing anything, resumed to the exact step."""
+"""The checkpoints of a run: written atomically by rank 0, resumed to the exact step."""
 
 import argparse
 import contextlib
-import hashlib
-import json
 import math
 import os
-import pickle
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
+from common.distributed.exits import Exit, NonFinite, UserError
 from common.distributed.metrics import EpochLog, Position, RunLog
-from common.distributed.process import (
-    Exit,
-    NonFinite,
-    Updater,
-    UserError,
-    is_main,
-    log,
-    main_does,
-    user_errors,
-    world_size,
-)
-
-if TYPE_CHECKING:  # which imports this module
-    from common.datasets import Loader
-
-# What released checkpoints hold besides tensors and plain Python values: their parsed flags and NumPy scalars.
-SAFE_GLOBALS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
-]
-
-
-# Keys under which the five methods' authors store the weights of the network that goes on training.
-WEIGHT_KEYS = ("state_dict", "model", "module")
-
-
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-def local_file(path: str) -> str:
-    """A path as it is, or the local copy of an https address, downloaded once.
-
-    Raises:
-        UserError: the download failed.
-    """
-    if not path.startswith(("http://", "https://")):
-        return path
-    unique = hashlib.sha256(path.encode()).hexdigest()[:8]
-    target = Path(torch.hub.get_dir()) / "checkpoints" / f"{unique}-{Path(path).name}"
-    try:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(path, str(target), progress=is_main())
-    except OSError as error:
-        raise UserError(f"{path}: download failed ({error})") from error
-    return str(target)
-
-
-def _read(path: str) -> Any:
-    """Content of a file of torch's, or of a .safetensors: its tensors under 'model', its flags under 'args'."""
-    if Path(path).suffix != ".safetensors":
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    with open(path, "rb"), safe_open(path, "pt") as file:  # open() tells what is wrong with a path
-        names, metadata = file.keys(), file.metadata() or {}
-        return {
-            "model": {name: file.get_tensor(name) for name in names},
-            "args": json.loads(metadata.get("args", "{}")),
-        }
-
-
-def load(path: str) -> dict[str, Any]:
-    """Read a checkpoint file or https address as tensors and plain values.
-
-    Raises:
-        UserError: it is missing, damaged, not a checkpoint, or needs code to be executed.
-    """
-    path = local_file(path)
-    try:
-        state = _read(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint file") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: is a folder, expected a checkpoint file") from error
-    except PermissionError as error:
-        raise UserError(f"{path}: no permission to read it") from error
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it would execute {code[1]}; refused" if code else "not a checkpoint"
-        raise UserError(f"{path}: {why}{_others(path)}") from error
-    except Exception as error:  # torch reports a damaged file by many types
-        raise UserError(f"{path}: truncated or not a checkpoint{_others(path)}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, expected a checkpoint")
-    return state
-
-
-def _others(path: str) -> str:
-    """Names the newest other checkpoint beside a damaged one."""
-    others = [p for p in Path(path).parent.glob("*.pth") if p != Path(path) and p.stat().st_size]
-    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
-    return f"; the newest other checkpoint is {newest}" if newest else ""
-
-
-def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
-    """One line on a non-strict load: how many tensors matched, and the others by module."""
-
-    def summary(keys: list[str]) -> str:
-        modules = Counter(key.split(".")[0] for key in keys)
-        return ", ".join(f"{m} ({n})" if n > 1 else m for m, n in modules.items()) or "none"
-
-    return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
+from common.distributed.process import is_main, log, main_does, world_size
+from common.distributed.step import Updater
+from common.distributed.weights import WEIGHT_KEYS, Stateful, load_weights, restore
 
 
 @dataclass(frozen=True)
@@ -157,33 +45,14 @@ def find_checkpoint(folder: str, resume: str, latest: str = Files.latest) -> str
     return resume or (str(own) if folder and own.exists() else "")
 
 
-def weights_of(state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
-    """The network's weights in a checkpoint read from path, without the prefix `module.` of DistributedDataParallel.
+class Batches(Protocol):
+    """What `Checkpoint.epochs` asks of the training batches (`common.datasets.Loader`)."""
 
-    Raises:
-        UserError: no key holds weights.
-    """
-    for key in keys:
-        if isinstance(state.get(key), dict):
-            return {name.replace("module.", ""): value for name, value in state[key].items()}
-    found = ", ".join(map(str, list(state)[:8])) or "none"
-    raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {found}")
+    device: torch.device
+    batch_size: int
 
-
-def load_weights(model: Stateful, path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Any]:
-    """Load the weights of a checkpoint strictly, and return the whole checkpoint; keys as in `weights_of`.
-
-    Raises:
-        UserError: the file is damaged or its weights are not the model's.
-    """
-    state = load(path)
-    _restore(model, weights_of(state, path, keys), path, "model")
-    return state
-
-
-def _restore(part: Stateful, state: dict[str, Any], path: str, key: str) -> None:
-    with user_errors(f"{path}: '{key}' does not fit this run"):
-        part.load_state_dict(state)
+    def __len__(self) -> int: ...
+    def start(self, position: Position) -> tuple[int, dict[str, list[float]]]: ...
 
 
 class Checkpoint:
@@ -314,7 +183,7 @@ class Checkpoint:
                 group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
         for key, part in self.parts.items():
             if complete and state.get(key):  # a scaler that was off left an empty state
-                _restore(part, state[key], path, key)
+                restore(part, state[key], path, key)
             else:
                 self.missing.append(key)
         if complete and isinstance(optimizer, torch.optim.Optimizer):
@@ -340,7 +209,7 @@ class Checkpoint:
 
     def epochs(
         self,
-        loader: "Loader",
+        loader: Batches,
         position: Position,
         tags: dict[str, str],
         header: str = "Epoch: [{epoch}]",

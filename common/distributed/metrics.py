@@ -19,19 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.distributed.process import (
-    Exit,
-    NonFinite,
-    UserError,
-    agree,
-    all_sum,
-    gather,
-    is_main,
-    log,
-    main_does,
-    rank,
-    world_size,
-)
+from common.distributed.exits import Exit, NonFinite, UserError
+from common.distributed.process import agree, all_sum, gather, is_main, log, main_does, rank, world_size
 
 Batch = TypeVar("Batch")
 WINDOW = 20  # steps of the running median, as upstream

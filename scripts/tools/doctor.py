@@ -40,7 +40,8 @@ from packaging.requirements import Requirement
 from torchvision.datasets.folder import default_loader
 
 from common import datasets, distributed
-from common.distributed.process import LAUNCHERS, check_ranges
+from common.distributed import check_ranges
+from common.distributed.process import LAUNCHERS
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_RUN = ROOT / "scripts" / "lib" / "measured_run.py"

@@ -144,7 +144,7 @@ SMALL += ["--num_workers", "0", "--device", "cpu"]
 @pytest.fixture
 def flags(digits, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.distributed.process._received", [])
+    monkeypatch.setattr("common.distributed.exits._received", [])
     return [*SMALL, "--test_dir", digits]
 
 

@@ -149,7 +149,7 @@ SCRIPTS = ("sampler", "gen_pairs_pixel", "m_order_interaction_logit_pixel", "com
 def study(digits, tmp_path, monkeypatch) -> list[str]:
     """Flags of a small study of a small network; its results are below ./results."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.distributed.process._received", [])
+    monkeypatch.setattr("common.distributed.exits._received", [])
     return [*STUDY, "--data_path", digits]
 
 
@@ -205,7 +205,7 @@ def test_killed_and_resumed__identical_files(study, tmp_path, monkeypatch, capsy
         run_main(main_interactions, *study, "--output_dir", "parts")
     assert end.value.code == 128 + signal.SIGTERM
     assert len(list(tmp_path.glob("parts/*/*/interactions_logit/*/*"))) == 4
-    monkeypatch.setattr("common.distributed.process._received", [])
+    monkeypatch.setattr("common.distributed.exits._received", [])
     with pytest.raises(ZeroDivisionError):
         run_main(main_interactions, *study, "--output_dir", "parts")
     run_main(main_interactions, *study, "--output_dir", "parts")

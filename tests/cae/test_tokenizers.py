@@ -29,7 +29,7 @@ from cae.models_dalle import (
 )
 from cae.models_dvae import DiscreteVAE, load_tokenizer
 from common import distributed
-from common.distributed import UserError, process
+from common.distributed import UserError, exits
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.runs import CPU, assert_same, mistake, run_main
 
@@ -329,13 +329,13 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, digits, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, *args)
 
-    monkeypatch.setattr(process, "_received", [])
+    monkeypatch.setattr(exits, "_received", [])
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
         patched.setattr(DiscreteVAE, "forward", signalling)
         run_main(main_tokenizer, *flags, str(stopped))
     assert end.value.code == 128 + signal.SIGTERM
     assert distributed.load(str(stopped / "checkpoint.pth"))["images"] == 32
-    process._received.clear()
+    exits._received.clear()
     run_main(main_tokenizer, *flags, str(stopped))
     assert_same(whole, stopped)
 

@@ -13,6 +13,7 @@ from torchvision import transforms
 
 from common import datasets
 from common.datasets import Loader
+from common.datasets.loader import _ignore_signals
 from common.distributed import Position, UserError
 from saim.main_pretrain import pretrain_transform
 from tests.support.helpers import assert_close, golden_files, load_golden
@@ -141,8 +142,8 @@ def test_evaluation_sees_each_image_once_in_order(digits, monkeypatch):
     assert len(images) == 20 and len(whole) == 3
     shards = []
     for rank in range(3):
-        monkeypatch.setattr(datasets, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(datasets, "world_size", lambda: 3)
+        monkeypatch.setattr("common.datasets.loader.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("common.datasets.loader.world_size", lambda: 3)
         shards.append(epoch_of(loader(digits, train=False, num_workers=0), 0)[1])
     assert [len(s) for s in shards] == [7, 7, 6]
     assert sorted(torch.cat(shards).tolist()) == sorted(targets.tolist())
@@ -399,7 +400,7 @@ def test_workers_ignore_terminal_signals():
 
     pid = os.fork()
     if pid == 0:
-        datasets._ignore_signals(0)
+        _ignore_signals(0)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), signum)
         os._exit(7)

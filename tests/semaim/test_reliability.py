@@ -87,7 +87,7 @@ def test_resumed_and_replayed_runs_end_alike(digits, tmp_path, monkeypatch, feat
     run_main(main_pretrain, *flags(digits, whole, *options))
     with monkeypatch.context() as patch:
         spoiled(patch, when=9, stop=stop)
-        patch.setattr("common.distributed.process._received", [])
+        patch.setattr("common.distributed.exits._received", [])
         with pytest.raises(SystemExit) as end:
             run_main(main_pretrain, *flags(digits, broken, *options))
     assert end.value.code == (128 + signal.SIGTERM if stop else 1)

@@ -117,7 +117,7 @@ def spoil(monkeypatch: Any, network: type, when: int, stop: bool) -> None:
         return getattr(out, "_make", tuple)((out[0] * float("nan"), *out[1:]))  # a named tuple stays one
 
     monkeypatch.setattr(network, "forward", forward)
-    monkeypatch.setattr("common.distributed.process._received", [])
+    monkeypatch.setattr("common.distributed.exits._received", [])
 
 
 # ---- scripts in processes of their own

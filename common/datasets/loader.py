@@ -1,24 +1,18 @@
-"""Image folders and timm's data sets, transforms, and batches that depend on (seed, epoch, index) only."""
+"""Batches that depend on (seed, epoch, index) only, can start inside an epoch, and stop in order."""
 
 import argparse
 import contextlib
 import itertools
-import math
-import os
 import random
 import signal
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import AugmentOp, posterize
-from timm.data.dataset_factory import create_dataset
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import (
@@ -30,10 +24,8 @@ from torch.utils.data import (
     default_collate,
     get_worker_info,
 )
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from common.datasets.images import check_classes, image_dataset, to_rgb
 from common.distributed import (
     Position,
     Stopped,
@@ -41,15 +33,11 @@ from common.distributed import (
     agree,
     catch_signals,
     log,
-    on_main_first,
     rank,
     stop_signal,
     world_size,
 )
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-TIMM_READERS = ("torch", "wds", "hfds", "hfids", "tfds")
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
 
 
@@ -65,231 +53,6 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     if pin_mem:
         parser.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
     parser.set_defaults(pin_mem=pin_mem)
-
-
-# ---- data sets: items are (PIL image, class index)
-
-
-def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to return what they are given
-    """The image in 8-bit RGB; Pillow alone would clip 16-bit greyscale, which would be white nearly everywhere."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_image(path: str | Path) -> Any:
-    """An image file as 8-bit RGB; raises what Pillow raises."""
-    with Image.open(path) as image:
-        return to_rgb(image)
-
-
-class UnlabelledImages(Dataset):
-    """Images directly in one folder, class 0."""
-
-    def __init__(self, root: Path):
-        self.samples = [(str(p), 0) for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.samples[index][0]), 0
-
-
-class ListedImages(Dataset):
-    """Images named by the lines "<path> <class index>" of a text file, relative to one of `roots`.
-
-    Args:
-        labelled: False takes lines "<path>", class 0.
-    Raises:
-        UserError: a line is not of that form, there is none, or the first image is under no root.
-    """
-
-    def __init__(self, path: Path, *roots: Path, labelled: bool = True):
-        form = "'<path> <class index>'" if labelled else "'<path>'"
-        try:
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is no UTF-8 text, expected lines {form}") from error
-        rows = [line.rsplit(maxsplit=1) if labelled else [line, "0"] for line in lines]
-        bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2 or not row[1].isdecimal()), None)
-        if bad is not None or not rows:
-            raise UserError(f"{path}: line {bad or 1}: expected {form}")
-        root = next((root for root in roots if (root / rows[0][0]).is_file()), None)
-        if root is None:
-            raise UserError(f"{path}: {rows[0][0]} is not in {' or '.join(map(str, roots))}")
-        self.root = str(path)
-        self.samples = [(str(root / name), int(label)) for name, label in rows]
-        self.classes = list(range(max(label for _, label in self.samples) + 1))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return read_image(path), label
-
-
-def image_dataset(
-    data_path: str,
-    train: bool,
-    labelled: bool = True,
-    name: str = "",
-    split: str = "",
-    batch_size: int = 1,
-    lists: bool = False,
-    direct: bool = False,
-) -> Any:
-    """The training or validation images of a run.
-
-    Args:
-        data_path: folder with train/ and val/, each <class>/<image>.
-        labelled: False (pre-training) also takes images without class folders, and all of data_path if it has neither
-            train/ nor val/.
-        name: "" for folders, else a data set of timm's factory (torch/cifar10, wds/..., hfds/...) kept in data_path.
-        split: the factory's split, default train or validation. batch_size: whole batches of it are streamed.
-        lists: go by the files train.txt and val.txt of data_path where both exist.
-        direct: data_path itself holds the class folders.
-    Raises:
-        UserError: something is missing or empty; the message says what was expected where.
-    """
-    if name:
-        return _timm_dataset(name, data_path, train, split, batch_size)
-    root = Path(data_path) / ("train" if train else "val")
-    if not Path(data_path).is_dir():
-        raise UserError(f"--data_path {data_path}: no such folder")
-    if direct or not (labelled or any((Path(data_path) / split).is_dir() for split in ("train", "val"))):
-        root = Path(data_path)
-    if lists and all((Path(data_path) / f"{name}.txt").is_file() for name in ("train", "val")):
-        return ListedImages(root.with_suffix(".txt"), root, Path(data_path))
-    if not root.is_dir():
-        raise UserError(f"--data_path {data_path}: has no folder {root.name}/, expected {root}/<class>/<image>")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        flat = UnlabelledImages(root)
-        if labelled and len(flat):
-            raise UserError(f"{root}: has {len(flat)} images but no class folders, expected {root}/<class>/<image>")
-        if not len(flat):
-            raise UserError(f"{root}: has no class folders and no images, expected {root}/<class>/<image>")
-        return flat
-    dataset = ImageFolder(str(root), loader=read_image, allow_empty=True)
-    used = {target for _, target in dataset.samples}
-    empty = [c for c, target in dataset.class_to_idx.items() if target not in used]
-    if empty:
-        raise UserError(f"{root / empty[0]}: class folder without images ({len(empty)} of {len(classes)} classes)")
-    return dataset
-
-
-def _timm_dataset(name: str, root: str, train: bool, split: str, batch_size: int) -> Any:
-    split = split or ("train" if train else "validation")
-    if name.split("/")[0] not in TIMM_READERS or "/" not in name:
-        expected = ", ".join(f"{reader}/..." for reader in TIMM_READERS)
-        raise UserError(f"--dataset {name}: expected one of {expected}")
-    try:
-        with on_main_first():
-            download = name.startswith("torch/")
-            return create_dataset(name, root, split, is_training=train, download=download, batch_size=batch_size)
-    except Exception as error:  # the factory and its back ends raise many types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"--dataset {name}: split {split} cannot be read from --data_path {root} ({reason})") from error
-
-
-def check_classes(train: Any, val: Any, nb_classes: int) -> None:
-    """Compare the class folders of two data sets with each other and with the classifier.
-
-    Raises:
-        UserError: there are more classes than outputs, or the same index would mean different classes.
-    """
-    classes = [getattr(dataset, "classes", None) for dataset in (train, val)]
-    for images, found in zip(("training", "validation"), classes, strict=True):
-        if found and len(found) > nb_classes:
-            raise UserError(f"--nb_classes {nb_classes}: the {images} images have {len(found)} classes")
-    if classes[0] and classes[1] and classes[0] != classes[1] and isinstance(val, ImageFolder):
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise UserError(f"{val.root}: its class folders differ from the training ones, first {odd[0]}")
-
-
-# ---- transforms
-
-
-class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's crop with a single attempt: a box too large is clipped to the image, never redrawn."""
-
-    @staticmethod
-    def get_params(img: Any, scale: list[float], ratio: list[float]) -> tuple[int, int, int, int]:
-        width, height = img.size
-        area = width * height * torch.empty(1).uniform_(scale[0], scale[1]).item()
-        log_ratio = torch.log(torch.tensor(ratio))
-        aspect = torch.exp(torch.empty(1).uniform_(float(log_ratio[0]), float(log_ratio[1]))).item()
-        w = min(round(math.sqrt(area * aspect)), width)
-        h = min(round(math.sqrt(area / aspect)), height)
-        i = int(torch.randint(0, height - h + 1, (1,)))
-        j = int(torch.randint(0, width - w + 1, (1,)))
-        return i, j, h, w
-
-
-def _posterize(img: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
-    """Keeping 0 bits gives black, as Pillow computed before version 13 refused it."""
-    return posterize(img, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(img.mode, img.size)
-
-
-def repair_posterize(policy: Any) -> Any:
-    """Let a timm augmentation policy keep 0 bits of an image; returns it."""
-    for op in getattr(policy, "ops", None) or [op for part in getattr(policy, "policy", []) for op in part]:
-        if isinstance(op, AugmentOp) and op.aug_fn is posterize:
-            op.aug_fn = _posterize
-    return policy
-
-
-def tensor_and_normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD) -> list[Callable]:
-    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
-
-
-def probe_transform(input_size: int = 224) -> transforms.Compose:
-    """Training transform of linear probing: one-attempt crop of 8-100 % and a flip."""
-    crop = RandomResizedCrop(input_size, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tensor_and_normalize()])
-
-
-def finetune_transform(
-    input_size: int,
-    color_jitter: float | None = None,
-    aa: str | None = "rand-m9-mstd0.5-inc1",
-    reprob: float = 0.25,
-    remode: str = "pixel",
-    recount: int = 1,
-    interpolation: str = "bicubic",
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-) -> Any:
-    """timm's training transform: crop, flip, RandAugment, normalise, random erasing."""
-    transform: Any = create_transform(
-        input_size=input_size,
-        is_training=True,
-        color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
-        auto_augment=aa or None,
-        interpolation=interpolation,
-        re_prob=reprob,
-        re_mode=remode,
-        re_count=recount,
-        mean=mean,
-        std=std,
-    )
-    for step in transform.transforms:
-        repair_posterize(step)
-    return transform
-
-
-def eval_transform(
-    input_size: int = 224, crop_pct: float | None = None, mean=IMAGENET_MEAN, std=IMAGENET_STD
-) -> transforms.Compose:
-    """Shorter side to input_size / crop_pct, centre crop, normalise. crop_pct: default 0.875, above 224 pixels 1."""
-    shorter = int(input_size / (crop_pct or (224 / 256 if input_size <= 224 else 1)))
-    resize = transforms.Resize(shorter, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(input_size), *tensor_and_normalize(mean, std)])
-
-
-# ---- batches
 
 
 @contextlib.contextmanager

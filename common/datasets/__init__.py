@@ -1,0 +1,29 @@
+"""Images and batches: images (data sets), transforms, loader (batches that depend on seed, epoch and index only)."""
+
+from common.datasets.images import (
+    IMG_EXTENSIONS,
+    ListedImages,
+    UnlabelledImages,
+    check_classes,
+    image_dataset,
+    read_image,
+    to_rgb,
+)
+from common.datasets.loader import (
+    Loader,
+    add_flags,
+    build_loader,
+    pretrain_loader,
+    seeded,
+    supervised_loaders,
+)
+from common.datasets.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RandomResizedCrop,
+    eval_transform,
+    finetune_transform,
+    probe_transform,
+    repair_posterize,
+    tensor_and_normalize,
+)

@@ -1,0 +1,93 @@
+"""From PIL images to normalised tensors: training and evaluation transforms that several methods share."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.transforms_factory import create_transform
+from torchvision import transforms
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class RandomResizedCrop(transforms.RandomResizedCrop):
+    """torchvision's crop with a single attempt: a box too large is clipped to the image, never redrawn."""
+
+    @staticmethod
+    def get_params(img: Any, scale: list[float], ratio: list[float]) -> tuple[int, int, int, int]:
+        width, height = img.size
+        area = width * height * torch.empty(1).uniform_(scale[0], scale[1]).item()
+        log_ratio = torch.log(torch.tensor(ratio))
+        aspect = torch.exp(torch.empty(1).uniform_(float(log_ratio[0]), float(log_ratio[1]))).item()
+        w = min(round(math.sqrt(area * aspect)), width)
+        h = min(round(math.sqrt(area / aspect)), height)
+        i = int(torch.randint(0, height - h + 1, (1,)))
+        j = int(torch.randint(0, width - w + 1, (1,)))
+        return i, j, h, w
+
+
+def _posterize(img: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """Keeping 0 bits gives black, as Pillow computed before version 13 refused it."""
+    return posterize(img, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(img.mode, img.size)
+
+
+def repair_posterize(policy: Any) -> Any:
+    """Let a timm augmentation policy keep 0 bits of an image; returns it."""
+    for op in getattr(policy, "ops", None) or [op for part in getattr(policy, "policy", []) for op in part]:
+        if isinstance(op, AugmentOp) and op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    return policy
+
+
+def tensor_and_normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD) -> list[Callable]:
+    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+
+
+def probe_transform(input_size: int = 224) -> transforms.Compose:
+    """Training transform of linear probing: one-attempt crop of 8-100 % and a flip."""
+    crop = RandomResizedCrop(input_size, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tensor_and_normalize()])
+
+
+def finetune_transform(
+    input_size: int,
+    color_jitter: float | None = None,
+    aa: str | None = "rand-m9-mstd0.5-inc1",
+    reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
+    interpolation: str = "bicubic",
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+) -> Any:
+    """timm's training transform: crop, flip, RandAugment, normalise, random erasing."""
+    transform: Any = create_transform(
+        input_size=input_size,
+        is_training=True,
+        color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
+        auto_augment=aa or None,
+        interpolation=interpolation,
+        re_prob=reprob,
+        re_mode=remode,
+        re_count=recount,
+        mean=mean,
+        std=std,
+    )
+    for step in transform.transforms:
+        repair_posterize(step)
+    return transform
+
+
+def eval_transform(
+    input_size: int = 224, crop_pct: float | None = None, mean=IMAGENET_MEAN, std=IMAGENET_STD
+) -> transforms.Compose:
+    """Shorter side to input_size / crop_pct, centre crop, normalise. crop_pct: default 0.875, above 224 pixels 1."""
+    shorter = int(input_size / (crop_pct or (224 / 256 if input_size <= 224 else 1)))
+    resize = transforms.Resize(shorter, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(input_size), *tensor_and_normalize(mean, std)])

@@ -1,0 +1,142 @@
+"""Files of weights: read without executing anything, whoever wrote them; and what fits a network."""
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from common.distributed.exits import UserError, user_errors
+from common.distributed.process import is_main
+
+# What released checkpoints hold besides tensors and plain Python values: their parsed flags and NumPy scalars.
+SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+]
+
+
+# Keys under which the five methods' authors store the weights of the network that goes on training.
+WEIGHT_KEYS = ("state_dict", "model", "module")
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+def local_file(path: str) -> str:
+    """A path as it is, or the local copy of an https address, downloaded once.
+
+    Raises:
+        UserError: the download failed.
+    """
+    if not path.startswith(("http://", "https://")):
+        return path
+    unique = hashlib.sha256(path.encode()).hexdigest()[:8]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / f"{unique}-{Path(path).name}"
+    try:
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(path, str(target), progress=is_main())
+    except OSError as error:
+        raise UserError(f"{path}: download failed ({error})") from error
+    return str(target)
+
+
+def _read(path: str) -> Any:
+    """Content of a file of torch's, or of a .safetensors: its tensors under 'model', its flags under 'args'."""
+    if Path(path).suffix != ".safetensors":
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb"), safe_open(path, "pt") as file:  # open() tells what is wrong with a path
+        names, metadata = file.keys(), file.metadata() or {}
+        return {
+            "model": {name: file.get_tensor(name) for name in names},
+            "args": json.loads(metadata.get("args", "{}")),
+        }
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read a checkpoint file or https address as tensors and plain values.
+
+    Raises:
+        UserError: it is missing, damaged, not a checkpoint, or needs code to be executed.
+    """
+    path = local_file(path)
+    try:
+        state = _read(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder, expected a checkpoint file") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: no permission to read it") from error
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it would execute {code[1]}; refused" if code else "not a checkpoint"
+        raise UserError(f"{path}: {why}{_others(path)}") from error
+    except Exception as error:  # torch reports a damaged file by many types
+        raise UserError(f"{path}: truncated or not a checkpoint{_others(path)}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a checkpoint")
+    return state
+
+
+def _others(path: str) -> str:
+    """Names the newest other checkpoint beside a damaged one."""
+    others = [p for p in Path(path).parent.glob("*.pth") if p != Path(path) and p.stat().st_size]
+    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
+    return f"; the newest other checkpoint is {newest}" if newest else ""
+
+
+def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
+    """One line on a non-strict load: how many tensors matched, and the others by module."""
+
+    def summary(keys: list[str]) -> str:
+        modules = Counter(key.split(".")[0] for key in keys)
+        return ", ".join(f"{m} ({n})" if n > 1 else m for m, n in modules.items()) or "none"
+
+    return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
+
+
+def weights_of(state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
+    """The network's weights in a checkpoint read from path, without the prefix `module.` of DistributedDataParallel.
+
+    Raises:
+        UserError: no key holds weights.
+    """
+    for key in keys:
+        if isinstance(state.get(key), dict):
+            return {name.replace("module.", ""): value for name, value in state[key].items()}
+    found = ", ".join(map(str, list(state)[:8])) or "none"
+    raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {found}")
+
+
+def load_weights(model: Stateful, path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Any]:
+    """Load the weights of a checkpoint strictly, and return the whole checkpoint; keys as in `weights_of`.
+
+    Raises:
+        UserError: the file is damaged or its weights are not the model's.
+    """
+    state = load(path)
+    restore(model, weights_of(state, path, keys), path, "model")
+    return state
+
+
+def restore(part: Stateful, state: dict[str, Any], path: str, key: str) -> None:
+    with user_errors(f"{path}: '{key}' does not fit this run"):
+        part.load_state_dict(state)
