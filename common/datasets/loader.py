@@ -32,6 +32,7 @@ from common.distributed import (
     UserError,
     agree,
     catch_signals,
+    flag_groups,
     log,
     rank,
     stop_signal,
@@ -43,15 +44,22 @@ MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip g
 
 def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     """Add the flags that say where images come from."""
-    parser.add_argument("--data_path", default="../imagenet", type=str, help="folder with train/ and val/")
-    parser.add_argument("--dataset", default="", help="timm data set in --data_path: torch/cifar10, wds/..., hfds/...")
-    parser.add_argument("--train_split", default="train", help="its training split")
-    parser.add_argument("--val_split", default="validation", help="its validation split")
-    parser.add_argument("--bad_images", default="stop", choices=["stop", "skip"], help="what an unreadable image does")
-    parser.add_argument("--num_workers", default=4, type=int, help="loader processes per process")
-    parser.add_argument("--pin_mem", action="store_true", help="copy through pinned memory")
+    group = flag_groups(parser).data
+    group.add_argument("--data_path", default="../imagenet", type=str, help="folder with train/ and val/")
+    group.add_argument(
+        "--dataset",
+        default="",
+        help="data set of timm's in --data_path (torch/cifar10, wds/..., hfds/...); default: folders",
+    )
+    group.add_argument("--train_split", default="train", help="name of that data set's training split")
+    group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
+    group.add_argument(
+        "--bad_images", default="stop", choices=["stop", "skip"], help="what to do at an image that cannot be read"
+    )
+    group.add_argument("--num_workers", default=4, type=int, help="loader processes per training process")
+    group.add_argument("--pin_mem", action="store_true", help="copy images to the GPU through pinned memory")
     if pin_mem:
-        parser.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+        group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not use pinned memory")
     parser.set_defaults(pin_mem=pin_mem)
 
 
@@ -245,18 +253,19 @@ class Loader:
     def start(self, position: Position) -> tuple[int, dict[str, list[float]]]:
         """The batch at which a run continues, and the meters there; none where the steps of the epoch changed."""
         step, rest = divmod(position.images, self.batch_size * world_size())
-        if step == len(self) and not rest:  # all of the epoch, also when its last update was incomplete
+        epoch_is_done = step == len(self) and rest == 0  # also when its last update was incomplete
+        if epoch_is_done:
             return step, position.own_meters()
-        rest += step % self.accum_iter
         if self.sampler is None and position.images:
             log("a streamed data set cannot be entered inside an epoch; starting the epoch anew")
             return 0, {}
-        if rest:
+        whole_updates = rest == 0 and step % self.accum_iter == 0
+        if whole_updates and step <= len(self):
+            return step, position.own_meters() if step else {}
+        if not whole_updates:
             log(f"{position.images} images are no whole number of updates of this run; continuing at the one before")
-        rest += step > len(self)
-        step = min(step, len(self) - 1 if rest else len(self))  # at least one batch, for the epoch's means
-        step -= step % self.accum_iter
-        return step, {} if rest or not step else position.own_meters()
+        step = min(step, len(self) - 1)  # the epoch's means need at least one batch
+        return step - step % self.accum_iter, {}
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
         """The batches of an epoch from number `start` on; images are a list where the transform gives several.

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -54,7 +55,7 @@ def run(main: Callable, args) -> None:
         check_ranges(args)
         main(args)
     except Exit as end:
-        if rank() > 0:  # an error that all ranks share is told by rank 0, whose end takes the others along
+        if rank() > 0:  # an error that all ranks share is printed by rank 0, whose end takes the others along
             time.sleep(2)
         if rank() == 0 or not stop_signal():
             where = f"[rank {rank()}] " if world_size() > 1 else ""
@@ -69,22 +70,82 @@ def run(main: Callable, args) -> None:
         dist.destroy_process_group()
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's text, unless there is none or the text itself says what holds by default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.nargs == 0 or action.default in (None, "") or "default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
+class FlagGroups(NamedTuple):
+    """The argument groups of a program's flags, in the order in which --help shows them."""
+
+    data: argparse._ArgumentGroup
+    model: argparse._ArgumentGroup
+    optimizer: argparse._ArgumentGroup
+    augmentation: argparse._ArgumentGroup
+    output: argparse._ArgumentGroup
+    process: argparse._ArgumentGroup
+    unused: argparse._ArgumentGroup
+
+
+TITLES = (
+    "images",
+    "network and loss",
+    "optimizer and schedule",
+    "augmentation and regularization",
+    "output and evaluation",
+    "device, precision and resuming",
+    "without effect, accepted so that the authors' command lines work",
+)
+
+
+def new_parser(title: str) -> argparse.ArgumentParser:
+    """A parser that takes no abbreviations, whose help shows the defaults."""
+    usage = "%(prog)s [flags], listed by --help"
+    return argparse.ArgumentParser(title, allow_abbrev=False, usage=usage, formatter_class=_Help)
+
+
+def flag_groups(parser: argparse.ArgumentParser) -> FlagGroups:
+    """The argument groups of a parser; the first call makes them. Groups without flags are not shown."""
+    known = {group.title: group for group in parser._action_groups}
+    return FlagGroups(*(known.get(title) or parser.add_argument_group(title) for title in TITLES))
+
+
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say on what a script runs."""
-    parser.add_argument("--device", default="auto", help="auto: CUDA if present, else cpu")
-    parser.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="no effect: the environment decides")
-    parser.add_argument("--dist_on_itp", action="store_true", help="no effect: OpenMPI is recognised by itself")
-    parser.add_argument("--dist_url", default="env://", help="no effect: the rendezvous is env://")
+    """Add the flags that say on what a program runs."""
+    groups = flag_groups(parser)
+    groups.process.add_argument(
+        "--device", default="auto", help="auto (CUDA if present, else cpu), cpu, cuda or cuda:N"
+    )
+    launched = "the launcher's environment decides"
+    groups.unused.add_argument("--local_rank", "--local-rank", default=-1, type=int, help=launched)
+    groups.unused.add_argument("--dist_on_itp", action="store_true", help="OpenMPI is recognised by its environment")
+    groups.unused.add_argument("--dist_url", default="env://", help=launched)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say on what a training script runs, and how it resumes."""
+    """Add the flags that say on what a training program runs, and how it resumes."""
     add_launch_flags(parser)
-    parser.add_argument(
-        "--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on CPU"
+    group = flag_groups(parser).process
+    group.add_argument(
+        "--amp_dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        help="precision of forward passes; auto: fp32 on a CPU, on a GPU bf16 where it has it, else fp16",
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("--resume", default="", help="checkpoint to continue; default: that of --output_dir, if any")
-    parser.add_argument("--start_epoch", default=0, type=int, help="first epoch when the checkpoint does not tell")
-    parser.add_argument("--world_size", default=1, type=int, help="no effect: the launcher's environment decides")
+    group.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    group.add_argument("--seed", default=0, type=int, help="seed of all random draws")
+    group.add_argument(
+        "--resume", default="", help="checkpoint to continue from; by default the latest one in --output_dir, if any"
+    )
+    group.add_argument(
+        "--start_epoch",
+        default=0,
+        type=int,
+        help="epoch to start at when the checkpoint does not say it, counted from 0",
+    )
+    flag_groups(parser).unused.add_argument(
+        "--world_size", default=1, type=int, help="the launcher's environment decides"
+    )
