@@ -18,7 +18,9 @@ from tests.support import documents
 from tests.support.documents import FILE, METHODS, Command
 from tests.support.helpers import ROOT
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "FAQ.md"]
+PAGES = [path for method in METHODS if (path := ROOT / method / "README.md").exists()]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests/golden/README.md", *PAGES]
+DOCUMENTS = [path for path in DOCUMENTS if path.exists()]
 SCRIPTS = sorted(
     p for folder in ("scripts", *METHODS) for p in ROOT.glob(f"{folder}/**/*.*") if p.suffix in (".py", ".sh")
 )
@@ -106,10 +108,14 @@ def parse(monkeypatch, tmp_path) -> Callable[[Command], None]:
     return call
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_commands_of_documents__parse(document, parse):
     found = documents.commands(document)
-    assert len(found) > 20
+    assert len(found) >= {"README.md": 10, "FAQ.md": 20}.get(name_of(document), 4 if document in PAGES else 0)
     for command in found:
         parse(command)
 
@@ -121,16 +127,14 @@ def test_usage_lines__parse(parse):
         parse(command)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_files_of_documents__exist(document):
-    named = documents.files(document)
-    assert named
-    for path in named:
+    for path in documents.files(document):
         assert any(True for folder in (ROOT, *(ROOT / m for m in METHODS)) for _ in folder.glob(path)), path
 
 
 def test_layout__names_what_exists():
-    layout = next(block for language, block in documents.BLOCK.findall(DOCUMENTS[0].read_text()) if not language)
+    layout = next(block for language, block in documents.BLOCK.findall((ROOT / "README.md").read_text()) if not language)
     named = [
         name
         for word in layout.split()
@@ -142,10 +146,22 @@ def test_layout__names_what_exists():
         assert any(True for _ in ROOT.rglob(name)), name
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_of_documents__lead_somewhere(document):
     for target in documents.links(document):
         path, _, anchor = target.partition("#")
         other = document.parent / path if path else document
         assert other.exists(), target
         assert not anchor or anchor in documents.headings(other), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_places_of_the_paper__exist(page):
+    """The table that says where the paper's ideas are in the code names files, functions and methods that are there."""
+    places = documents.places(page)
+    assert len(places) >= 8
+    for idea, named in places.items():
+        assert named, f"no place in the code for: {idea}"
+        for file, names in named:
+            defined = documents.definitions(page.parent / file)
+            assert names <= defined, f"{file} does not define {', '.join(sorted(names - defined))}"

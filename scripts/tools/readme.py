@@ -1,10 +1,9 @@
-"""Generate README.md's tables of results and of differences from the authors' code; --check only compares.
+"""Generate the documents' tables of results and of differences from the authors' code; --check only compares.
 
-A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of rows.json, by method
-{"metrics": {metric: title}, "rows": [{"name", "script", "paper": {metric: number}, "ours": {metric: number}, "note"}]}.
-`<!-- differences METHOD -->` holds the section of upstream/<method>.json (its form:
-scripts/tools/diff_upstream.py).
-A method without such a file keeps its region as it is.
+A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of rows.json, by method {"metrics":
+{metric: title}, "rows": [{"name", "script", "published": {metric: number}, "ours": {metric: number}, "note"}]}.
+`<!-- differences METHOD -->` holds the section of upstream/<method>.json (its form: diff_upstream.py). A method without
+such data keeps its region as it is.
 """
 
 import argparse
@@ -26,8 +25,8 @@ WIDTH = 120
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Generate README's tables", allow_abbrev=False)
-    p.add_argument("--readme", default=str(ROOT / "README.md"), help="file to rewrite")
+    p = argparse.ArgumentParser("Generate tables of the documents", allow_abbrev=False)
+    p.add_argument("documents", nargs="*", metavar="DOCUMENT", help="file to rewrite; default: all that have a table")
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the file would change")
     return p
 
@@ -72,7 +71,7 @@ def read_rows(method: str) -> dict[str, Any] | None:
         if data is None:
             return None
         for row in data["rows"]:
-            unknown = {*row["paper"], *row["ours"]} - set(data["metrics"])
+            unknown = {*row["published"], *row["ours"]} - set(data["metrics"])
             if unknown or not all(isinstance(row[key], str) for key in ("name", "script")):
                 raise ValueError(f"row {row['name']}: {', '.join(unknown) or 'name and script'} is unknown")
             if not (ROOT / row["script"]).is_file():
@@ -93,17 +92,19 @@ def result_rows(method: str) -> str | None:
     if data is None:
         return None
     metrics = data["metrics"]
+    measured = any(row["ours"] for row in data["rows"])
     lines = []
     for row in data["rows"]:
-        paper = [number(row["paper"][m]) if m in row["paper"] else "–" for m in metrics]
-        names = ", ".join(f"{number(value)} {metrics[m]}" for m, value in row["ours"].items()) or "not run"
-        note = row.get("note", "")
-        lines.append([row["name"], f"`{row['script']}`", *paper, f"{names}; {note}" if note else names])
-    return table(["row", "script", *(f"{name} (paper)" for name in metrics.values()), "ours"], lines)
+        numbers = [number(row["published"][m]) if m in row["published"] else "–" for m in metrics]
+        ours = ", ".join(f"{number(value)} {metrics[m]}" for m, value in row["ours"].items()) or "–"
+        name = f"{row['name']} ({row['note']})" if row.get("note") else row["name"]
+        lines.append([name, f"`{row['script']}`", *numbers, *([ours] if measured else [])])
+    titles = [f"{name}, published" for name in metrics.values()]
+    return table(["row", "script", *titles, *(["measured here"] if measured else [])], lines)
 
 
 def generate(text: str) -> str:
-    """README with its regions filled.
+    """A document with its regions filled.
 
     Raises:
         UserError: a region names no method, or its data are wrong; one without data stays as it is.
@@ -122,26 +123,34 @@ def generate(text: str) -> str:
     return REGION.sub(fill, text)
 
 
+def documents() -> list[Path]:
+    """The Markdown files that have a table to generate."""
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / method / "README.md" for method in METHODS)]
+    return sorted(path for path in found if path.is_file() and REGION.search(path.read_text("utf-8")))
+
+
 def main(args: argparse.Namespace) -> None:
-    path = Path(args.readme)
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--readme {path}: cannot be read ({error})") from error
-    if not REGION.search(text):
-        raise UserError(f"--readme {path}: has no region <!-- rows METHOD --> or <!-- differences METHOD -->")
-    new = generate(text)
-    if new == text:
-        print(f"{path}: nothing to change")
-    elif args.check:
-        changed = [
-            f"{a[2]} {a[3]}" for a, b in zip(REGION.finditer(text), REGION.finditer(new), strict=True) if a[0] != b[0]
-        ]
-        print(f"{path}: differs from the data in {', '.join(changed)}; python scripts/tools/readme.py rewrites it")
+    changed = False
+    for path in [Path(name) for name in args.documents] or documents():
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+        if not REGION.search(text):
+            raise UserError(f"{path}: has no region <!-- rows METHOD --> or <!-- differences METHOD -->")
+        new = generate(text)
+        if new == text:
+            print(f"{path}: nothing to change")
+        elif args.check:
+            pairs = zip(REGION.finditer(text), REGION.finditer(new), strict=True)
+            regions = ", ".join(f"{old[2]} {old[3]}" for old, now in pairs if old[0] != now[0])
+            print(f"{path}: differs from the data in {regions}; python scripts/tools/readme.py rewrites it")
+            changed = True
+        else:
+            path.write_text(new, "utf-8")
+            print(f"wrote {path}")
+    if changed:
         sys.exit(1)
-    else:
-        path.write_text(new, "utf-8")
-        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ LOGS = ("log.txt", "*.log.txt")
 KNOWN = (*LOGS, "run.json", "knn.json", "knn.log")  # files by which a stage's folder is known
 CHECKPOINTS = ("checkpoint.pth", "latest.pth", "checkpoint.pth.tar", "*.temp.pth", "*.linear.pth")
 ACCURACIES = ("test_acc1", "val_head0_top1")
-HEAD = ("run", "stage", "paper", "measured", "difference", "epochs", "images per update", "hardware", "hours")
+HEAD = ("run", "stage", "published", "measured", "difference", "epochs", "images per update", "hardware", "hours")
 HEAD += ("checkpoint (SHA-256)",)
 
 
@@ -39,7 +39,7 @@ class Stage:
     run: str
     name: str
     folder: Path
-    paper: float | None = None
+    published: float | None = None
     trains: bool = True  # k-NN does not
     log: Run = field(default_factory=dict)
     accuracy: float | None = None  # percent, of the last epoch
@@ -64,16 +64,16 @@ class Stage:
         measured = "" if self.accuracy is None else f"{self.accuracy:.1f}{self.note}"
         if self.best is not None and self.accuracy is not None and self.best - self.accuracy >= 0.05:
             measured += f" (best {self.best:.1f})"
-        compared = self.paper is not None and self.accuracy is not None and self.is_finished
+        compared = self.published is not None and self.accuracy is not None and self.is_finished
         epochs = f"{self.done}" if self.is_finished else f"{self.done} of {self.epochs or '?'}, unfinished"
         hours = sum(start.get("seconds", 0) for start in self.starts) / 3600
         machines = dict.fromkeys(str(start.get("hardware", "")) for start in self.starts)
         return [
             self.run,
             self.name,
-            "" if self.paper is None else f"{self.paper:g}",
+            "" if self.published is None else f"{self.published:g}",
             measured,
-            f"{self.accuracy - self.paper:+.1f}" if compared else "",  # type: ignore[operator]
+            f"{self.accuracy - self.published:+.1f}" if compared else "",  # type: ignore[operator]
             epochs if self.trains else "",
             "" if self.images_per_update is None else f"{self.images_per_update}",
             "; ".join(machine for machine in machines if machine),
@@ -89,11 +89,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def published() -> dict[str, dict[str, float]]:
-    """Numbers of the papers by row (the name of its script) and stage, from rows.json."""
+def published_numbers() -> dict[str, dict[str, float]]:
+    """Published numbers by row (the name of its script) and stage, from rows.json."""
     tables = json.loads((ROOT / "scripts" / "tools" / "rows.json").read_text("utf-8"))
     rows = [row for table in tables.values() for row in table["rows"]]
-    return {Path(row["script"]).stem: row["paper"] for row in rows}
+    return {Path(row["script"]).stem: row["published"] for row in rows}
 
 
 def stage_folders(run: Path) -> list[Path]:
@@ -157,7 +157,7 @@ def read_neighbours(folder: Path) -> tuple[float, str]:
 
 
 def read_stage(folder: Path) -> Stage:
-    """What a stage's folder tells, but the paper's number.
+    """What a stage's folder says, but for the published number.
 
     Raises:
         UserError: its log cannot be read or is not a run's.
@@ -194,7 +194,7 @@ def read_stages(runs: list[str]) -> list[Stage]:
     Raises:
         UserError: a path is no folder.
     """
-    papers, stages, seen = published(), [], set()
+    numbers, stages, seen = published_numbers(), [], set()
     for run in runs:
         if not Path(run).is_dir():
             raise UserError(f"{run}: is no folder, expected one of a run")
@@ -213,7 +213,7 @@ def read_stages(runs: list[str]) -> list[Stage]:
     rows = {stage.folder.resolve().parent: stage.run for stage in stages if any(s.get("row") for s in stage.starts)}
     for stage in stages:
         stage.run = rows.get(stage.folder.resolve().parent, stage.run)
-        stage.paper = papers.get(stage.run, {}).get(stage.name)
+        stage.published = numbers.get(stage.run, {}).get(stage.name)
     return stages
 
 

@@ -1,4 +1,4 @@
-"""README's generated tables: they are what the data say, and wrong data are told."""
+"""The documents' generated tables: they are what the data say, and wrong data are refused."""
 
 import json
 import shutil
@@ -15,14 +15,14 @@ ROWS = {
         {
             "name": "SAIM, ViT-B/16",
             "script": "scripts/a.sh",
-            "paper": {"finetune": 84, "linprobe": 62.5},
+            "published": {"finetune": 84, "linprobe": 62.5},
             "ours": {},
             "note": "no recipe | was published",
         },
         {
             "name": "tiny",
             "script": "scripts/a.sh",
-            "paper": {"finetune": "84.3 (summary: 84.2)"},
+            "published": {"finetune": "84.3 (summary: 84.2)"},
             "ours": {"finetune": 91.25},
             "note": "",
         },
@@ -32,7 +32,7 @@ ROWS = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A root of its own, with SAIM's differences and ROWS."""
+    """A root of its own, with the differences of two methods and ROWS."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     for module in (readme, diff_upstream):
         monkeypatch.setattr(module, "TOOLS", tmp_path)
@@ -50,21 +50,23 @@ def run(*flags: str) -> None:
 
 
 def test_readme_is_what_the_data_say():
-    text = (ROOT / "README.md").read_text()
-    assert readme.generate(text) == text
-    regions = {(kind, method) for _, kind, method, _, _ in readme.REGION.findall(text)}
-    assert regions >= {("differences", method) for method in readme.METHODS}
+    texts = [path.read_text() for path in readme.documents()]
+    assert [readme.generate(text) for text in texts] == texts
+    regions = {(kind, method) for text in texts for _, kind, method, _, _ in readme.REGION.findall(text)}
+    assert regions == {(kind, method) for kind in ("rows", "differences") for method in readme.METHODS}
     run("--check")
 
 
 def test_rows(here):
     assert readme.result_rows("saim") == (
-        "| row | script | fine-tuned (paper) | linear (paper) | ours |\n"
+        "| row | script | fine-tuned, published | linear, published | measured here |\n"
         "|---|---|---|---|---|\n"
-        "| SAIM, ViT-B/16 | `scripts/a.sh` | 84.0 | 62.5 | not run; no recipe \\| was published |\n"
+        "| SAIM, ViT-B/16 (no recipe \\| was published) | `scripts/a.sh` | 84.0 | 62.5 | – |\n"
         "| tiny | `scripts/a.sh` | 84.3 (summary: 84.2) | – | 91.25 fine-tuned |"
     )
     assert readme.result_rows("semaim") is None
+    (here / "rows.json").write_text(json.dumps({"saim": {**ROWS, "rows": ROWS["rows"][:1]}}))
+    assert str(readme.result_rows("saim")).startswith("| row | script | fine-tuned, published | linear, published |\n")
 
 
 def test_differences__name_what_is_shared(here):
@@ -85,25 +87,25 @@ def test_check__and_rewrite(here, capsys):
     text = "# Title\n\n<!-- rows saim -->\nold\n<!-- end -->\n\n<!-- differences udi -->\nby hand\n<!-- end -->\nrest\n"
     path.write_text(text)
     with pytest.raises(SystemExit) as end:
-        run("--readme", str(path), "--check")
+        run(str(path), "--check")
     assert end.value.code == 1
     assert "differs from the data in rows saim;" in capsys.readouterr().out
     assert path.read_text() == text
-    run("--readme", str(path))
+    run(str(path))
     assert path.read_text() == text.replace("old", str(readme.result_rows("saim")))
-    run("--readme", str(path), "--check")
+    run(str(path), "--check")
 
 
 def test_wrong_files(here):
     path = here / "README.md"
     with pytest.raises(UserError, match="cannot be read"):
-        run("--readme", str(path))
+        run(str(path))
     path.write_text("# Title\n")
     with pytest.raises(UserError, match="has no region"):
-        run("--readme", str(path))
+        run(str(path))
     path.write_text("<!-- rows mae -->\n<!-- end -->\n")
     with pytest.raises(UserError, match="region 'rows mae': expected one of saim"):
-        run("--readme", str(path))
+        run(str(path))
     row = ROWS["rows"][0]
     for wrong in (
         [],

@@ -65,12 +65,19 @@ def test_cells(row, tmp_path):
     assert list(cells) == ["finetune", "linprobe", "knn"]
     finetune, linprobe, knn = cells.values()
     digest = hashlib.sha256((row / "finetune" / "checkpoint.pth").read_bytes()).hexdigest()
-    expected = {"run": ROW, "paper": "83.9", "measured": "82.0", "difference": "-1.9", "epochs": "3", "hours": "1.00"}
+    expected = {
+        "run": ROW,
+        "published": "83.9",
+        "measured": "82.0",
+        "difference": "-1.9",
+        "epochs": "3",
+        "hours": "1.00",
+    }
     expected |= {"images per update": "64", "hardware": "2 x H100"}
     expected |= {"checkpoint (SHA-256)": f"checkpoint.pth {digest[:12]}"}
     assert finetune == {"stage": "finetune", **expected}
-    assert (linprobe["paper"], linprobe["difference"], linprobe["epochs"]) == ("62.5", "", "2 of 3, unfinished")
-    assert (knn["run"], knn["measured"], knn["paper"], knn["hours"]) == (ROW, "33.2 (k = 20)", "", "")
+    assert (linprobe["published"], linprobe["difference"], linprobe["epochs"]) == ("62.5", "", "2 of 3, unfinished")
+    assert (knn["run"], knn["measured"], knn["published"], knn["hours"]) == (ROW, "33.2 (k = 20)", "", "")
     assert text.count(COMMAND) == 2  # equal commands once per stage
 
 
@@ -93,7 +100,7 @@ def test_neighbours_beside_udis_weights(tmp_path):
     lines = [f"INFO:{k}-NN classifier result: Top1: {top1}, Top5: 90.0" for k, top1 in ((10, 74.5), (20, 75.0))]
     (folder / "knn.log").write_text("\n".join(lines))
     cells = table(run_report(tmp_path, out=tmp_path / "out")[0])["knn"]
-    assert (cells["paper"], cells["measured"], cells["difference"]) == ("75.6", "75.0 (k = 20)", "-0.6")
+    assert (cells["published"], cells["measured"], cells["difference"]) == ("75.6", "75.0 (k = 20)", "-0.6")
 
 
 def test_without_checkpoint_or_with_a_damaged_one(tmp_path, capsys):

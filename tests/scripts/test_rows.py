@@ -246,12 +246,12 @@ def test_published_numbers__are_those_of_the_scripts():
             known.append(name)
             assert (folder_of(name), entry["script"]) == (method, f"scripts/{name}.sh")
             head = (ROOT / entry["script"]).read_text().split("set -euo")[0]
-            assert entry["paper"].keys() <= data["metrics"].keys()
-            assert all(f" {value} " in head for value in entry["paper"].values()), name
-            assert set(entry["paper"]) <= set(method_of(name).commands), name
+            assert entry["published"].keys() <= data["metrics"].keys()
+            assert all(f" {value} " in head for value in entry["published"].values()), name
+            assert set(entry["published"]) <= set(method_of(name).commands), name
             assert entry["ours"].keys() <= data["metrics"].keys()
             if name in RECIPES:
-                assert entry["paper"] == {"finetune": RECIPES[name].published}
+                assert entry["published"] == {"finetune": RECIPES[name].published}
     assert sorted(known) == sorted(ROWS)
 
 

@@ -1,5 +1,6 @@
 """Documents taken apart: the commands, files and links that they name."""
 
+import ast
 import itertools
 import re
 import shlex
@@ -128,3 +129,33 @@ def links(document: Path) -> list[str]:
     """Targets of a Markdown file's links and pictures that are not addresses."""
     targets = re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", document.read_text()))
     return [target for target in targets if not re.match(r"https?:", target)]
+
+
+# ---- where the paper is in the code
+
+PLACES = re.compile(r"^## Where the paper is in the code\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+PLACE = re.compile(r"`([\w./]+\.py): ([\w., ]+)`")
+
+
+def places(page: Path) -> dict[str, list[tuple[str, set[str]]]]:
+    """The rows of a method's table of places: idea -> (file, names in it)."""
+    section = PLACES.search(page.read_text())
+    rows = section[1].split("|---|---|\n")[-1].splitlines() if section else []
+    cells = [row.strip().strip("|").rsplit(" | ", 1) for row in rows if row.startswith("|")]
+    return {
+        idea.strip(): [(file, {name.strip() for name in names.split(",")}) for file, names in PLACE.findall(where)]
+        for idea, where in cells
+    }
+
+
+def definitions(path: Path) -> set[str]:
+    """Names of a file's functions, classes and constants, and of its methods as Class.method."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
