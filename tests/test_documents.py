@@ -134,7 +134,8 @@ def test_files_of_documents__exist(document):
 
 
 def test_layout__names_what_exists():
-    layout = next(block for language, block in documents.BLOCK.findall((ROOT / "README.md").read_text()) if not language)
+    blocks = documents.BLOCK.findall((ROOT / "README.md").read_text())
+    layout = next(block for language, block in blocks if not language)
     named = [
         name
         for word in layout.split()
