@@ -1,8 +1,8 @@
-"""UDI's loss: cross entropies of student and teacher predictions on three levels (paper sec. 3), and their centres.
+"""UDI's loss: cross entropies of teacher and student predictions on three levels (UDI, framework figure), and centres.
 
-B batch, nl local crops, s sampled patches per view, E bottleneck width, K prototypes, L levels. The head's last layer
-is linear, so everything that is an average of logits upstream is an average of bottleneck vectors here, and logits
-exist in chunks only.
+B batch, nl local crops, s (s_l) sampled patches per view (local crop), E bottleneck width, K prototypes, L levels. The
+head's last layer is linear, so everything that is an average of logits upstream is an average of bottleneck vectors
+here, and logits exist in chunks only.
 """
 
 from collections.abc import Sequence
@@ -110,10 +110,13 @@ def cross_entropies(
 
 
 class Centering(nn.Module):
-    """Centres (L, K) of the teacher's logits, moving averages of their means over all processes.
+    """Centres c (L, K) of the teacher's logits, subtracted before its softmax.
 
+    The rows of a level's centre are the logits of its targets: of the class token those of the two global views, of the
+    blended level those of views and local crops, of the patches those of every matched patch. Centres move after the
+    loss of each micro-step, which still used the old ones: c <- momentum c + (1 - momentum) mean of all rows.
     Args:
-        exact: weigh every row alike, not every process (they differ for patches).
+        exact: weigh every row alike, not every process (the two differ for patches).
     """
 
     center: Tensor
@@ -145,14 +148,39 @@ class Centering(nn.Module):
         self.center.copy_(torch.where(number > 0, moved, self.center))
 
 
-class UDILoss(nn.Module):
-    """Settings and centres of the loss; `udi_forward_loss` computes it.
+class Patches(NamedTuple):
+    """Sampled patches of student and teacher, with masks: 1 where a patch of the one is shown by the other, else 0."""
 
+    student: Tensor  # (2 B, s, E)
+    student_mask: Tensor  # (2 B, s)
+    rows: Tensor  # (R,), numbers of the student's shown patches among all 2 B s
+    views: Tensor  # (2 B, s, E), the teacher's, at the places of the views' patches
+    views_mask: Tensor  # (2 B, s)
+    crops: Tensor  # (2 B, nl, s_l, E), the teacher's, at the places of the local crops' patches
+    crops_mask: Tensor  # (2 B, nl, s_l)
+
+
+class Level(NamedTuple):
+    """One level of the loss, and the rows of its centre."""
+
+    loss: Tensor  # (), its weighted share of the total
+    global_loss: Tensor  # (), mean over the global views
+    local_loss: Tensor | None  # (), mean over the local crops; None without them
+    rows_sum: Tensor  # (E,), sum of the teacher's vectors whose logits are the centre's rows
+    rows: Tensor  # (), their number
+    entropies: Entropies
+
+
+class UDILoss(nn.Module):
+    """The three levels and their centres; `udi_forward_loss` runs the networks and adds the levels up.
+
+    With l(z) the logits of a vector z, teacher and student predict p_t(y|z') = softmax((l(z') - c) / T) and
+    p_s(y|z) = softmax(l(z) / τ). The loss is the mean of the levels (the figure has their sum).
     Args:
-        num_local_crops: nl. dim: K. teacher_temp_schedule: the teacher's temperature by epoch.
+        num_local_crops: nl. dim: K. teacher_temp_schedule: T by epoch. student_temp: τ.
         include_patch: has the level of patches. num_clt: class tokens, 1 or 2.
-        alpha: share of the patches in the targets of the second class token.
-        weights: of the levels; default: equal. exact_center: as `Centering`.
+        alpha: α, share of the patches in the targets of the second class token.
+        weights: of the levels; default: 1 / L each. exact_center: as `Centering`.
     Raises:
         ValueError: another number of class tokens, or two without patches.
     """
@@ -181,14 +209,93 @@ class UDILoss(nn.Module):
         self.weights = [1 / levels] * levels if weights is None else list(weights)
         self.centering = Centering(levels, dim, center_momentum, exact_center)
 
+    def class_level(self, s: Projected, t: Projected, epoch: int) -> Level:
+        """CE(p_t(y|z'_cls), p_s(y|z_cls)): the class token of a view predicts that of the other view.
+
+        A local crop aims at the mean of the predictions of both views.
+        """
+        z = wide(t.global_cls[0])  # (2 B, E)
+        own = torch.eye(2, device=z.device)
+        mix = torch.cat([own, torch.full((self.num_local_crops, 2), 0.5, device=z.device)])  # (2 + nl, 2)
+        return self._class_tokens(0, s, t, by_image(z), mix, epoch, z.sum(dim=0), len(z))
+
+    def blended_level(self, s: Projected, t: Projected, patches: Patches, epoch: int) -> Level:
+        """CE(p*_t(y|Z'), p_s(y|z_cls+)): the extra class token predicts a target of two kinds, patches and image.
+
+        p*_t(y|Z') = softmax((α mean_i l(ẑ'_i) + (1 - α) l(z'_cls) - c) / T), over the matched patches i (logits are
+        blended, not predictions, as upstream). A local crop has a blend with each view and aims at the mean of both.
+        """
+        nl, u = self.num_local_crops, wide(t.global_cls[0])[:, None]  # (2 B, 1, E)
+        means = mean_rows(patches.views, patches.views_mask)[:, None], mean_rows(patches.crops, patches.crops_mask)
+        blend = by_image(self.alpha * torch.cat(means, dim=1) + (1 - self.alpha) * u)  # (B, 2, 1 + nl, E)
+        target = blend.transpose(1, 2).flatten(1, 2)  # (B, 2 + 2 nl, E): both of the views, then of each local crop
+        own, mean = torch.eye(2, device=u.device), torch.full((1, 2), 0.5, device=u.device)
+        mix = torch.block_diag(own, *[mean] * nl)  # (2 + nl, 2 + 2 nl)
+        rows = target.shape[0] * target.shape[1]
+        return self._class_tokens(1, s, t, target, mix, epoch, target.sum(dim=(0, 1)), rows)
+
+    def _class_tokens(
+        self,
+        level: int,
+        s: Projected,
+        t: Projected,
+        target: Tensor,
+        mix: Tensor,
+        epoch: int,
+        rows_sum: Tensor,
+        rows: int,
+    ) -> Level:
+        """Cross entropies of a class token: ℓ = (2 ℓ_global + 2 nl ℓ_local) / (2 + 2 nl), of means over their rows.
+
+        Args:
+            target: teacher vectors (B, T, E) by image. mix: (2 + nl, T), shares of their predictions in the targets of
+                an image's views and local crops.
+        """
+        nl, batch = self.num_local_crops, len(target)
+        z = by_image(s.global_cls[level])  # (B, 2, E)
+        if s.local_cls is not None:
+            z = torch.cat([z, s.local_cls[level].transpose(0, 1)], dim=1)  # (B, 2 + nl, E)
+        weight = self.weights[level] / (2 + 2 * nl) / batch  # of a global view
+        share = torch.cat([target.new_full((2,), weight), target.new_full((nl,), 2 * weight)])
+        found = self._entropies(level, s, z, t, target, mix, share, epoch)
+        local = found.each[:, 2:].mean() if nl else None
+        return Level(found.total, found.each[:, :2].mean(), local, rows_sum, target.new_full((), rows), found)
+
+    def patch_level(self, s: Projected, t: Projected, patches: Patches, epoch: int) -> Level:
+        """CE(p_t(y|ẑ'_i), p_s(y|ẑ_i)): a sampled patch predicts what the teacher has in its place.
+
+        The mean over the shown patches of the global views; those of local crops only move the centre.
+        """
+        level, number = self.num_clt, patches.student_mask.sum().clamp(min=1)
+        z, target = (x.flatten(0, 1)[patches.rows, None] for x in (patches.student, patches.views))  # (R, 1, E)
+        one = target.new_ones(1)
+        found = self._entropies(level, s, z, t, target, one[:, None], one, epoch)
+        loss = found.total * (self.weights[level] / number)
+        both = (patches.views, patches.views_mask), (patches.crops, patches.crops_mask)
+        rows_sum = torch.stack([(x * mask[..., None]).flatten(0, -2).sum(dim=0) for x, mask in both]).sum(dim=0)
+        rows = patches.views_mask.sum() + patches.crops_mask.sum()
+        return Level(loss, found.each.sum() / number, None, rows_sum, rows, found)
+
+    def _entropies(
+        self, level: int, s: Projected, z: Tensor, t: Projected, target: Tensor, mix: Tensor, share: Tensor, epoch: int
+    ) -> Entropies:
+        """`cross_entropies` with the centre and the temperatures of a level."""
+        centre, temp = self.centering.center[level], self.temperatures[epoch]
+        return cross_entropies(z, s.weight, target, t.weight, centre, mix, share, temp, self.student_temp)
+
 
 class Spec(NamedTuple):
-    """The parts of the loss: losses of global and local crops per level, and what tells a collapse."""
+    """The parts of the loss: losses of global and local crops per level, and what shows a collapse."""
 
     global_losses: list[Tensor]
     local_losses: list[Tensor]  # none for patches
     mean_entropy: Tensor  # of the teacher's mean prediction, in nats
     entropy: Tensor  # mean of its predictions' entropies
+
+
+def by_image(x: Tensor) -> Tensor:
+    """Rows of two views (2 B, ...), those of one after those of the other -> (B, 2, ...)."""
+    return x.unflatten(0, (2, -1)).transpose(0, 1)
 
 
 def mean_rows(z: Tensor, mask: Tensor) -> Tensor:
@@ -200,6 +307,19 @@ def teacher_maps(tgt_maps: Sequence[Tensor]) -> Tensor:
     """Maps of both views, (B, s, N) each, and interleaved ones of local crops -> (2 B, s + nl s_l, N)."""
     views = [torch.cat(list(tgt_maps[view::2]), dim=1) for view in (0, 1)]
     return torch.cat(views)
+
+
+def shown_rows(mix: Tensor) -> Tensor:
+    """Numbers of the rows of maps (2 B, s, N) that are not zero."""
+    return (mix.sum(dim=-1) > 0).flatten().nonzero()[:, 0]
+
+
+def match(z_s: Tensor, mix_s: Tensor, rows: Tensor, z_t: Tensor, mix_t: Tensor, nl: int) -> Patches:
+    """The sampled patches of student (2 B, s, E) and teacher (2 B, s + nl s_l, E), by the maps that sampled them."""
+    s, z_t, mask = mix_s.shape[1], wide(z_t), mix_t.sum(dim=-1)
+    s_l = (mix_t.shape[1] - s) // max(nl, 1)
+    crops, crops_mask = (x[:, s:].unflatten(1, (nl, s_l)) for x in (z_t, mask))
+    return Patches(z_s, mix_s.sum(dim=-1), rows, z_t[:, :s], mask[:, :s], crops, crops_mask)
 
 
 def udi_forward_loss(
@@ -221,90 +341,33 @@ def udi_forward_loss(
         src_maps: at least those of the views in each other, (B, s, N) each. tgt_maps: those, and per local crop its
             maps to the second and the first view.
         drop_path_rand: uniform draws of the student's stochastic depth, in place of random ones.
-        rows: numbers of the rows of student and teacher maps that are not zero (`MultiCropWrapper`); telling them
+        rows: numbers of the rows of student and teacher maps that are not zero (`MultiCropWrapper`); giving them
             spares waiting for the device.
     Returns:
         loss: (). its parts.
     """
-    patches = udi_loss.include_patch
-    mix_s = torch.cat(list(src_maps[:2])) if patches else None
-    mix_t = teacher_maps(tgt_maps) if patches else None
-    if rows is None and mix_s is not None and mix_t is not None:
-        sums = [(mix.sum(dim=-1) > 0).flatten().nonzero()[:, 0] for mix in (mix_s, mix_t)]
-        rows = sums[0], sums[1]
-    rows_s, rows_t = rows if rows is not None else (None, None)
-    with torch.no_grad():
+    mix_s = mix_t = rows_s = rows_t = None
+    if udi_loss.include_patch:
+        mix_s, mix_t = torch.cat(list(src_maps[:2])), teacher_maps(tgt_maps)
+        rows_s, rows_t = rows or (shown_rows(mix_s), shown_rows(mix_t))
+    with torch.no_grad():  # the teacher's weights only follow the student's (`engine_pretrain.update_teacher`)
         t: Projected = teacher(crops, mix_t, rows_t, branch=1)
     s: Projected = student(crops, mix_s, rows_s, branch=0, drop_path_rand=drop_path_rand)
-
-    batch, nl = len(crops[0]), udi_loss.num_local_crops
-    temps = udi_loss.temperatures[epoch], udi_loss.student_temp
-    centres = udi_loss.centering.center
-    device = crops[0].device
-    z_u = wide(t.global_cls[0])  # (2 B, E): the second view's images, then the first's
-    parts: list[Entropies] = []
-    global_losses: list[Tensor] = []
-    local_losses: list[Tensor] = []
-
-    def class_level(level: int, target: Tensor, mix: Tensor) -> None:
-        """Students of an image: its two global views and nl local crops; target (B, T, E)."""
-        views = s.global_cls[level].unflatten(0, (2, batch)).transpose(0, 1)  # (B, 2, E)
-        z = views if s.local_cls is None else torch.cat([views, s.local_cls[level].transpose(0, 1)], dim=1)
-        # Means over 2 B and nl B rows, weighted as 2 and 2 nl.
-        weight = udi_loss.weights[level] / (2 + 2 * nl)
-        share = centres.new_full((2 + nl,), 2 * weight / batch)
-        share[:2] = weight / batch
-        found = cross_entropies(z, s.weight, target, t.weight, centres[level], mix, share, *temps)
-        parts.append(found)
-        global_losses.append(found.each[:, :2].mean())
-        if nl:
-            local_losses.append(found.each[:, 2:].mean())
-
-    # ---- level 0: class token; local crops aim at the mean of both views' predictions
-    target = z_u.unflatten(0, (2, batch)).transpose(0, 1)  # (B, 2, E)
-    own, mean = torch.eye(2, device=device), torch.full((nl, 2), 0.5, device=device)
-    class_level(0, target, torch.cat([own, mean]))
-    sums, counts = [z_u.sum(dim=0)], [z_u.new_tensor(2.0 * batch)]
-    if patches:
-        assert t.patches is not None
-        assert s.patches is not None
-        assert mix_s is not None
-        assert mix_t is not None
-        z_p, mask = wide(t.patches), mix_t.sum(dim=-1)
-        sampled = mix_s.shape[1]
-        z_g, m_g = z_p[:, :sampled], mask[:, :sampled]
-        z_l, m_l = (x[:, sampled:].unflatten(1, (nl, -1)) if nl else None for x in (z_p, mask))
+    levels = [udi_loss.class_level(s, t, epoch)]
+    if mix_s is not None and mix_t is not None and rows_s is not None:
+        patches = match(s.patches, mix_s, rows_s, t.patches, mix_t, udi_loss.num_local_crops)  # type: ignore[arg-type]
         if udi_loss.num_clt == 2:
-            # ---- level 1: second class token; each crop has its own blend of patches and image, per view
-            blend = udi_loss.alpha * mean_rows(z_g, m_g) + (1 - udi_loss.alpha) * z_u  # (2 B, E)
-            target = blend.unflatten(0, (2, batch)).transpose(0, 1)
-            if z_l is not None and m_l is not None:
-                local = udi_loss.alpha * mean_rows(z_l, m_l) + (1 - udi_loss.alpha) * z_u[:, None]  # (2 B, nl, E)
-                pairs = local.unflatten(0, (2, batch)).permute(1, 2, 0, 3).flatten(1, 2)  # (B, 2 nl, E)
-                target = torch.cat([target, pairs], dim=1)
-            mix = torch.block_diag(own, *[torch.full((1, 2), 0.5, device=device)] * nl)
-            class_level(1, target, mix)
-            sums.append(target.sum(dim=(0, 1)))
-            counts.append(z_u.new_tensor(2.0 * batch * (1 + nl)))
-        # ---- last level: patches that both views show
-        level, (rows_s, _) = udi_loss.num_clt, rows or (None, None)
-        assert rows_s is not None
-        shown = mix_s.sum(dim=-1).flatten()[rows_s]  # (R,) of ones
-        number = shown.sum()
-        z_s, z_t = s.patches.flatten(0, 1)[rows_s], z_g.flatten(0, 1)[rows_s]
-        share = centres.new_ones(1)
-        found = cross_entropies(
-            z_s[:, None], s.weight, z_t[:, None], t.weight, centres[level], share[:, None], share, *temps
-        )
-        scale = udi_loss.weights[level] / number.clamp(min=1)
-        parts.append(found._replace(total=found.total * scale))
-        global_losses.append(found.each.sum() / number.clamp(min=1))
-        sums.append((z_p * mask[..., None]).sum(dim=(0, 1)))
-        counts.append(mask.sum())
-    # ---- centres of all teacher rows: by linearity of their mean vectors
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        udi_loss.centering.update(F.linear(torch.stack(sums), wide(t.weight)), torch.stack(counts))
-    mean_target = parts[0].mean_target
-    mean_entropy = -torch.special.xlogy(mean_target, mean_target).sum()
-    loss = torch.stack([part.total for part in parts]).sum()
-    return loss, Spec(global_losses, local_losses, mean_entropy, parts[0].entropy)
+            levels.append(udi_loss.blended_level(s, t, patches, epoch))
+        levels.append(udi_loss.patch_level(s, t, patches, epoch))
+    with torch.no_grad(), torch.autocast(crops[0].device.type, enabled=False):
+        # The sum of a level's logits is the logits of its vectors' sum.
+        sums = F.linear(torch.stack([level.rows_sum for level in levels]), wide(t.weight))
+        udi_loss.centering.update(sums, torch.stack([level.rows for level in levels]))
+    mean_target = levels[0].entropies.mean_target
+    spec = Spec(
+        [level.global_loss for level in levels],
+        [level.local_loss for level in levels if level.local_loss is not None],
+        -torch.special.xlogy(mean_target, mean_target).sum(),
+        levels[0].entropies.entropy,
+    )
+    return torch.stack([level.loss for level in levels]).sum(), spec
