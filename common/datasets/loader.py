@@ -131,7 +131,7 @@ class _Stream(IterableDataset):
 
 
 class _EpochSampler(Sampler):
-    """Yields (epoch, index), or (epoch, index, copy) of a sampler that tells copies; can start inside an epoch."""
+    """Yields (epoch, index), or (epoch, index, copy) of a sampler that numbers copies; can start inside an epoch."""
 
     def __init__(self, sampler: Any):
         self.sampler, self.epoch, self.first = sampler, 0, 0
@@ -159,7 +159,7 @@ def _ignore_signals(_worker: int) -> None:
 
 
 def _end_workers(iterators: list[Any]) -> None:
-    """Workers that ignore SIGTERM must be told to end before the interpreter waits for them."""
+    """Workers that ignore SIGTERM must be asked to end before the interpreter waits for them."""
     for iterator in iterators:
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()

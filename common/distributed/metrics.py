@@ -56,7 +56,8 @@ def hardware() -> str:
 class RunLog:
     """log.txt (one JSON object per epoch) and TensorBoard events of a run; rank 0 writes.
 
-    Beside log.txt, run.json tells of every start of the run that trained: command, processes, hardware, torch, time.
+    Beside log.txt, run.json has an entry for every start of the run that trained: command, processes, hardware, torch,
+    time.
 
     Args:
         folder: of the log; '' writes none. events: of the TensorBoard events, if another.

@@ -64,8 +64,8 @@ def main_does(action: Callable[[], None]) -> None:
         raise error or UserError("process 0 could not go on")
 
 
-# Rank, world size and local rank as told by torchrun and torch.distributed.launch, OpenMPI (--dist_on_itp) and SLURM,
-# whose SLURM_NTASKS is the whole job's: a shell or step with fewer tasks tells so by SLURM_STEP_NUM_TASKS.
+# Rank, world size and local rank as set by torchrun and torch.distributed.launch, OpenMPI (--dist_on_itp) and SLURM,
+# whose SLURM_NTASKS is the whole job's: a shell or step with fewer tasks sets SLURM_STEP_NUM_TASKS, too.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -89,9 +89,8 @@ def _rendezvous() -> tuple[int, int, int]:
                     nodes = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
                 env["MASTER_ADDR"] = nodes.split()[0]
             env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
-            if (
-                world > 1 and own_rank == 0 and names[0] != "RANK"
-            ):  # a batch script's variables tell of srun's processes
+            # A batch script sees the variables that are meant for srun's processes, too.
+            if world > 1 and own_rank == 0 and names[0] != "RANK":
                 where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
                 log(f"{names[1]}={world}: waiting for {world - 1} more processes at {where}", ALONE)
             return own_rank, world, local

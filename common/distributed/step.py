@@ -36,8 +36,8 @@ class Updater:
     """One optimizer's step: autocast, loss scaling, accumulation, clipping, and a guard against non-finite numbers.
 
     The guard lets no update with a non-finite loss or gradient norm happen. Where reading the norm would stall the
-    GPU, a fused optimizer is told on the device to skip this and every later update; `EpochLog` reads the values at its
-    next report and stops the run. Elsewhere the guard raises at once.
+    GPU, a flag on the device makes a fused optimizer skip this and every later update; `EpochLog` reads the values at
+    its next report and stops the run. Elsewhere the guard raises at once.
     Args:
         precision: as --amp_dtype.
         accum_iter: micro-steps per update; each micro-step's loss counts 1/accum_iter.
@@ -168,7 +168,7 @@ class Updater:
         bad = [(step, "loss", loss.item()) for step, loss in self._losses if not math.isfinite(loss.item())]
         if not math.isfinite(norm.item()) and not self.scaler.is_enabled():
             bad.append((self._losses[0][0], "gradient norm", norm.item()))
-        # After the exchange of gradients all ranks see the same norm; under loss scaling only the losses tell.
+        # After the exchange of gradients all ranks see the same norm; under loss scaling only the losses show it.
         if self.scaler.is_enabled() and agree(bool(bad))[1] and not bad:
             bad.append((self._losses[0][0], "loss on another rank", math.nan))
         if bad:

@@ -62,7 +62,7 @@ def _read(path: str) -> Any:
     if Path(path).suffix != ".safetensors":
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    with open(path, "rb"), safe_open(path, "pt") as file:  # open() tells what is wrong with a path
+    with open(path, "rb"), safe_open(path, "pt") as file:  # open() names what is wrong with a path
         names, metadata = file.keys(), file.metadata() or {}
         return {
             "model": {name: file.get_tensor(name) for name in names},

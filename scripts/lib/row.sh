@@ -138,7 +138,7 @@ trap : TERM USR1
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
 # ---- arguments; the stages are those of the script's lines "launch ...", "evaluate ..." and "convert ...", unless it
-# ---- has told `stages`; arguments that it took for itself are in `leading`
+# ---- has set `stages`; arguments that it took for itself are in `leading`
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 stages=${stages:-$(sed -nE 's/^(launch|evaluate|convert) ([a-z0-9_]+) .*/\2/p' "$0" | xargs)}
 chosen="" dry_run=""
@@ -174,6 +174,6 @@ if [[ -z $dry_run ]]; then
 fi
 DATA=${DATA:-/path/to/imagenet} NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
-export ROW_SCRIPT=${row:-$(basename "$0" .sh)} # run.json of every stage tells it
+export ROW_SCRIPT=${row:-$(basename "$0" .sh)} # run.json of every stage keeps it
 OUT=${OUT:-$ROOT/runs/$ROW_SCRIPT}
 OUT=${OUT#"$PWD/"}

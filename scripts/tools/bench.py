@@ -91,14 +91,20 @@ class Variant:
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("Benchmark", allow_abbrev=False, usage="%(prog)s METHOD [flags], listed by --help")
-    p.add_argument("method", choices=[*METHODS, "all"])
+    p.add_argument("method", choices=[*METHODS, "all"], help="one method, or all networks of all methods")
     p.add_argument("--steps", default=3, type=int, help="timed steps per variant and round, after one to warm up")
     p.add_argument("--rounds", default=2, type=int, help="passes over all variants")
-    p.add_argument("--seconds", default=0.0, type=float, help="after which a round takes no more steps; all: 6")
-    p.add_argument("--markdown", action="store_true", help="all: print the table for the README")
-    p.add_argument("--only", default="", help="all: a regular expression that rows, 'method network', are to contain")
-    p.add_argument("--json", action="store_true", help="print a row of the table of all")
-    p.add_argument("--profile", action="store_true", help="also print the operators that the default variant spends on")
+    p.add_argument(
+        "--seconds", default=0.0, type=float, help="seconds after which a round takes no more steps; with all: 6"
+    )
+    p.add_argument("--markdown", action="store_true", help="with all: print the table for docs/speed.md")
+    p.add_argument(
+        "--only", default="", help="with all: measure only rows 'method network' that this regular expression matches"
+    )
+    p.add_argument("--json", action="store_true", help="print a row of the table as JSON")
+    p.add_argument(
+        "--profile", action="store_true", help="also print the operators that take the default variant's time"
+    )
     p.add_argument("--data_path", default="", help="image folder; default: synthetic 500x375 JPEGs")
     return p
 

@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from common import distributed
 
 Run = dict[int, dict[str, float]]  # values by epoch and name
-LINES = ("-", "--", ":", "-.")  # one per value of a panel; colours tell runs apart
+LINES = ("-", "--", ":", "-.")  # one per value of a panel; colours distinguish runs
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("Plot logs", allow_abbrev=False)
     p.add_argument("logs", nargs="+", help="log.txt files, or folders that hold one")
-    p.add_argument("--out", default="log.png", help="picture to write; the ending tells its format")
+    p.add_argument("--out", default="log.png", help="picture to write; its ending chooses the format")
     return p
 
 

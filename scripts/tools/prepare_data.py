@@ -47,14 +47,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         q.add_argument("out", metavar="OUT", type=os.path.realpath, help="folder to write, new or empty")
         if name in DOWNLOADED:
             q.add_argument("--keep_download", action="store_true", help="keep what is downloaded, in OUT/download")
-    parsers["imagenette"].add_argument("--size", default="full", choices=["full", "320px", "160px"])
+    parsers["imagenette"].add_argument(
+        "--size", default="full", choices=["full", "320px", "160px"], help="which of its archives to download"
+    )
     q = parsers["subset"]
     q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with train/ and val/")
     number = q.add_mutually_exclusive_group(required=True)
     number.add_argument("--per_class", type=int, metavar="N", help="training images of each class")
     number.add_argument("--percent", type=float, metavar="P", help="share of each class, at least one image")
     q.add_argument("--val_per_class", type=int, metavar="N", help="validation images of each class; default: all")
-    q.add_argument("--seed", default=0, type=int, help="of the choice; a larger subset contains a smaller one")
+    q.add_argument("--seed", default=0, type=int, help="seed of the choice; a larger subset contains a smaller one")
     return p
 
 

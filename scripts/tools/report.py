@@ -34,7 +34,7 @@ HEAD += ("checkpoint (SHA-256)",)
 
 @dataclass
 class Stage:
-    """What a stage's folder tells; None and '' where it does not."""
+    """What a stage's folder says; None and '' where it does not."""
 
     run: str
     name: str
@@ -209,7 +209,7 @@ def read_stages(runs: list[str]) -> list[Stage]:
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             stages.append(stage)
-    # A stage that trains nothing does not tell its row: it is that of the stages beside it.
+    # A stage that trains nothing does not keep its row: it is that of the stages beside it.
     rows = {stage.folder.resolve().parent: stage.run for stage in stages if any(s.get("row") for s in stage.starts)}
     for stage in stages:
         stage.run = rows.get(stage.folder.resolve().parent, stage.run)

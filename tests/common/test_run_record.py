@@ -1,4 +1,4 @@
-"""run.json: what every start of a run tells about itself."""
+"""run.json: what every start of a run says about itself."""
 
 import json
 import os
