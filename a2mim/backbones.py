@@ -37,8 +37,8 @@ def vit(
     global_pool: str = "avg",
     **arch,
 ) -> Beit:
-    """BEiT's ViT with absolute and relative positions; classes are told from the mean of the patch tokens (avg), which
-    a norm of their own follows, or from the normalised class token (token)."""
+    """The ViT of BEiT with absolute and relative positions. A classifier sees the mean of the patch tokens after a
+    norm of its own (global_pool avg), or the class token after the encoder's norm (token)."""
     return Beit(
         img_size=img_size,
         patch_size=patch_size,
@@ -95,7 +95,7 @@ def convnext(
     depths: tuple[int, ...] = (3, 3, 9, 3),
     dims: tuple[int, ...] = (96, 192, 384, 768),
 ) -> ConvNeXt:
-    """ConvNeXt of any image size; classes are told from the normalised mean of the last map."""
+    """ConvNeXt of any image size; a classifier sees the mean of the last map, after a norm."""
     return ConvNeXt(num_classes=num_classes, depths=depths, dims=dims, drop_path_rate=drop_path_rate)
 
 
@@ -132,10 +132,12 @@ def is_convnext(net: Backbone) -> bool:
 
 
 def pieces(net: Backbone) -> list[Piece]:
-    """The encoder as functions to be applied in turn; mask insertion k is what happens after piece k.
+    """The encoder as functions to be applied in turn; a mask token at depth k enters the output of piece k.
 
-    ViT: patch tokens (B, N, D); with class token and positions (B, 1 + N, D); one piece per block, the last one
-    normalised. CNN: stem (and its pooling), then up to before each stage, (B, C, h, w).
+    ResNet: [stem with pooling, layer1, layer2, layer3, layer4], maps (B, C, h, w): depth 3 is the input of layer4.
+    ConvNeXt: [stem, stages 0, 1 and 2, each with the down-sampling after it, stage 3 and norm]: depth k is the input of
+    stage k.
+    ViT: [patches (B, N, D), class token and positions (B, 1 + N, D), block 0, block 1, ..., last block and norm].
     """
     if is_resnet(net):
         return [lambda x: net.maxpool(net.act1(net.bn1(net.conv1(x)))), net.layer1, net.layer2, net.layer3, net.layer4]
@@ -157,7 +159,11 @@ def pieces(net: Backbone) -> list[Piece]:
 
 
 def insertion_stride(backbone: str, mask_layer: int, patch_size: int = 16) -> int:
-    """Pixels per feature at mask insertion `mask_layer` of a backbone of `BACKBONES`; raises ValueError."""
+    """Pixels per feature, along one side, at depth `mask_layer` (see `pieces`) of a backbone of `BACKBONES`.
+
+    Raises:
+        ValueError: there is no such depth.
+    """
     family = getattr(BACKBONES[backbone], "func", None)
     if family in (resnet, convnext) and not 0 <= mask_layer <= 3:
         raise ValueError(f"mask_layer {mask_layer}: expected 0 to 3")
@@ -167,7 +173,7 @@ def insertion_stride(backbone: str, mask_layer: int, patch_size: int = 16) -> in
 
 
 def insertion_channels(net: Backbone, mask_layer: int) -> int:
-    """Channels of the features at mask insertion `mask_layer`; raises ValueError if there is none."""
+    """Channels of the features at depth `mask_layer` (see `pieces`); raises ValueError if there is none."""
     last = len(net.blocks) - 1 if is_vit(net) else 3
     if not 0 <= mask_layer <= last:
         raise ValueError(f"mask_layer {mask_layer}: expected 0 to {last}")
@@ -179,7 +185,7 @@ def insertion_channels(net: Backbone, mask_layer: int) -> int:
 
 @torch.no_grad()
 def init_from_scratch(net: Backbone) -> None:
-    """PyTorch's own weights, of classifiers without pre-training; tokens and positions are zero (as upstream)."""
+    """Initial weights of PyTorch's own layers, for classifiers; tokens and positions are zero (as upstream)."""
     for module in net.modules():
         if hasattr(module, "reset_parameters") and module is not net:
             module.reset_parameters()

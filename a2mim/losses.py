@@ -1,4 +1,18 @@
-"""Losses of masked image modelling: L1 on masked pixels, and A2MIM's spectrum loss (paper eq. 3 to 5)."""
+"""The two losses of A2MIM (arXiv 2205.13943, Fig. 3): L_spa of masked pixels and L_freq, the Fourier loss.
+
+L = L_spa + fft_weight * L_freq. SimMIM has the first alone, as plain L1.
+
+L_spa: the mean over masked pixels of |d|, d = prediction - target. The recipes of CNNs prefer large ones (focal L1).
+L_freq: the figure has the squared difference of two discrete Fourier transforms F. The authors' code differs, and this
+file follows it: visible pixels of the prediction first give way to the mean of prediction and target, without gradient;
+the difference is averaged over the images of one process; its |F(d)| ** 2 are weighed by log(1 + |F(d)|) / max, without
+gradient ("focal"). The recipe of ResNet-101 takes the focal L1 of |F(d)| of every image instead.
+
+No released recipe uses the other options: squared and smooth losses, tanh weights, `residual`, `unmask_weight` above 0,
+fillings other than "mixed", `fft_reweight`.
+
+B batch, C channels, H W pixels, h w grid of the mask.
+"""
 
 from typing import Any
 
@@ -17,8 +31,9 @@ def pixel_loss(
     """Elementwise loss of a difference, as a tensor of its shape.
 
     Args:
-        mode: one of PIXEL_LOSSES; the focal ones are weighted by (2 sigmoid(alpha |d|) - 1) ** gamma, with gradient.
-        activate: sigmoid, or tanh for tanh(alpha |d|) ** gamma. residual: adds the unweighted loss.
+        mode: one of PIXEL_LOSSES; the focal ones are weighed by (2 sigmoid(alpha |d|) - 1) ** gamma, through which the
+            gradient flows, too.
+        activate: sigmoid, or tanh for tanh(alpha |d|) ** gamma. residual: adds the loss without its weight.
     """
     size = difference.abs()
     if mode == "smooth_l1_loss":
@@ -32,18 +47,19 @@ def pixel_loss(
 
 
 class MIMLoss(nn.Module):
-    """Loss of a prediction of masked pixels; keywords as upstream's heads.
+    """Loss of a prediction of masked pixels; keywords as of the authors' heads.
 
     Args:
         type: SimMIMHead is the plain L1 loss on masked pixels and ignores the rest.
-        loss: of a pixel, and of a spectrum's moduli: {"mode": one of PIXEL_LOSSES, "activate", "alpha", "gamma",
-            "residual", "loss_weight"}.
+        loss: of a pixel's difference, and of a frequency's without fft_focal: {"mode": one of PIXEL_LOSSES, "activate",
+            "alpha", "gamma", "residual", "loss_weight"}.
         unmask_weight: weight of visible pixels in the spatial loss.
-        fft_weight: of the spectrum loss; 0 leaves it out.
-        fft_focal: focal frequency loss of the batch's mean spectrum, else `loss` of each image's moduli.
-        fft_unmask_weight: share of the prediction in visible pixels before the transform, the rest is
-        fft_unmask_replace: target, prediction (without gradient), mixed (the mean of both), or mean (of each channel).
-        fft_reweight: weigh the moduli's losses by themselves.
+        fft_weight: weight of the Fourier loss; 0 leaves it out.
+        fft_focal: the focal frequency loss of the batch's mean difference, else `loss` of every image's |F(d)|.
+        fft_unmask_weight: share of the prediction that stays at visible pixels before the transform.
+        fft_unmask_replace: what the rest is: target, prediction (without gradient), mixed (the mean of both, prediction
+            without gradient), or mean (the image's mean colour).
+        fft_reweight: without fft_focal, multiply every frequency's loss by its own value, without gradient.
     """
 
     def __init__(
@@ -86,24 +102,29 @@ class MIMLoss(nn.Module):
         with torch.autocast(pred.device.type, enabled=False):
             target, pred = target.float(), pred.float()
             mask = _to_image(mask, target.shape[-2:]).float()
-            spatial = self._spatial(pred - target, mask)
-            freq = self._spectral(target, pred, mask) if self.fft_weight else spatial.new_zeros(())
+            spatial = self._spatial_loss(pred - target, mask)
+            freq = self._fourier_loss(target, pred, mask) if self.fft_weight else spatial.new_zeros(())
         return {"loss": spatial + self.fft_weight * freq, "loss_spatial": spatial, "loss_freq": freq}
 
     def _pixel(self, difference: Tensor) -> Tensor:
         loss = pixel_loss(difference, **self.pixel)
         return loss if self.loss_weight == 1 else loss * self.loss_weight
 
-    def _spatial(self, difference: Tensor, mask: Tensor) -> Tensor:
+    def _spatial_loss(self, difference: Tensor, mask: Tensor) -> Tensor:
+        """L_spa, (): of differences (B, 3, H, W) and a mask (B, 1, H, W)."""
         weight = mask + (1 - mask) * self.unmask_weight if self.unmask_weight else mask
         return (self._pixel(difference) * weight).sum() / (weight.sum() + 1e-5) / self.channels
 
-    def _spectral(self, target: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """By linearity the difference of two spectra is the spectrum of the difference: one transform."""
-        difference = pred - target
+    def _fourier_loss(self, target: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """L_freq, (). The difference of two spectra is the spectrum of the difference: one transform is enough.
+
+        Args:
+            target, pred: (B, 3, H, W). mask: (B, 1, H, W), 1 = masked.
+        """
+        difference = pred - target  # (B, 3, H, W)
         if self.fft_unmask_weight < 1:
             share = mask + (1 - mask) * self.fft_unmask_weight
-            filling = {
+            filling = {  # what the difference becomes where the prediction gives way
                 "target": lambda: 0.0,
                 "prediction": lambda: difference.detach(),
                 "mixed": lambda: 0.5 * difference.detach(),
@@ -111,13 +132,13 @@ class MIMLoss(nn.Module):
             }[self.fft_unmask_replace]()
             difference = difference * share + filling * (1 - share)
         if self.fft_focal:
-            spectrum = torch.fft.rfft2(difference.mean(dim=0), norm="ortho")
-            power = spectrum.real.square() + spectrum.imag.square()
-            size = (power.detach().sqrt() + 1).log()
+            spectrum = torch.fft.rfft2(difference.mean(dim=0), norm="ortho")  # (3, H, W // 2 + 1), complex
+            power = spectrum.real.square() + spectrum.imag.square()  # |F(d)|^2
+            size = (power.detach().sqrt() + 1).log()  # the weights get no gradient
             weight = (size / size.max()).nan_to_num(0.0).clamp(0, 1)
             loss = weight * power
         else:
-            loss = self._pixel(torch.fft.rfft2(difference, norm="ortho").abs())
+            loss = self._pixel(torch.fft.rfft2(difference, norm="ortho").abs())  # (B, 3, H, W // 2 + 1)
             if self.fft_reweight:
                 loss = loss.detach() * loss
         return _spectrum_mean(loss, target.shape[-1])

@@ -1,4 +1,8 @@
-"""Random masks in blocks of pixels, and the filling of masked pixels by an image's mean colour."""
+"""Random masks in blocks of pixels, and masked pixels that take the mean colour of their image.
+
+A2MIM (arXiv 2205.13943), Fig. 3: masked pixels are filled with the image's mean RGB. Training draws masks where it
+reads images (`BlockwiseMaskGenerator.mask`) and fills on the device (`fill_mean`).
+"""
 
 from typing import Any
 
@@ -22,7 +26,7 @@ def mask_to_pixels(mask: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def fill_mean(imgs: Tensor, mask: Tensor) -> Tensor:
-    """Set masked pixels to their image's mean colour over all pixels, the masked ones included.
+    """Set masked pixels to the mean colour of their image, over all its pixels, the masked ones included.
 
     Args:
         imgs: (..., C, H, W) float. mask: (..., h, w), 1 = masked; H, W are multiples of h, w.

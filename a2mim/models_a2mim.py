@@ -1,6 +1,14 @@
-"""A2MIM and SimMIM: a backbone that sees a mask token at one depth, a linear decoder, a loss; and the classifier.
+"""A2MIM and SimMIM: an encoder that meets a mask token at one depth, a linear decoder, a loss; and the classifier.
 
-B batch, C channels, D width, H W pixels, h w grid of features, K classes, s stride of the encoder.
+A2MIM (arXiv 2205.13943), Fig. 3, from left to right: masked pixels take the image's mean colour (before the network,
+`engine_pretrain.reconstruct`); a learnable mask token is added to the masked features at one depth
+(`MaskedImageModel._insert`); one linear layer predicts all pixels (`MaskedImageModel.forward`); pixels and spectra are
+compared (`losses.MIMLoss`). The table in `MaskedImageModel` says what SimMIM does instead.
+
+The gate gamma comes from the authors' recipes named "init", not from the figure. No released recipe uses the other
+options: tokens that are frozen or means, `mask_detach`, `residual` and a `kernel_size` above 1.
+
+B batch, C channels, D width, H W pixels, h w grid of features, N patch tokens, K classes, s stride of the encoder.
 """
 
 from typing import Any
@@ -25,17 +33,34 @@ MASK_TOKENS = ("learnable", "zero", "randn", "mean", "instance_mean", "none")
 
 
 class MaskedImageModel(nn.Module):
-    """Masked image modelling with any backbone (paper sec. 4).
+    """Masked image modelling with any backbone (A2MIM, arXiv 2205.13943, Fig. 3).
+
+    SimMIM is the same class with other settings, here those of the authors' recipes (flags of main_pretrain.py):
+
+    |                                | SimMIM                          | A2MIM                                      |
+    |--------------------------------|---------------------------------|--------------------------------------------|
+    | masked pixels (--mask_color)   | stay as they are: zero          | take the image's mean colour: mean         |
+    | mask token (--mask_replace)    | replaces the features: true     | is added to them: false                    |
+    |                                | (ConvNeXt, too, adds it: false) |                                            |
+    | its depth (--mask_layer)       | 0                               | ViT 0; CNN 3, the input of the last stage  |
+    | gate gamma (--mask_init)       | none: 0                         | CNN recipes named "init": starts at 1e-6   |
+    | loss of pixels (--loss)        | L1                              | ViT L1; CNN focal L1                       |
+    | loss of spectra (--fft_weight) | none: 0                         | ViT 0.1; ResNet-50 0.5, -101 0.1; others 0 |
 
     Args:
         encoder: a backbone without classes.
-        mask_layer: depth at which masked positions get the mask token (`backbones.pieces`).
+        loss: compares the prediction with the target.
+        mask_layer: depth at which masked positions get the mask token, an index into `backbones.pieces`: 0 to 3 are the
+            outputs of [stem, layer1, layer2, layer3] of a ResNet.
         mask_token: learnable, zero or randn (frozen), mean (of the batch), instance_mean (of each image), or none.
-        mask_init: above 0, masked features are scaled by a learnt gamma that starts there, where the token is added.
-        mask_replace: put the token in the features' place instead of adding it.
-        mask_detach: no gradient through the masked features.
-        loss: of the prediction. residual: add each channel's mean of the target to the prediction.
-        kernel_size: of the decoder, odd. method: a2mim or simmim; it names the decoder's weights.
+        mask_init: above 0, masked features are first scaled by a learnt gamma per channel that starts at this value;
+            only where the token is added.
+        mask_replace: put the token in the place of the features instead of adding it.
+        mask_detach: stop the gradient into the layers below at masked positions.
+        residual: add the mean colour of the target to the prediction.
+        kernel_size: of the decoder, odd.
+        method: a2mim or simmim. In this class it only says under which name checkpoints hold the decoder (OpenMixup's
+            neck.decoder_pred or neck.decoder); --method of main_pretrain.py also chooses loss and target.
         channels_last: memory layout of a CNN, the faster one on GPUs.
     Raises:
         ValueError: an unknown token, or no such depth.
@@ -86,23 +111,29 @@ class MaskedImageModel(nn.Module):
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def _insert(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Give masked features the token: x is (B, C, h, w), or (B, N, D) of patch tokens."""
+        """Give masked features the mask token.
+
+        Added: x (1 - m) + gamma x m + token m, gamma being 1 if there is none. In their place: x (1 - m) + token m.
+        Args:
+            x: (B, C, h, w) of a CNN, or (B, N, D), patch tokens of a ViT. mask m: (B, h, w), 1 = masked.
+        """
         tokens = x.ndim == 3
         if (mask[0].numel() != x.shape[1]) if tokens else (mask.shape[1:] != x.shape[2:]):
             raise ValueError(f"a mask of {tuple(mask.shape[1:])} cells does not fit features {tuple(x.shape)}")
-        mask = (mask.flatten(1)[..., None] if tokens else mask[:, None]).to(x.dtype)
+        mask = (mask.flatten(1)[..., None] if tokens else mask[:, None]).to(x.dtype)  # (B, N, 1) or (B, 1, h, w)
         if self.mask_mode == "none":
             return x
-        token = self._token(x)
+        token = self._token(x)  # (1, 1, D) or (1, C, 1, 1), of instance_mean B instead of the first 1
         if self.mask_replace:
             return x * (1 - mask) + token * mask
-        if self.mask_detach:
+        if self.mask_detach:  # an option: what stands at masked positions does not train the layers below
             x = x * (1 - mask) + x.detach() * mask
         if self.mask_gamma is not None:
             x = x * (1 - mask) + (x * mask) * self.mask_gamma
         return x + token * mask
 
     def _token(self, x: Tensor) -> Tensor:
+        """The mask token; the two kinds of means are made of the features x."""
         positions = (1,) if x.ndim == 3 else (2, 3)
         if self.mask_mode == "instance_mean":
             return x.mean(dim=positions, keepdim=True)
@@ -112,18 +143,18 @@ class MaskedImageModel(nn.Module):
         return self.mask_token
 
     def encode(self, img: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images whose features are masked at one depth.
+        """Encode images whose features get the mask token at depth `mask_layer`.
 
         Args:
-            img: (B, 3, H, W). mask: (B, h', w') of the grid at that depth, 1 = masked.
+            img: (B, 3, H, W). mask: (B, h', w') on the grid of the features at that depth, 1 = masked.
         Returns:
             latent: (B, C, h, w). mask_out: the features just after the insertion.
         Raises:
-            ValueError: the mask is of another grid.
+            ValueError: the mask is on another grid.
         """
         x, mask_out = img, img
         for depth, piece in enumerate(pieces(self.encoder)):
-            x = piece(x)
+            x = piece(x)  # (B, C, h', w') or (B, N, D), from depth 1 on (B, 1 + N, D)
             if depth == self.mask_layer:
                 if is_vit(self.encoder) and depth > 0:  # the class token is never masked
                     x = torch.cat([x[:, :1], self._insert(x[:, 1:], mask)], dim=1)
@@ -132,14 +163,14 @@ class MaskedImageModel(nn.Module):
                 mask_out = x
         if is_vit(self.encoder):
             grid = self.encoder.patch_embed.grid_size
-            x = x[:, 1:].transpose(1, 2).unflatten(2, grid)
+            x = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w), without the class token
         return x, mask_out
 
     def forward(self, img: Tensor, mask: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """Reconstruct masked pixels.
 
         Args:
-            img: (B, 3, H, W), normalised. mask: (B, h', w') of the grid at `mask_layer`, 1 = masked.
+            img: (B, 3, H, W), normalised. mask: (B, h', w') on the grid at `mask_layer`, 1 = masked.
             target: (B, 3, H, W), the images to reconstruct; default: img.
         Returns:
             loss, loss_spatial, loss_freq: (). pred: (B, 3, H, W). latent: (B, C, h, w). mask_out: see `encode`.
@@ -147,18 +178,18 @@ class MaskedImageModel(nn.Module):
         target = img if target is None else target
         if self.channels_last:
             img = img.contiguous(memory_format=torch.channels_last)
-        latent, mask_out = self.encode(img, mask)
-        pred = F.pixel_shuffle(self.decoder(latent), self.stride)
+        latent, mask_out = self.encode(img, mask)  # (B, C, h, w)
+        pred = F.pixel_shuffle(self.decoder(latent), self.stride)  # (B, 3 s s, h, w) -> (B, 3, H, W)
         if self.residual:
             pred = pred + target.mean(dim=(2, 3), keepdim=True)
         return {**self.loss(target, pred, mask), "pred": pred, "latent": latent, "mask_out": mask_out}
 
 
 class Classifier(nn.Module):
-    """A backbone with classes.
+    """A backbone with classes, for fine-tuning and probing.
 
     Args:
-        net: timm's network. fp32_encoder: keep all but the last layer out of autocast (as upstream).
+        net: a network of timm. fp32_encoder: keep all but the last layer out of autocast (as upstream).
         channels_last: as in `MaskedImageModel`.
     """
 
@@ -169,7 +200,7 @@ class Classifier(nn.Module):
         init_from_scratch(net)
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C), what the last layer sees."""
+        """(B, 3, H, W) -> (B, C), the input of the last layer."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         autocast = torch.is_autocast_enabled(x.device.type) and not self.fp32_encoder

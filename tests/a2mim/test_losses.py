@@ -121,7 +121,7 @@ def test_one_transform_is_as_good_as_two(name, size, grid):
     spatial, freq = literal(head, x, p, mask)
     (expected,) = torch.autograd.grad(spatial + 0.4 * freq, p)
     loss, m = MIMLoss(**head), as_image(mask, x)
-    own = loss._spatial(p - x, m), loss._spectral(x, p, m)
+    own = loss._spatial_loss(p - x, m), loss._fourier_loss(x, p, m)
     (grad,) = torch.autograd.grad(own[0] + 0.4 * own[1], p)
     assert_close(own[0], spatial, rtol=1e-12, atol=0)
     assert_close(own[1], freq, rtol=1e-12, atol=0)
