@@ -32,7 +32,7 @@ STUB = '#!/bin/sh\n{ printf python; for word; do printf " %s" "$word"; done; ech
 @pytest.fixture
 def parse(monkeypatch, tmp_path) -> Callable[[Command], None]:
     """Parse a command as its program would; fails where that complains, or there is no such program."""
-    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("sys.argv", ["pytest"])
     for module in ("common.distributed", "common.distributed.command"):
         monkeypatch.setattr(f"{module}.run", lambda main, args: args() if callable(args) else args)
 
