@@ -12,8 +12,9 @@ from torch import nn
 from cae import main_finetune
 from cae.engine_finetune import evaluate_checkpoint, fit
 from cae.files import resume_path, run_files
+from cae.lars import LARS
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
-from common import datasets, distributed, lr_decay, lr_sched
+from common import datasets, distributed, lr_sched
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -78,9 +79,9 @@ def add_probe(model: VisionTransformer) -> nn.Sequential:
     return head
 
 
-def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> lr_decay.LARS:
+def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> LARS:
     """LARS on the head's parameters."""
-    return lr_decay.LARS(head.parameters(), lr=lr, weight_decay=args.weight_decay)
+    return LARS(head.parameters(), lr=lr, weight_decay=args.weight_decay)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ from timm.optim.lookahead import Lookahead
 from torch import Tensor, nn
 
 from cae import main_finetune, main_pretrain, optim
+from cae.lars import LARS
 from cae.models_cae import ContextAutoencoderViT
 from cae.models_vit import VisionTransformer
 from common import distributed
-from common.lr_decay import LARS
 from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
 from tests.support.runs import CPU
 
@@ -53,6 +53,26 @@ def test_lars(path):
         optimizer.step()
         for name, param in params.items():
             assert_close(param, ref[f"out/{name}{step}"], **tolerance(ref), what=f"{name} {step}")
+
+
+@golden_files("saim", "lars")
+def test_lars__as_in_saims_repository(path):
+    ref = load_golden(path)
+    params = {name: nn.Parameter(ref[f"in/{name}"]) for name in ("w", "b")}
+    optimizer = LARS(params.values(), **ref.meta["hp"])
+    for step in range(len(ref["in/gw"])):
+        for name, param in params.items():
+            param.grad = ref[f"in/g{name}"][step]
+        optimizer.step()
+        for name, param in params.items():
+            assert_close(param, ref[f"out/{name}"][step], rtol=0, atol=1e-6, what=f"{name} {step}")
+
+
+def test_lars_leaves_a_zero_weight_to_plain_momentum():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.ones(2, 2)
+    LARS([weight], lr=0.1).step()
+    assert_close(weight, torch.full((2, 2), -0.1), rtol=0, atol=1e-7)
 
 
 # ---- updates by name, against formulas

@@ -1,12 +1,11 @@
 """Layer ids, the no-decay rule and the order of the groups."""
 
 import pytest
-import torch
 from torch import nn
 
-from common.lr_decay import LARS, decay_groups, layer_decay_groups, vit_layer_id
+from common.lr_decay import decay_groups, layer_decay_groups, vit_layer_id
 from saim.models_vit import VisionTransformer
-from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import golden_files, load_golden
 
 
 @golden_files("cae", "layer_decay_base", ".json")
@@ -51,23 +50,3 @@ def test_biases_and_vectors_are_exempt():
     exempt, decayed = decay_groups(net, 0.3)
     assert [len(exempt["params"]), len(decayed["params"])] == [3, 1]
     assert (exempt["weight_decay"], decayed["weight_decay"]) == (0.0, 0.3)
-
-
-@golden_files("saim", "lars")
-def test_lars(path):
-    ref = load_golden(path)
-    params = {name: nn.Parameter(ref[f"in/{name}"]) for name in ("w", "b")}
-    optimizer = LARS(params.values(), **ref.meta["hp"])
-    for step in range(len(ref["in/gw"])):
-        for name, param in params.items():
-            param.grad = ref[f"in/g{name}"][step]
-        optimizer.step()
-        for name, param in params.items():
-            assert_close(param, ref[f"out/{name}"][step], rtol=0, atol=1e-6, what=f"{name} {step}")
-
-
-def test_lars_leaves_a_zero_weight_to_plain_momentum():
-    weight = nn.Parameter(torch.zeros(2, 2))
-    weight.grad = torch.ones(2, 2)
-    LARS([weight], lr=0.1).step()
-    assert_close(weight, torch.full((2, 2), -0.1), rtol=0, atol=1e-7)
