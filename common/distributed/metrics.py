@@ -1,4 +1,4 @@
-"""Meters that never stall the device, progress on the console, log.txt and TensorBoard."""
+"""Meters that never stall the device, progress on the console, log.txt, progress.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -24,6 +24,7 @@ from common.distributed.process import agree, all_sum, gather, is_main, log, mai
 
 Batch = TypeVar("Batch")
 WINDOW = 20  # steps of the running median, as upstream
+FIRST_STEPS = 20  # of a run, which have a line each in progress.jsonl
 
 
 @dataclass
@@ -53,11 +54,40 @@ def hardware() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+def resident_bytes(peak: bool = False) -> int:
+    """Memory of this process now, or its peak (Linux: since it was last reset)."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS counts bytes, and says the peak only
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: on a GPU of its tensors, on a CPU of everything."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes(peak=True)
+
+
+def progress_name(log: str) -> str:
+    """The progress file beside a log: log.txt -> progress.jsonl, x.log.txt -> x.progress.jsonl."""
+    return log.removesuffix("log.txt") + "progress.jsonl"
+
+
+def finite(stats: dict[str, Any]) -> dict[str, Any]:
+    """The values for JSON, which has no NaN and no infinity: they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
+
+
 class RunLog:
-    """log.txt (one JSON object per epoch) and TensorBoard events of a run; rank 0 writes.
+    """log.txt (one JSON object per epoch), progress.jsonl and TensorBoard events of a run; rank 0 writes.
 
     Beside log.txt, run.json has an entry for every start of the run that trained: command, processes, hardware, torch,
-    time.
+    time. progress.jsonl, named like the log, has a JSON object for each of the first 20 steps and then for each report.
+    It says what the steps since the line before it did: epoch, step (how many are done, of `steps`), seconds since the
+    start of this run, images_per_second of all processes, data (seconds per step that rank 0 waited for images),
+    memory (rank 0's peak in bytes), and the means of the meters on rank 0. On a GPU the seconds of single steps are
+    the host's, which runs ahead; they are right at reports. A resumed run goes on at the end of the file: its seconds
+    begin at 0 again, and a step that the ended run had done but not saved has two lines, of which the later counts.
 
     Args:
         folder: of the log; '' writes none. events: of the TensorBoard events, if another.
@@ -82,6 +112,8 @@ class RunLog:
         self.ticks = ticks
         self._earlier: list[dict[str, Any]] | None = None  # starts before this one
         self._begun = time.time()
+        self._clock = time.perf_counter()
+        self.lines = 0  # of progress.jsonl, by this start
         if folder or events:
             main_does(lambda: self._open(events or folder, start, keep))
 
@@ -108,17 +140,26 @@ class RunLog:
 
     def epoch(self, stats: dict[str, Any]) -> None:
         """Append one line to log.txt; numbers that JSON cannot hold become null. Collective."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
 
         def append() -> None:
             if self.path is not None:
                 with self._written(), open(self.path, "a") as file:
-                    file.write(json.dumps(finite) + "\n")
+                    file.write(json.dumps(finite(stats)) + "\n")
             if self.writer is not None:
                 self.writer.flush()
             self.record()
 
         main_does(append)
+
+    def progress(self, now: float, values: dict[str, Any]) -> None:
+        """Append one line to progress.jsonl; `now`: by time.perf_counter()."""
+        self.lines += 1
+        if self.path is None or not is_main():
+            return
+        line = json.dumps(finite({"seconds": round(now - self._clock, 4), **values}))
+        # A full disk ends the run where all ranks learn of it: at its log or checkpoint.
+        with contextlib.suppress(OSError), open(self.path.with_name(progress_name(self.path.name)), "a") as file:
+            file.write(line + "\n")
 
     def record(self) -> None:
         """Bring this start's entry in run.json up to date; for rank 0 alone. A damaged file is begun anew."""
@@ -177,6 +218,7 @@ class EpochLog:
         self._totals = {k: list(v) for k, v in self._earlier.items()}  # running sum and count by name
         self._pending: list[tuple[int, bool, dict[str, Any]]] = []  # step, whether it completed an update, values
         self._records: list[tuple[int, dict[str, float]]] = []
+        self._times: list[tuple[int, float, float, float]] = []  # step, begin, wait and end, until they have a line
         self._text = ""
 
     def update(self, step: int, updated: bool = True, **values: Tensor | float | None) -> None:
@@ -220,12 +262,16 @@ class EpochLog:
         begun = last = time.perf_counter()
         waited = 0.0
         for step, batch in enumerate(self._guarded(batches), self.start):
-            waited += time.perf_counter() - last
+            asked, wait = last, time.perf_counter() - last
+            waited += wait
             yield step, batch
             report = (step + 1) % self.print_freq == 0 or step + 1 == self.total
             if report or self.device.type == "cpu":
                 self._flush()
             last = time.perf_counter()
+            self._times.append((step, asked, wait, last))
+            if report or self.device.type == "cpu":
+                self._write_progress(report)
             if report or terminal:
                 done = step + 1 - self.start
                 seconds = (last - begun) / done
@@ -244,7 +290,25 @@ class EpochLog:
             yield from batches
         except Exit:
             self._flush()
+            self._write_progress(True)
             raise
+
+    def _write_progress(self, report: bool) -> None:
+        """A line of progress.jsonl for each of the run's first steps; at a report, one for all since the last line."""
+        while self._times and (report or self.run_log.lines < FIRST_STEPS):
+            count = 1 if self.run_log.lines < FIRST_STEPS else len(self._times)
+            done, self._times = self._times[:count], self._times[count:]
+            (first, begun, _, _), (last, _, _, end) = done[0], done[-1]
+            sums: dict[str, list[float]] = {}
+            for step, values in reversed(self._records):
+                if step < first:
+                    break
+                if step <= last:
+                    _add(sums, values)
+            rate = self.images * world_size() * count / (end - begun)
+            line = {"epoch": self.epoch, "step": last + 1, "steps": self.total, "images_per_second": round(rate, 4)}
+            line |= {"data": round(sum(wait for _, _, wait, _ in done) / count, 6), "memory": peak_memory(self.device)}
+            self.run_log.progress(end, line | {name: total / n for name, (total, n) in sums.items()})
 
     def _describe(self, seconds: float, data: float) -> str:
         parts = []
@@ -256,11 +320,7 @@ class EpochLog:
             elif recent:
                 parts.append(f"{name}: {statistics.median(recent):.4f} ({total / count:.4f})")
         parts.append(f"{self.images * world_size() / seconds:.1f} images/s  time: {seconds:.4f}  data: {data:.4f}")
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        parts.append(f"max mem: {memory:.0f} MB")
+        parts.append(f"max mem: {peak_memory(self.device) / 2**20:.0f} MB")
         return "  ".join(parts)
 
     def boundary(self, step: float = math.inf) -> int:

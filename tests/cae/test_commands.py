@@ -198,7 +198,7 @@ def test_commands__train_what_they_should(runs, folder):
 
 
 def test_files__have_upstreams_names(runs, folder):
-    always = {"checkpoint.pth", "log.txt", "run.json"}
+    always = {"checkpoint.pth", "log.txt", "progress.jsonl", "run.json"}
     expected = {
         "pretrain": {f"{NAME}_checkpoint-1.pth"},
         "attentive": {"_checkpoint-1.pth", "_checkpoint-2.pth", "checkpoint-best.pth"},

@@ -174,17 +174,16 @@ def test_non_finite_value_comes_before_a_stop():
 
 
 def test_tensorboard_gets_updates_only():
-    class Tags:
-        ticks = 1000
-
+    class Tags(distributed.RunLog):
         def __init__(self):
+            super().__init__("")
             self.steps = []
 
         def scalars(self, values, step):
             self.steps.append((step, values))
 
     tags = Tags()
-    log = distributed.EpochLog("", 4, 1, torch.device("cpu"), run_log=tags, tags={"loss": "l"})  # type: ignore[arg-type]
+    log = distributed.EpochLog("", 4, 1, torch.device("cpu"), run_log=tags, tags={"loss": "l"})
     for step, _ in log.steps(range(4)):
         log.update(step, step % 2 == 1, loss=float(step))
     assert tags.steps == [(250, {"l": 1.0}), (750, {"l": 3.0})]

@@ -123,7 +123,8 @@ def test_files__have_upstreams_names(runs, folder):
     for stage, latest in LATEST.items():
         numbered = {f"{NAMES[stage]}.0000.pth"} if stage == "pretrain" else set()
         found = {path.name for path in (folder / stage).iterdir()} - {f"{latest}-previous.pth"}
-        assert found == {f"{latest}.pth", f"{NAMES[stage]}.log.txt", "run.json"} | numbered
+        logs = {f"{NAMES[stage]}.log.txt", f"{NAMES[stage]}.progress.jsonl", "run.json"}
+        assert found == {f"{latest}.pth"} | logs | numbered
         assert [path.name for path in (folder / f"{stage} logs").iterdir()] == [NAMES[stage]]
 
 
