@@ -44,7 +44,7 @@ from common.distributed import check_ranges
 from common.distributed.process import LAUNCHERS
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED_RUN = ROOT / "scripts" / "lib" / "measured_run.py"
+MEASURED_RUN = ROOT / "scripts" / "tools" / "measured_run.py"
 SAMPLED = 200  # images that are read by default
 PACKAGES = ("torch", "torchvision", "timm", "numpy")  # whose versions are shown; all requirements are compared
 NETWORK = ("model", "arch", "backbone")  # flags that name it
