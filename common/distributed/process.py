@@ -74,21 +74,49 @@ LAUNCHERS = (
 )
 
 
+MOST = 10**6  # processes of a job
 ALONE = "(a single one is started by RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 python ...)"
 
 
+def _number(name: str, low: int, high: int) -> int:
+    """A whole number of the environment, which a launcher or the user has set."""
+    text = os.environ[name].strip()
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise UserError(f"{name}={text}: expected a whole number, {low} to {high}")
+    return int(text)
+
+
+def _first_node() -> str:
+    """The address of the first node of a SLURM job; this machine without one."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "localhost")
+    names = nodes
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
+    first = names.split()[0] if names.split() else ""
+    if not first or "[" in first:
+        raise UserError(f"SLURM_JOB_NODELIST={nodes}: its first node is not known; set MASTER_ADDR to that node's name")
+    return first
+
+
 def _rendezvous() -> tuple[int, int, int]:
-    """Rank, world size and local rank; sets MASTER_ADDR and MASTER_PORT where they are missing."""
+    """Rank, world size and local rank; sets MASTER_ADDR and MASTER_PORT where they are missing.
+
+    Raises:
+        UserError: a variable of the launcher is no number, or out of range.
+    """
     env = os.environ
+    if env.get("RANK") and env.get("WORLD_SIZE") and "LOCAL_RANK" not in env:  # set by hand, or by a cluster's operator
+        env["LOCAL_RANK"] = str(_number("RANK", 0, MOST) % max(1, torch.cuda.device_count()))
     for names in LAUNCHERS:
         if all(name in env for name in names):
-            own_rank, world, local = (int(env[name]) for name in names)
-            if world > 1 and "MASTER_ADDR" not in env:
-                nodes = env.get("SLURM_JOB_NODELIST", "localhost")
-                with contextlib.suppress(OSError, subprocess.CalledProcessError):
-                    nodes = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
-                env["MASTER_ADDR"] = nodes.split()[0]
-            env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
+            world = _number(names[1], 1, MOST)
+            own_rank, local = _number(names[0], 0, world - 1), _number(names[2], 0, world - 1)
+            if world > 1 and not env.get("MASTER_ADDR"):
+                env["MASTER_ADDR"] = _first_node()
+            if not env.get("MASTER_PORT"):
+                job = _number("SLURM_JOB_ID", 0, MOST**2) if env.get("SLURM_JOB_ID") else 0
+                env["MASTER_PORT"] = str(29500 + job % 1000)
+            _number("MASTER_PORT", 1, 65535)
             # A batch script sees the variables that are meant for srun's processes, too.
             if world > 1 and own_rank == 0 and names[0] != "RANK":
                 where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
