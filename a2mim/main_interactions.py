@@ -134,7 +134,7 @@ def open_images(args: argparse.Namespace) -> Any:
     root, name = Path(args.data_path), args.dataset if "/" in args.dataset else ""
     if args.dataset not in ("cifar10", "imagenet") and not name:
         raise UserError(f"--dataset {args.dataset}: expected cifar10, imagenet, or timm's, such as torch/cifar10")
-    folders = (root / "val").is_dir() or any(p.suffix.lower() in datasets.IMG_EXTENSIONS for p in root.glob("*/*"))
+    folders = (root / "val").is_dir() or any(p.suffix.lower() in datasets.ENDINGS for p in root.glob("*/*"))
     if args.dataset == "cifar10" and not folders:
         name = "torch/cifar10"
     images = datasets.image_dataset(args.data_path, train=False, name=name, direct=not (root / "val").is_dir())

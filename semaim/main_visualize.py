@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import datasets, distributed
 from common.distributed import UserError
@@ -100,7 +99,7 @@ def chosen_images(given: list[str], number: int, seed: int) -> list[str]:
         folder = Path(path, "val") if Path(path, "val").is_dir() else Path(path)
         try:
             classes = [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]
-            found = [[str(f) for f in sorted(c.iterdir()) if f.suffix.lower() in IMG_EXTENSIONS] for c in classes]
+            found = [[str(f) for f in sorted(c.iterdir()) if f.suffix.lower() in datasets.ENDINGS] for c in classes]
         except OSError as error:
             raise UserError(f"--images {path}: cannot be read ({error.strerror})") from error
         samples = [(f, i) for i, own in enumerate(found[:1] if found[0] else found) for f in own]

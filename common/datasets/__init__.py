@@ -1,14 +1,7 @@
-"""Images and batches: images (data sets), transforms, loader (batches that depend on seed, epoch and index only)."""
+"""Images and batches: folders (which files), images (data sets), transforms, loader (repeatable batches)."""
 
-from common.datasets.images import (
-    IMG_EXTENSIONS,
-    ListedImages,
-    UnlabelledImages,
-    check_classes,
-    image_dataset,
-    read_image,
-    to_rgb,
-)
+from common.datasets.folders import ENDINGS, UnlabelledImages
+from common.datasets.images import ListedImages, check_classes, image_dataset, read_image, to_rgb
 from common.datasets.loader import (
     Loader,
     add_flags,

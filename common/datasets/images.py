@@ -1,6 +1,5 @@
 """Data sets of (PIL image, class index): folders, lists of files, and those of timm's factory."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,38 +7,41 @@ import numpy as np
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common.distributed import UserError, on_main_first
+from common.datasets.folders import ClassFolders, read_folder, split_folder
+from common.distributed import UserError, log, on_main_first
 
+_CONSTANT: set[str] = set()  # images of this process that a warning has named
 TIMM_READERS = ("torch", "wds", "hfds", "hfids", "tfds")
 
 
 def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to return what they are given
-    """The image in 8-bit RGB; Pillow alone would clip 16-bit greyscale, which would be white nearly everywhere."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    """The image in 8-bit RGB.
+
+    Deeper greyscale is scaled from the range that its format can hold, never stretched to what an image uses: 16 bits
+    from 0 to 65535 (PGM from its header's maximum), 32-bit integers from 0 to 2**31 - 1, floats from 0 to 1.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image.convert("RGB")
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = (np.nan_to_num(values).clip(0, 1) * 255).round()
+    else:  # Pillow scales PGM to 16 bits, which it keeps in 32, as older versions of it do with PNG
+        bits = 16 if image.mode != "I" or image.format in ("PPM", "PNG") else 31
+        values = values.clip(0) >> (bits - 8)
+    grey = values.astype(np.uint8)
+    name = getattr(image, "filename", "")
+    if grey.min() == grey.max() and np.ptp(np.asarray(image)) > 0 and name not in _CONSTANT:
+        _CONSTANT.add(name)
+        what = f"{name or 'an image'} ({image.mode}) becomes a single grey, {grey.min()}"
+        log(f"WARNING: {what}; scale its values to the range of its format")
+    return Image.fromarray(grey).convert("RGB")
 
 
 def read_image(path: str | Path) -> Any:
     """An image file as 8-bit RGB; raises what Pillow raises."""
     with Image.open(path) as image:
         return to_rgb(image)
-
-
-class UnlabelledImages(Dataset):
-    """Images directly in one folder, class 0."""
-
-    def __init__(self, root: Path):
-        self.samples = [(str(p), 0) for p in sorted(root.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.samples[index][0]), 0
 
 
 class ListedImages(Dataset):
@@ -54,7 +56,7 @@ class ListedImages(Dataset):
     def __init__(self, path: Path, *roots: Path, labelled: bool = True):
         form = "'<path> <class index>'" if labelled else "'<path>'"
         try:
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is no UTF-8 text, expected lines {form}") from error
         rows = [line.rsplit(maxsplit=1) if labelled else [line, "0"] for line in lines]
@@ -85,44 +87,36 @@ def image_dataset(
     batch_size: int = 1,
     lists: bool = False,
     direct: bool = False,
+    skip: str = "",
 ) -> Any:
     """The training or validation images of a run.
 
     Args:
         data_path: folder with train/ and val/, each <class>/<image>.
-        labelled: False (pre-training) also takes images without class folders, and all of data_path if it has neither
-            train/ nor val/.
+        labelled: False (pre-training) takes all images below train/, or below data_path if it has neither train/ nor
+            val/, whatever the folders in it.
         name: "" for folders, else a data set of timm's factory (torch/cifar10, wds/..., hfds/...) kept in data_path.
         split: the factory's split, default train or validation. batch_size: whole batches of it are streamed.
         lists: go by the files train.txt and val.txt of data_path where both exist.
-        direct: data_path itself holds the class folders.
+        direct: data_path itself holds the class folders. skip: a folder that is not read, such as the run's output.
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """
     if name:
         return _timm_dataset(name, data_path, train, split, batch_size)
-    root = Path(data_path) / ("train" if train else "val")
-    if not Path(data_path).is_dir():
+    folder = Path(data_path)
+    if not folder.is_dir():
         raise UserError(f"--data_path {data_path}: no such folder")
-    if direct or not (labelled or any((Path(data_path) / split).is_dir() for split in ("train", "val"))):
-        root = Path(data_path)
-    if lists and all((Path(data_path) / f"{name}.txt").is_file() for name in ("train", "val")):
-        return ListedImages(root.with_suffix(".txt"), root, Path(data_path))
+    root = split_folder(folder, "train" if train else "val")
+    if direct or not (labelled or any(split_folder(folder, split).is_dir() for split in ("train", "val"))):
+        root = folder
+    if lists and all((folder / f"{split}.txt").is_file() for split in ("train", "val")):
+        return ListedImages(folder / ("train.txt" if train else "val.txt"), root, folder)
     if not root.is_dir():
         raise UserError(f"--data_path {data_path}: has no folder {root.name}/, expected {root}/<class>/<image>")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        flat = UnlabelledImages(root)
-        if labelled and len(flat):
-            raise UserError(f"{root}: has {len(flat)} images but no class folders, expected {root}/<class>/<image>")
-        if not len(flat):
-            raise UserError(f"{root}: has no class folders and no images, expected {root}/<class>/<image>")
-        return flat
-    dataset = ImageFolder(str(root), loader=read_image, allow_empty=True)
-    used = {target for _, target in dataset.samples}
-    empty = [c for c, target in dataset.class_to_idx.items() if target not in used]
-    if empty:
-        raise UserError(f"{root / empty[0]}: class folder without images ({len(empty)} of {len(classes)} classes)")
+    dataset, listing = read_folder(root, labelled, read_image, skip)
+    if listing.summary():
+        log(f"{root}: {len(dataset)} images, {listing.summary()}")
     return dataset
 
 
@@ -150,6 +144,6 @@ def check_classes(train: Any, val: Any, nb_classes: int) -> None:
     for images, found in zip(("training", "validation"), classes, strict=True):
         if found and len(found) > nb_classes:
             raise UserError(f"--nb_classes {nb_classes}: the {images} images have {len(found)} classes")
-    if classes[0] and classes[1] and classes[0] != classes[1] and isinstance(val, ImageFolder):
+    if classes[0] and classes[1] and classes[0] != classes[1] and isinstance(val, ClassFolders):
         odd = sorted(set(classes[0]) ^ set(classes[1]))
         raise UserError(f"{val.root}: its class folders differ from the training ones, first {odd[0]}")

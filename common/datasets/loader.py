@@ -310,7 +310,8 @@ def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, de
 
 def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device, **kwargs) -> Loader:
     """Training batches of the flags; labels are not needed. kwargs: of `Loader`."""
-    images = image_dataset(args.data_path, True, False, args.dataset, args.train_split, args.batch_size)
+    where = args.data_path, True, False, args.dataset, args.train_split, args.batch_size
+    images = image_dataset(*where, skip=args.output_dir)
     return build_loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter, **kwargs)
 
 
@@ -329,6 +330,7 @@ def supervised_loaders(
         val_path: folder of the validation images, if not --data_path. val_batch_size: if not --batch_size.
         kwargs: `lists` and `direct` as in `image_dataset`.
     """
+    kwargs["skip"] = args.output_dir
     train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, **kwargs)
     path = val_path or args.data_path
     val = image_dataset(path, False, True, args.dataset, args.val_split, args.batch_size, **kwargs)

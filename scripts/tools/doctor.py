@@ -501,7 +501,7 @@ def check_data(
 def check_layout(report: Report, loader: dict[str, Any], args: argparse.Namespace) -> None:
     """Images for pre-training need no classes; so folders may be taken for classes that are none."""
     root = Path(loader["root"])
-    if loader["kind"] == "ImageFolder":
+    if loader["kind"] == "ClassFolders":
         nested = [p for p in sorted(root.iterdir()) if p.is_dir() and any((p / s).is_dir() for s in ("train", "val"))]
         if nested:
             problem = f"{nested[0]} is taken for a class, but holds train/ or val/"

@@ -265,7 +265,7 @@ def test_check_data__folders_that_are_no_classes(tmp_path, capsys):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
     args = argparse.Namespace(data_path=str(tmp_path), dataset="")
-    doctor.check_layout(Report(), {"root": str(tmp_path), "kind": "ImageFolder"}, args)
+    doctor.check_layout(Report(), {"root": str(tmp_path), "kind": "ClassFolders"}, args)
     nested = tmp_path / "photos"
     out = capsys.readouterr().out
     assert f"WARNING: {nested} is taken for a class, but holds train/ or val/ -> --data_path {nested}" in out
