@@ -71,7 +71,7 @@ def text(table: dict[str, dict[str, float]]) -> str:
 
 def measured() -> str:
     """README's table, Markdown: what was measured with --tiny; a dash is what was not."""
-    results = json.loads((ROOT / "scripts" / "imagenette.json").read_text("utf-8"))["results"]
+    results = json.loads((ROOT / "scripts" / "tools" / "imagenette.json").read_text("utf-8"))["results"]
     places = [("random weights", "k-NN"), ("pre-trained", "k-NN"), ("random weights", "linear")]
     places += [("pre-trained", "linear"), ("supervised", "accuracy"), ("pre-trained, fine-tuned", "accuracy")]
     head = ["k-NN, random", "k-NN, pre-trained", "linear, random", "linear, pre-trained"]

@@ -25,19 +25,34 @@ ENCODER = ("finetune", "pretrained", "pretrained_weights", "checkpoint")  # flag
 
 @pytest.fixture(scope="module")
 def commands() -> Any:
-    """Stages by name, of a method at one of both sizes: the script's module and its parsed command line."""
+    """Stages by name, of a method at one of both sizes: the script's module and its parsed command line. The commands
+    must be those on record."""
     known: dict[tuple[str, str], dict[str, tuple[ModuleType, Any]]] = {}
 
     def get(method: str, size: str) -> dict[str, tuple[ModuleType, Any]]:
         if (method, size) not in known:
             done = row("imagenette", method, *size.split(), "--dry_run", GPUS="1", OUT="out", DATA="/imagenette")
             assert (done.returncode, done.stderr) == (0, "")
-            lines = done.stdout.replace("\\\n", " ").splitlines()
+            lines = plain(done.stdout)
+            assert lines == recorded(method, size)
             names = ["tokenizer", *STAGES] if method == "cae" else STAGES
             known[method, size] = dict(zip(names, map(parse, lines), strict=True))
         return known[method, size]
 
     return get
+
+
+def plain(commands: str) -> list[str]:
+    """A command per line, with single spaces and paths in the repository."""
+    lines = commands.replace("\\\n", " ").replace(f"{ROOT}/", "").splitlines()
+    return [" ".join(line.split()) for line in lines]
+
+
+def recorded(method: str, size: str) -> list[str]:
+    """The commands of a recipe that results were measured with."""
+    text = (ROOT / "tests" / "scripts" / "imagenette_commands.txt").read_text()
+    sections = dict(section.split("\n", 1) for section in text.removeprefix("# ").split("\n# "))
+    return sections[f"{method} {size}".strip()].splitlines()
 
 
 def parse(command: str) -> tuple[ModuleType, Any]:
