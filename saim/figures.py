@@ -13,16 +13,23 @@ from PIL import Image
 from torch import Tensor
 
 from common import datasets
-from common.distributed import UserError
+from common.distributed import UserError, flag_groups
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which images to draw, on what device and where to."""
-    parser.add_argument("--images", nargs="+", default=[], help="image files")
-    parser.add_argument("--data_path", default="", help="or a folder with val/<class>/<image>, or with images")
-    parser.add_argument("--num_images", default=12, type=int, help="of --data_path, spread over its classes")
-    parser.add_argument("--output_dir", default="./output_dir", help="where the PNG files go")
-    parser.add_argument("--device", default="auto", help="auto: CUDA if present, else cpu")
+    groups = flag_groups(parser)
+    groups.data.add_argument("--images", nargs="+", default=[], help="image files to draw")
+    groups.data.add_argument(
+        "--data_path", default="", help="folder with val/<class>/<image>, or with images, in place of --images"
+    )
+    groups.data.add_argument(
+        "--num_images", default=12, type=int, help="images to take from --data_path, spread over its classes"
+    )
+    groups.output.add_argument("--output_dir", default="./output_dir", help="folder of the PNG files")
+    groups.process.add_argument(
+        "--device", default="auto", help="auto (CUDA if present, else cpu), cpu, cuda or cuda:N"
+    )
 
 
 def spread(samples: list[tuple[str, int]], number: int, seed: int) -> list[str]:

@@ -16,47 +16,83 @@ from saim.models_vit import MODELS, VisionTransformer, load_encoder
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SAIM fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=100, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="vit_base_patch16", choices=MODELS)
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
-    p.add_argument("--finetune", default="./pretrain/saim_base/checkpoint.pth", help="checkpoint to start from")
-    p.add_argument("--global_pool", action="store_true", default=True, help="classify the mean of the patch tokens")
-    p.add_argument("--cls_token", action="store_false", dest="global_pool", help="classify the class token (paper)")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    # ---- optimizer
-    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
-    p.add_argument("--weight_decay", default=0.05, type=float)
-    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
-    p.add_argument("--blr", default=1e-3, type=float, help="lr = blr * images per update / 256")
-    p.add_argument("--layer_decay", default=0.75, type=float, help="factor on the learning rate per layer; paper: 0.65")
-    p.add_argument("--min_lr", default=1e-6, type=float)
-    p.add_argument("--warmup_epochs", default=5, type=int)
-    # ---- augmentation
-    p.add_argument("--color_jitter", default=None, type=float, help="only without --aa")
-    p.add_argument("--aa", default="rand-m9-mstd0.5-inc1", type=str, help="AutoAugment policy of timm; '' none")
-    p.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    p.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
-    p.add_argument("--remode", default="pixel", type=str)
-    p.add_argument("--recount", default=1, type=int)
-    p.add_argument("--resplit", action="store_true", help="no effect, as upstream")
-    p.add_argument("--mixup", default=0, type=float, help="paper: 0.8")
-    p.add_argument("--cutmix", default=0, type=float, help="paper: 1.0")
-    p.add_argument("--cutmix_minmax", default=None, type=float, nargs="+")
-    p.add_argument("--mixup_prob", default=1.0, type=float)
-    p.add_argument("--mixup_switch_prob", default=0.5, type=float)
-    p.add_argument("--mixup_mode", default="batch", type=str, help="batch, pair or elem")
-    # ---- data, files, process
+    p = distributed.new_parser("SAIM fine-tuning")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=64, type=int, help="images per process in one forward pass")
+    g.optimizer.add_argument("--epochs", default=100, type=int, help="passes over the training images")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="batches per update of the weights")
+    g.model.add_argument("--model", default="vit_base_patch16", choices=MODELS, help="size of the network")
+    g.model.add_argument("--input_size", default=224, type=int, help="side of the cropped images in pixels")
+    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: that in the model's name")
+    g.augmentation.add_argument(
+        "--drop_path", default=0.1, type=float, help="how often the last block is skipped; earlier blocks less often"
+    )
+    g.optimizer.add_argument("--clip_grad", type=float, help="largest norm of the gradient; default: any norm")
+    g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help="weight decay of AdamW")
+    g.optimizer.add_argument("--lr", type=float, help="highest learning rate; default: computed from --blr")
+    g.optimizer.add_argument(
+        "--blr", default=1e-3, type=float, help="learning rate per 256 images of an update, without --lr (README: 5e-4)"
+    )
+    g.optimizer.add_argument(
+        "--layer_decay",
+        default=0.75,
+        type=float,
+        help="a block's learning rate as a share of the next one's, towards the input (README: 0.65)",
+    )
+    g.optimizer.add_argument("--min_lr", default=1e-6, type=float, help="learning rate at the end of training")
+    g.optimizer.add_argument(
+        "--warmup_epochs", default=5, type=int, help="epochs in which the learning rate rises (README: 20)"
+    )
+    g.augmentation.add_argument(
+        "--color_jitter", type=float, help="strength of random changes of colour, without --aa; default: none"
+    )
+    g.augmentation.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an augmentation policy; '' for none"
+    )
+    g.augmentation.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    g.augmentation.add_argument("--reprob", default=0.25, type=float, help="probability of erasing part of an image")
+    g.augmentation.add_argument("--remode", default="pixel", help="what erases: const (black), rand or pixel (noise)")
+    g.augmentation.add_argument("--recount", default=1, type=int, help="largest number of erased parts of an image")
+    g.unused.add_argument("--resplit", action="store_true", help="the authors' program ignores it, too")
+    g.augmentation.add_argument(
+        "--mixup", default=0, type=float, help="alpha of Mixup, which blends two images; 0 turns it off (README: 0.8)"
+    )
+    g.augmentation.add_argument(
+        "--cutmix", default=0, type=float, help="alpha of CutMix, which pastes a part; 0 turns it off (README: 1.0)"
+    )
+    g.augmentation.add_argument(
+        "--cutmix_minmax", type=float, nargs="+", help="smallest and largest pasted share, in place of --cutmix"
+    )
+    g.augmentation.add_argument(
+        "--mixup_prob", default=1.0, type=float, help="probability that a batch is changed by Mixup or CutMix"
+    )
+    g.augmentation.add_argument(
+        "--mixup_switch_prob", default=0.5, type=float, help="probability of CutMix where both are on"
+    )
+    g.augmentation.add_argument(
+        "--mixup_mode", default="batch", help="what shares one draw of Mixup or CutMix: batch, pair or elem"
+    )
+    g.model.add_argument(
+        "--finetune",
+        default="./pretrain/saim_base/checkpoint.pth",
+        help="checkpoint of the encoder; '' starts from random weights",
+    )
+    g.model.add_argument(
+        "--global_pool", action="store_true", default=True, help="classify the mean of the patch tokens (default)"
+    )
+    g.model.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", help="classify the class token (README)"
+    )
     datasets.add_flags(p)
-    p.add_argument("--output_dir", default="./finetune/saim_base", help="checkpoints, log.txt, TensorBoard")
-    p.add_argument("--save_freq", default=10, type=int, help="epochs between the numbered checkpoints that are kept")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="no effect: they are always shared")
+    g.model.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    g.output.add_argument(
+        "--output_dir", default="./finetune/saim_base", help="folder of checkpoints, log.txt and TensorBoard events"
+    )
+    g.output.add_argument(
+        "--save_freq", default=10, type=int, help="epochs from one numbered checkpoint, which is kept, to the next"
+    )
+    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint that --resume names")
+    g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
     distributed.add_flags(p)
     return p
 
@@ -74,10 +110,10 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
 
 
 def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.AdamW:
-    """AdamW with a learning rate that shrinks by --layer_decay per layer towards the input."""
+    """AdamW with a learning rate that shrinks by --layer_decay per block towards the input."""
     depth = len(model.blocks)
     groups = lr_decay.layer_decay_groups(model, args.weight_decay, args.layer_decay, depth, model.no_weight_decay())
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)  # upstream main_finetune.py@08d36c3
 
 
 def build_mixup(args: argparse.Namespace) -> Mixup | None:
@@ -114,11 +150,12 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
     if args.finetune and not args.eval and not resume:
-        load_encoder(model, args.finetune, head_std=2e-5)
+        load_encoder(model, args.finetune, head_std=2e-5)  # upstream main_finetune.py@08d36c3
     model.to(device)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
+    # README: 5e-4 * 1024 / 256 = 2e-3, weight decay 0.05, layer decay 0.65
     lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
     optimizer = build_optimizer(args, model, lr)
     schedule = partial(

@@ -16,30 +16,47 @@ from saim.models_vit import MODELS, VisionTransformer, load_encoder
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SAIM linear probing", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=90, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="vit_large_patch16", choices=MODELS, help="paper: vit_base_patch16")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
-    p.add_argument("--global_pool", action="store_true", default=False, help="classify the mean of the patch tokens")
-    p.add_argument("--cls_token", action="store_false", dest="global_pool", help="classify the class token (default)")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    # ---- optimizer
-    p.add_argument("--weight_decay", default=0, type=float)
-    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
-    p.add_argument("--blr", default=0.1, type=float, help="lr = blr * images per update / 256")
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=10, type=int, help="paper: 0")
-    # ---- data, files, process
+    p = distributed.new_parser("SAIM linear probing")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument(
+        "--batch_size", default=512, type=int, help="images per process in one forward pass (README: 64)"
+    )
+    g.optimizer.add_argument("--epochs", default=90, type=int, help="passes over the training images")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="batches per update of the weights")
+    g.model.add_argument(
+        "--model",
+        default="vit_large_patch16",
+        choices=MODELS,
+        help="size of the network (README: vit_base_patch16)",
+    )
+    g.model.add_argument("--input_size", default=224, type=int, help="side of the cropped images in pixels")
+    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: that in the model's name")
+    g.optimizer.add_argument("--weight_decay", default=0, type=float, help="weight decay of the classifier")
+    g.optimizer.add_argument("--lr", type=float, help="highest learning rate; default: computed from --blr")
+    g.optimizer.add_argument(
+        "--blr", default=0.1, type=float, help="learning rate per 256 images of an update, used without --lr"
+    )
+    g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end of training")
+    g.optimizer.add_argument(
+        "--warmup_epochs", default=10, type=int, help="epochs in which the learning rate rises (README: 0)"
+    )
+    g.model.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
+    g.model.add_argument(
+        "--global_pool", action="store_true", default=False, help="classify the mean of the patch tokens"
+    )
+    g.model.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", help="classify the class token (default and README)"
+    )
     datasets.add_flags(p)
-    p.add_argument("--output_dir", default="./output_dir", help="checkpoints, log.txt, TensorBoard")
-    p.add_argument("--save_freq", default=10, type=int, help="epochs between the numbered checkpoints that are kept")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="no effect: they are always shared")
+    g.model.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    g.output.add_argument(
+        "--output_dir", default="./output_dir", help="folder of checkpoints, log.txt and TensorBoard events"
+    )
+    g.output.add_argument(
+        "--save_freq", default=10, type=int, help="epochs from one numbered checkpoint, which is kept, to the next"
+    )
+    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint that --resume names")
+    g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
     distributed.add_flags(p)
     return p
 
@@ -55,7 +72,7 @@ def add_probe(model: VisionTransformer) -> nn.Sequential:
 
 
 def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> torch.optim.SGD:
-    """SGD with momentum on the head's parameters."""
+    """SGD with momentum on the head's parameters, as upstream main_linprobe.py@08d36c3, which imports LARS in vain."""
     return torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
 
 
@@ -78,12 +95,13 @@ def main(args: argparse.Namespace) -> None:
         )
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
     if args.finetune and not args.eval and not resume:
-        load_encoder(model, args.finetune, head_std=0.01)
+        load_encoder(model, args.finetune, head_std=0.01)  # upstream main_linprobe.py@08d36c3
     head = add_probe(model)
     model.to(device)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
+    # README: 0.1 * 2048 / 256 = 0.8, weight decay 0
     lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
     optimizer = build_optimizer(args, head, lr)
     schedule = partial(

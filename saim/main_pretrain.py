@@ -16,39 +16,48 @@ from saim.models_saim import MODELS, SaimViT
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SAIM pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=800, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="saim_base", choices=MODELS)
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--query_depth", default=12, type=int, help="decoder blocks")
-    p.add_argument("--share_weight", action="store_true", help="the decoder uses the encoder's blocks")
-    p.add_argument("--prediction_head_type", default="MLP", type=str, help="MLP or LINEAR")
-    p.add_argument("--gaussian_kernel_size", default=None, type=int, help="side of the target's blur, odd")
-    p.add_argument("--gaussian_sigma", default=None, type=float, help="its sigma; without both there is no blur")
-    p.add_argument("--loss_type", default="L2", type=str, help="L1 or L2")
-    p.add_argument("--norm_pix_loss", action="store_true", help="standardise each target patch")
-    p.add_argument("--order", default="random", choices=["random", "raster"], help="order of prediction")
-    # ---- optimizer
-    p.add_argument("--weight_decay", default=0.05, type=float, help="paper: 0.5")
-    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
-    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
-    p.add_argument("--blr", default=2e-4, type=float, help="lr = blr * images per update / 256")
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=30, type=int)
-    # ---- data, files, process
+    p = distributed.new_parser("SAIM pre-training")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=64, type=int, help="images per process in one forward pass")
+    g.optimizer.add_argument("--epochs", default=800, type=int, help="passes over the training images")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="batches per update of the weights")
+    g.model.add_argument("--model", default="saim_base", choices=MODELS, help="size of the network")
+    g.model.add_argument("--input_size", default=224, type=int, help="side of the cropped images in pixels")
+    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: 16")
+    g.model.add_argument("--query_depth", default=12, type=int, help="number of decoder blocks")
+    g.model.add_argument("--share_weight", action="store_true", help="the decoder uses the encoder's blocks")
+    g.model.add_argument("--prediction_head_type", default="MLP", help="layer that predicts the pixels: MLP or LINEAR")
+    blur = "of the Gaussian that blurs the target; without both flags there is no blur"
+    g.model.add_argument("--gaussian_kernel_size", type=int, help=f"side in pixels, odd, {blur} (README: 9)")
+    g.model.add_argument("--gaussian_sigma", type=float, help=f"width in pixels {blur} (README: 1)")
+    g.model.add_argument("--loss_type", default="L2", help="error of the prediction: L2 (squared) or L1 (absolute)")
+    g.model.add_argument(
+        "--norm_pix_loss", action="store_true", help="shift and scale each target patch to mean 0 and variance 1"
+    )
+    g.model.add_argument(
+        "--order", default="random", choices=["random", "raster"], help="order in which the patches are predicted"
+    )
+    g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help="weight decay of AdamW (README: 0.5)")
+    g.optimizer.add_argument("--clip_grad", type=float, help="largest norm of the gradient; default: any norm")
+    g.optimizer.add_argument("--lr", type=float, help="highest learning rate; default: computed from --blr")
+    g.optimizer.add_argument(
+        "--blr", default=2e-4, type=float, help="learning rate per 256 images of an update, used without --lr"
+    )
+    g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end of training")
+    g.optimizer.add_argument("--warmup_epochs", default=30, type=int, help="epochs in which the learning rate rises")
     datasets.add_flags(p, pin_mem=False)
-    p.add_argument("--output_dir", default="./pretrain/saim_base", help="checkpoints, log.txt, TensorBoard")
-    p.add_argument("--save_freq", default=100, type=int, help="epochs between the numbered checkpoints that are kept")
+    g.output.add_argument(
+        "--output_dir", default="./pretrain/saim_base", help="folder of checkpoints, log.txt and TensorBoard events"
+    )
+    g.output.add_argument(
+        "--save_freq", default=100, type=int, help="epochs from one numbered checkpoint, which is kept, to the next"
+    )
     distributed.add_flags(p)
     return p
 
 
 def pretrain_transform(input_size: int) -> transforms.Compose:
-    """Random crop of 20-100 % of the image, bicubic, and a flip."""
+    """Random crop of 20-100 % of the image, bicubic, and a flip (upstream main_pretrain.py@08d36c3)."""
     bicubic = transforms.InterpolationMode.BICUBIC
     crop = transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=bicubic)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
@@ -80,9 +89,9 @@ def build_model(args: argparse.Namespace, **overrides) -> SaimViT:
 
 
 def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW on two groups, without and with weight decay; the class token is decayed."""
+    """AdamW on two groups: biases and norms without weight decay, then the rest with it, the class token, too."""
     groups = lr_decay.decay_groups(model, args.weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # upstream main_pretrain.py
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # upstream main_pretrain.py@08d36c3
 
 
 def main(args: argparse.Namespace) -> None:
@@ -98,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
     net = distributed.wrap(model, device, args.compile, find_unused=model.idle_blocks > 0)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
+    # README: 2e-4 * 2048 / 256 = 1.6e-3, weight decay 0.5 (without the flag 0.05)
     lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
     optimizer = build_optimizer(args, model, lr)
     schedule = partial(

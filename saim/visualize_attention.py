@@ -24,23 +24,33 @@ from saim.models_vit import MODELS, VisionTransformer, load_encoder
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SAIM attention maps", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    # ---- model
-    p.add_argument("--model", default="vit_base_patch16", choices=MODELS)
-    p.add_argument("--checkpoint", default="./pretrain/saim_base/checkpoint.pth", help="of any SAIM script")
-    p.add_argument("--compare", default="", help="a second checkpoint, drawn to the left of the first")
-    p.add_argument("--names", nargs="+", default=[], help="titles of the maps from left to right; default: the files")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    # ---- map
-    p.add_argument("--layer", default=-1, type=int, help="block, from 0, or from the end: -1 is the last")
-    p.add_argument("--query", default="cls", help="cls, mean (over all patches), or a patch's index, row by row from 0")
-    p.add_argument("--heads", default="mean", help="mean, or a head's index")
-    p.add_argument("--save_npy", action="store_true", help="also save the maps before stretching, (maps, G, G) each")
-    p.add_argument("--columns", default=3, type=int, help="images per row of the overview")
-    # ---- images, files, process
+    p = distributed.new_parser("SAIM attention maps")
+    g = distributed.flag_groups(p)
+    g.model.add_argument("--model", default="vit_base_patch16", choices=MODELS, help="size of the network")
+    g.model.add_argument(
+        "--checkpoint", default="./pretrain/saim_base/checkpoint.pth", help="checkpoint of any program of this folder"
+    )
+    g.model.add_argument(
+        "--compare", default="", help="a second checkpoint, whose map is drawn left of the first one's"
+    )
+    g.output.add_argument(
+        "--names", nargs="+", default=[], help="titles of the maps from left to right; default: the files' names"
+    )
+    g.model.add_argument("--input_size", default=224, type=int, help="side of the images in pixels")
+    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: that in the model's name")
+    g.output.add_argument(
+        "--layer", default=-1, type=int, help="block whose attention is drawn, from 0, or from the end: -1 is the last"
+    )
+    g.output.add_argument(
+        "--query", default="cls", help="whose attention: cls, mean (over all patches), or a patch's index from 0"
+    )
+    g.output.add_argument("--heads", default="mean", help="which heads: mean (over all), or a head's index from 0")
+    g.output.add_argument(
+        "--save_npy", action="store_true", help="also save the maps before they are stretched, an array per image"
+    )
+    g.output.add_argument("--columns", default=3, type=int, help="images side by side in the overview")
     figures.add_flags(p)
-    p.add_argument("--seed", default=0, type=int, help="of the choice of images")
+    g.data.add_argument("--seed", default=0, type=int, help="seed of the choice of images")
     return p
 
 

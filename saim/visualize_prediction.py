@@ -28,23 +28,29 @@ GREY = 128
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SAIM predictions", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--checkpoint", default="./pretrain/saim_base/checkpoint.pth", help="of main_pretrain.py")
-    # ---- model: flags of main_pretrain.py; default: as stored in the checkpoint
-    p.add_argument("--model", choices=MODELS)
-    p.add_argument("--input_size", type=int, help="image side in pixels")
-    p.add_argument("--patch_size", type=int, help="patch side in pixels")
-    p.add_argument("--query_depth", type=int, help="decoder blocks")
-    p.add_argument("--share_weight", action="store_true", default=None, help="the decoder uses the encoder's blocks")
-    p.add_argument("--prediction_head_type", help="MLP or LINEAR")
-    p.add_argument("--gaussian_kernel_size", type=int, help="side of the target's blur, odd")
-    p.add_argument("--gaussian_sigma", type=float, help="its sigma")
-    p.add_argument("--norm_pix_loss", action="store_true", default=None, help="predictions are standardised patches")
-    p.add_argument("--order", choices=["random", "raster"], help="order of prediction")
-    # ---- images, files, process
+    p = distributed.new_parser("SAIM predictions")
+    g = distributed.flag_groups(p)
+    g.model.add_argument(
+        "--checkpoint", default="./pretrain/saim_base/checkpoint.pth", help="checkpoint of main_pretrain.py"
+    )
+    g.model.description = "What is not given is read from the checkpoint."
+    g.model.add_argument("--model", choices=MODELS, help="size of the network")
+    g.model.add_argument("--input_size", type=int, help="side of the images in pixels")
+    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels")
+    g.model.add_argument("--query_depth", type=int, help="number of decoder blocks")
+    g.model.add_argument(
+        "--share_weight", action="store_true", default=None, help="the decoder uses the encoder's blocks"
+    )
+    g.model.add_argument("--prediction_head_type", help="layer that predicts the pixels: MLP or LINEAR")
+    g.model.add_argument("--gaussian_kernel_size", type=int, help="side of the Gaussian that blurs the target, odd")
+    g.model.add_argument("--gaussian_sigma", type=float, help="width of the Gaussian that blurs the target")
+    g.model.add_argument(
+        "--norm_pix_loss", action="store_true", default=None, help="patches are predicted with mean 0 and variance 1"
+    )
+    g.model.add_argument("--order", choices=["random", "raster"], help="order in which the patches are predicted")
     figures.add_flags(p)
     p.set_defaults(num_images=6)
-    p.add_argument("--seed", default=0, type=int, help="of the orders and the choice of images")
+    g.data.add_argument("--seed", default=0, type=int, help="seed of the orders and of the choice of images")
     return p
 
 
