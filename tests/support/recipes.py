@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -216,6 +217,7 @@ def capture(
         stack.enter_context(_everywhere(method, new))
         stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         stack.enter_context(mock.patch.dict(os.environ))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # this machine's cores are none of the recipe's
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - what mains might seed
         stack.enter_context(torch.device("meta"))
