@@ -1,4 +1,4 @@
-"""The commands of the authors' README, run to the letter inside semaim/ with toy sizes appended; evaluation; flags."""
+"""The commands of the authors' README, inside semaim/ with toy sizes appended; evaluation; flags."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from semaim import main_finetune, main_knn, main_linprobe, main_pretrain
 from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
 from tests.support.helpers import ROOT, golden_files, load_golden
+from tests.support.processes import launch
 from tests.support.runs import run_main
 
 README = r"""
@@ -86,11 +87,19 @@ def commands(folder, digits) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def runs(commands, folder) -> dict[str, str]:
-    """What the finished commands printed, by stage."""
+    """What the finished commands printed, by stage. The first is run to the letter, the others without the launcher."""
     printed = {"pretrain": finish(start(commands["pretrain"], ROOT / "semaim"))}
-    extra = {"knn": f" --dump_features {folder}/features"}
-    rest = {s: start(commands[s] + extra.get(s, ""), ROOT / "semaim") for s in ("finetune", "linprobe", "knn")}
-    return printed | {stage: finish(process) for stage, process in rest.items()}
+    extra = {"knn": ("--dump_features", f"{folder}/features")}
+    return printed | {stage: forked(commands, folder, stage, *extra.get(stage, ())) for stage in list(COMMANDS)[1:]}
+
+
+def forked(commands: dict[str, str], folder: Path, stage: str, *further: str) -> str:
+    """What a stage prints on 2 processes."""
+    log = folder / f"{stage}.out"
+    log.unlink(missing_ok=True)
+    argv = [f"main_{stage}.py", *flags(commands[stage]), *further]
+    assert launch(log, *argv, processes=2, cwd=ROOT / "semaim") == [0, 0], log.read_text()
+    return log.read_text()
 
 
 def log_lines(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -144,11 +153,8 @@ def test_tensorboard__has_upstreams_tags_and_steps(runs, folder):
 def again(commands, runs, folder) -> dict[str, str]:
     """What the probe's --eval on 2 processes prints, and the k-NN from its dump, run by -m from the root."""
     from_dump = f"python -m semaim.main_knn {shlex.join(flags(commands['knn']))} --data_path nowhere"
-    started = {
-        "linprobe": start(f"{commands['linprobe']} --eval", ROOT / "semaim"),
-        "knn": start(f"{from_dump} --load_features {folder}/features", ROOT),
-    }
-    return {stage: finish(process) for stage, process in started.items()}
+    knn = finish(start(f"{from_dump} --load_features {folder}/features", ROOT))
+    return {"linprobe": forked(commands, folder, "linprobe", "--eval"), "knn": knn}
 
 
 @pytest.mark.parametrize("stage, number", [("finetune", 1), ("linprobe", 1), ("linprobe", 2)])

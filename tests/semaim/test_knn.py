@@ -16,6 +16,7 @@ from tests.support.helpers import (
     golden_files,
     load_golden,
 )
+from tests.support.processes import launch
 from tests.support.runs import mistake, run_main
 
 
@@ -131,15 +132,18 @@ def results(output: str) -> dict[int, tuple[float, float]]:
     return {int(k): (float(top1), float(top5)) for k, top1, top5 in lines}
 
 
-def test_several_processes_find_the_same(digits, checkpoint, tmp_path, capsys, launch):
+def test_several_processes_find_the_same(digits, checkpoint, tmp_path, capsys):
     """68 images do not share out evenly over the batches; the files are those of one process."""
     flags = [*NANO, "--global_pool", "--data_path", digits, "--pretrained_weights", checkpoint]
     run_main(main_knn, *flags, "--dump_features", str(tmp_path / "one"))
     alone = results(capsys.readouterr().out)
     assert list(alone) == [5, 1]
-    together = launch(2, "semaim/main_knn.py", *flags, "--dump_features", str(tmp_path / "two")).stdout
-    assert list(results(together)) == [5, 1]
-    for k, values in results(together).items():
+    log = tmp_path / "out"
+    own = [*flags, "--dump_features", str(tmp_path / "two")]
+    assert launch(log, "semaim/main_knn.py", *own, processes=2) == [0, 0], log.read_text()
+    together = results(log.read_text())
+    assert list(together) == [5, 1]
+    for k, values in together.items():
         assert values == pytest.approx(alone[k], abs=5.01)  # of 20 images one may have two equally near neighbours
     for name in DUMPS:
         one, two = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("one", "two"))

@@ -11,6 +11,7 @@ import torch
 from common import distributed
 from semaim import main_finetune, main_knn, main_linprobe, main_pretrain
 from semaim.models_semaim import AimViT
+from tests.support.processes import launch
 from tests.support.runs import FAULTS, assert_same, command, finish, kept_signals, mistake, run_main, start
 
 SMALL = ["--input_size", "16", "--patch_size", "4", "--num_workers", "0"]
@@ -28,6 +29,15 @@ def state_of(folder: Path, name: str = LATEST) -> dict:
     return distributed.load(str(folder / name))
 
 
+def complete(processes: int, folder: Path, script: str, *argv: str) -> None:
+    """Run a script to its end, which prints into <folder>/out; several processes are started by torchrun."""
+    log = folder / "out"
+    if processes > 1:
+        return finish(command(processes, script, *argv), log)
+    assert launch(log, script, *argv) == [0], log.read_text()
+    return None
+
+
 def stop_and_resume(digits: str, tmp_path: Path, processes: int, *further: str) -> None:
     """A run that a signal stops inside of its second epoch, between two micro-steps of an update, and a whole one."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -35,7 +45,7 @@ def stop_and_resume(digits: str, tmp_path: Path, processes: int, *further: str) 
         folder.mkdir()
     options = ["--use_ema_model", "--num_workers", "1", *further]
     script = "semaim/main_pretrain.py"
-    finish(command(processes, script, *flags(digits, whole, *options)), whole / "out")
+    complete(processes, whole, script, *flags(digits, whole, *options))
     argv = flags(digits, stopped, *options)
     run = start(command(processes, str(FAULTS), script, *argv), stopped / "out", FAULT="signal_at:8")
     status = run.wait(timeout=240)
@@ -44,7 +54,7 @@ def stop_and_resume(digits: str, tmp_path: Path, processes: int, *further: str) 
     assert "saved epoch 1, step" in text
     state = state_of(stopped)
     assert (state["epoch"], state["images"] > 0, "ema_state_dict" in state) == (1, True, True)
-    finish(command(processes, script, *argv), stopped / "out")
+    complete(processes, stopped, script, *argv)
     assert "resumed" in (stopped / "out").read_text()
     assert_same(whole, stopped, LATEST, LOG)
     final = state_of(whole)
@@ -78,8 +88,15 @@ def spoiled(monkeypatch, when: int, stop: bool) -> None:
     monkeypatch.setattr(AimViT, "forward", forward)
 
 
-@pytest.mark.parametrize("feature", ["inference", "ema"])
-@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "feature"),
+    [
+        (True, "inference"),
+        (False, "ema"),
+        pytest.param(True, "ema", marks=pytest.mark.slow),
+        pytest.param(False, "inference", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_and_replayed_runs_end_alike(digits, tmp_path, monkeypatch, feature, stop):
     """Stopped by a signal, or by a NaN whose state is replayed; weights, optimizer, average and log are the same."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

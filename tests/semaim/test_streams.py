@@ -20,8 +20,15 @@ from tests.support.semaim_networks import (
 )
 
 
+@pytest.fixture
+def eager_flex(monkeypatch):
+    """FlexAttention without the compilation per shape that torch puts around it on a CPU, too."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+
+
 @golden_files("semaim", "pretrain_orders")
 @pytest.mark.parametrize("impl", [*EXACT, "flex"])
+@pytest.mark.usefixtures("eager_flex")
 def test_losses_of_every_order(path, impl):
     ref = load_golden(path)
     tol, imgs = ref.meta["tol"], ref["in/imgs"]
@@ -51,12 +58,6 @@ def test_breaking_ties_by_index_is_another_network(path):
 
 
 # ---- one network, five ways to compute it
-
-
-@pytest.fixture
-def eager_flex(monkeypatch):
-    """FlexAttention without the compilation per shape that torch puts around it on a CPU, too."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
 
 SHAPES = [

@@ -15,6 +15,7 @@ from saim import figures
 from semaim import main_visualize, models_semaim, models_vit
 from semaim.main_visualize import GROUPS, PANELS, encoder_maps, heat, jet, make_order, overlay, stretch
 from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.processes import launch
 
 SIZES = {"img_size": 16, "patch_size": 4, "query_depth": 2}
 FLAGS = {"model": "aim_nano", "input_size": 16, "patch_size": 4}
@@ -230,11 +231,12 @@ def groups_of(folder: Path) -> set[str]:
     return {key.split("/")[0] for key in maps_of(folder)} - {"images"}
 
 
-def test_figure__all_groups(run_script, checkpoints, images, tmp_path):
+def test_figure__all_groups(checkpoints, images, tmp_path):
     own = ["--raster", checkpoints["snake"], "--semantic", checkpoints["semantic"]]
     flags = [*own, "--checkpoint", checkpoints["zigzag"], "--images", *images, "--output", str(tmp_path / "all.png")]
-    done = run_script("main_visualize.py", *flags, cwd=ROOT / "semaim")  # a user's start
-    assert "WARNING" not in done.stdout
+    log = tmp_path / "out"
+    assert launch(log, "main_visualize.py", *flags, cwd=ROOT / "semaim") == [0], log.read_text()  # as a user starts it
+    assert "WARNING" not in log.read_text()
     assert Image.open(tmp_path / "all.png").width > 13 * 128
     folder = tmp_path / "all_panels"
     maps = maps_of(folder)

@@ -10,7 +10,11 @@ from pathlib import Path
 from tests.support.helpers import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-MAINS = {"a2mim": ("pretrain", "finetune", "linprobe"), "udi": ("pretrain", "finetune", "linprobe", "knn")}
+MAINS = {
+    "semaim": ("pretrain", "finetune", "linprobe", "knn"),
+    "a2mim": ("pretrain", "finetune", "linprobe"),
+    "udi": ("pretrain", "finetune", "linprobe", "knn"),
+}
 PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]
 CONTEXT.set_forkserver_preload([*PRELOAD, "scripts.tools.knn", __name__])
 
