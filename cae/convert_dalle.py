@@ -39,9 +39,11 @@ MAX_MODULES = 1000  # the official networks have about 100, containers included
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("convert_dalle", allow_abbrev=False, description="Convert the DALL-E tokenizer.")
-    p.add_argument("folder", help="with OpenAI's encoder.pkl and, for pictures, decoder.pkl")
+    p.add_argument("folder", help="folder with OpenAI's encoder.pkl and, for pictures, decoder.pkl")
     p.add_argument(
-        "--output_dir", default="", help="gets encoder.safetensors, decoder.safetensors; default: the folder"
+        "--output_dir",
+        default="",
+        help="folder that gets encoder.safetensors and decoder.safetensors; default: the same folder",
     )
     return p
 

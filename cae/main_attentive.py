@@ -1,4 +1,7 @@
-"""Attentive probing of a CAE encoder: a query token gathers frozen features by cross-attention (paper sec. 4.2)."""
+"""Attentive probing of a CAE encoder: a query token gathers frozen features by cross-attention.
+
+README: 8192 images per update, SGD with Nesterov momentum 0.9, learning rate 0.4, 90 epochs, no weight decay.
+"""
 
 import argparse
 import sys
@@ -18,12 +21,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The flags of fine-tuning, with the augmentation off, and those of the probe."""
     p = main_finetune.get_args_parser()
     p.prog = "CAE attentive probing"
-    p.add_argument("--linear_type", default="standard", choices=["standard", "attentive"], help="paper: attentive")
-    p.add_argument(
+    g = distributed.flag_groups(p)
+    g.model.add_argument(
+        "--linear_type",
+        default="standard",
+        choices=["standard", "attentive"],
+        help="with --enable_linear_eval, what is probed: the class token, or what a query token gathers by attention",
+    )
+    g.output.add_argument(
         "--eval_bn",
         default="batch",
         choices=["batch", "running"],
-        help="statistics of the attentive probe's batch norm in evaluations; paper's table: batch",
+        help="statistics of the attentive probe's batch norm in evaluations: each batch's, as the authors' program, or "
+        "the running ones",
     )
     p.set_defaults(aa="")
     return p
@@ -41,9 +51,9 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     if args.enable_linear_eval:
         main_finetune.freeze(model, "query_token", "attentive_blocks", "head")
-        assert isinstance(model.head, nn.Linear)
-        nn.init.normal_(model.head.weight, std=0.01)
-        nn.init.zeros_(model.head.bias)
+        head: nn.Linear = model.head  # type: ignore[assignment]
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
     main_finetune.run(args, model, device, prefix=f"{args.exp_name}_", is_train=args.eval_bn == "batch")
 
 

@@ -20,87 +20,192 @@ from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common import datasets, distributed, lr_decay
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("CAE fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=30, type=int, help="paper, base: 100")
-    p.add_argument("--update_freq", "--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="deit_base_patch16_224", help=", ".join(MODELS))
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--rel_pos_bias", action="store_true", default=True, help="relative position biases (default)")
-    p.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias")
-    p.add_argument("--sin_pos_emb", action="store_true", default=True, help="fixed sin-cos positions (default)")
-    p.add_argument("--disable_sin_pos_emb", action="store_false", dest="sin_pos_emb")
-    p.add_argument("--abs_pos_emb", action="store_true", help="learned positions")
-    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="large: 1e-5; 0 has none")
-    p.add_argument("--drop", default=0.0, type=float, help="dropout")
-    p.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
-    p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
-    p.add_argument("--use_mean_pooling", action="store_true", default=True, help="classify the patches' mean (default)")
-    p.add_argument("--use_cls", action="store_false", dest="use_mean_pooling", help="classify the class token")
-    p.add_argument(
-        "--new_cls_norm", action="store_true", help="with --use_cls: do not load the final norm, as upstream"
+def add_model_flags(parser: argparse.ArgumentParser, drop_path: float) -> None:
+    """Add the flags of the network; drop_path: default of --drop_path."""
+    g = distributed.flag_groups(parser)
+    g.model.add_argument(
+        "--model", default="deit_base_patch16_224", help=f"must be given (no default works): {', '.join(MODELS)}"
     )
-    p.add_argument("--init_scale", default=0.001, type=float, help="factor on the initial head")
-    p.add_argument("--finetune", default="", help="checkpoint to start from; '' trains from scratch")
-    p.add_argument("--model_key", default="model|module|state_dict", type=str, help="its keys of the weights, in order")
-    p.add_argument("--model_prefix", default="", type=str, help="prefix of the weights' names in it")
-    p.add_argument("--enable_linear_eval", action="store_true", help="train the head, and fc_norm, only")
-    p.add_argument("--model_ema", action="store_true", help="keep a moving average of the weights in the checkpoints")
-    p.add_argument("--model_ema_decay", default=0.9999, type=float)
-    p.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory")
+    g.model.add_argument(
+        "--rel_pos_bias", action="store_true", default=True, help="add relative position biases to attention (default)"
+    )
+    g.model.add_argument(
+        "--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="no relative position biases"
+    )
+    g.model.add_argument(
+        "--sin_pos_emb", action="store_true", default=True, help="add fixed sine and cosine positions (default)"
+    )
+    g.model.add_argument(
+        "--disable_sin_pos_emb", action="store_false", dest="sin_pos_emb", help="no sine and cosine positions"
+    )
+    g.model.add_argument("--abs_pos_emb", action="store_true", help="learned positions in place of sine and cosine")
+    g.model.add_argument(
+        "--layer_scale_init_value", default=0.1, type=float, help="initial layer scale; 0 for none (README, L: 1e-5)"
+    )
+    g.model.add_argument("--input_size", default=224, type=int, help="side of the images in pixels")
+    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: that in the model's name")
+    g.augmentation.add_argument("--drop", default=0.0, type=float, help="dropout of tokens")
+    g.augmentation.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
+    g.augmentation.add_argument(
+        "--drop_path",
+        default=drop_path,
+        type=float,
+        help="how often the last block is skipped; earlier ones less often",
+    )
+    g.model.add_argument(
+        "--init_scale", default=0.001, type=float, help="factor by which the head's initial weights are reduced"
+    )
+    g.model.add_argument(
+        "--use_mean_pooling", action="store_true", default=True, help="classify the mean of the patch tokens (default)"
+    )
+    g.model.add_argument(
+        "--use_cls",
+        action="store_false",
+        dest="use_mean_pooling",
+        help="classify the class token, after the final norm",
+    )
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = distributed.new_parser("CAE fine-tuning")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=64, type=int, help="images per process in one forward pass")
+    g.optimizer.add_argument("--epochs", default=30, type=int, help="passes over the training images (README, B: 100)")
+    g.optimizer.add_argument(
+        "--update_freq", "--accum_iter", default=1, type=int, help="batches per update of the weights"
+    )
+    g.output.add_argument(
+        "--save_ckpt_freq", default=5, type=int, help="epochs from one numbered checkpoint to the next"
+    )
+    # ---- model
+    add_model_flags(p, drop_path=0.1)
+    g.output.add_argument(
+        "--disable_eval_during_finetuning", action="store_true", help="do not evaluate after every epoch"
+    )
+    g.output.add_argument(
+        "--model_ema", action="store_true", help="keep a moving average of the weights in the checkpoints"
+    )
+    g.output.add_argument(
+        "--model_ema_decay", default=0.9999, type=float, help="momentum of the average of --model_ema"
+    )
+    g.output.add_argument(
+        "--model_ema_force_cpu", action="store_true", help="keep the average of --model_ema in the host's memory"
+    )
     # ---- optimizer
     optim.add_flags(p)
-    p.add_argument("--lr", default=5e-4, type=float, help="absolute; paper, base: 8e-3 at 4096 images per update")
-    p.add_argument("--layer_decay", default=0.9, type=float, help="factor on the learning rate per layer; paper: 0.65")
-    p.add_argument("--warmup_lr", default=1e-6, type=float, help="no effect: the warm-up starts at 0, as upstream")
-    p.add_argument("--min_lr", default=1e-6, type=float)
-    p.add_argument("--warmup_epochs", default=5, type=int)
-    p.add_argument("--warmup_steps", default=-1, type=int, help="updates of the warm-up, instead of epochs")
-    p.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+    g.optimizer.add_argument(
+        "--lr", default=5e-4, type=float, help="highest learning rate (README, B: 8e-3 for 4096 images per update)"
+    )
+    g.optimizer.add_argument(
+        "--layer_decay",
+        default=0.9,
+        type=float,
+        help="a block's learning rate as a share of the next one's, towards the input (README, B: 0.65)",
+    )
+    g.unused.add_argument(
+        "--warmup_lr", default=1e-6, type=float, help="the warm-up starts at 0, as in the authors' code"
+    )
+    g.optimizer.add_argument("--min_lr", default=1e-6, type=float, help="learning rate at the end of training")
+    g.optimizer.add_argument("--warmup_epochs", default=5, type=int, help="epochs in which the learning rate rises")
+    g.optimizer.add_argument(
+        "--warmup_steps",
+        default=-1,
+        type=int,
+        help="updates in which the learning rate rises, in place of --warmup_epochs, if above 0",
+    )
     # ---- augmentation
-    p.add_argument("--color_jitter", default=0.4, type=float, help="only without --aa")
-    p.add_argument("--aa", default="rand-m9-mstd0.5-inc1", type=str, help="AutoAugment policy of timm; '' none")
-    p.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    p.add_argument("--train_interpolation", default="bicubic", type=str, help="bicubic, bilinear, lanczos or random")
-    p.add_argument("--crop_pct", default=None, type=float, help="evaluation: share of the side that is seen")
-    p.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
-    p.add_argument("--remode", default="pixel", type=str)
-    p.add_argument("--recount", default=1, type=int)
-    p.add_argument("--resplit", action="store_true", help="no effect, as upstream")
-    p.add_argument("--mixup", default=0, type=float, help="paper: 0.8")
-    p.add_argument("--cutmix", default=0, type=float, help="paper: 1.0")
-    p.add_argument("--cutmix_minmax", default=None, type=float, nargs="+")
-    p.add_argument("--mixup_prob", default=1.0, type=float)
-    p.add_argument("--mixup_switch_prob", default=0.5, type=float)
-    p.add_argument("--mixup_mode", default="batch", type=str, help="batch, pair or elem")
-    p.add_argument("--imagenet_default_mean_and_std", action="store_true", help="instead of 0.5 and 0.5")
+    g.augmentation.add_argument(
+        "--color_jitter", default=0.4, type=float, help="strength of random changes of colour, without --aa"
+    )
+    g.augmentation.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an augmentation policy; '' for none"
+    )
+    g.augmentation.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    g.augmentation.add_argument(
+        "--train_interpolation", default="bicubic", help="how images are resized: bicubic, bilinear, lanczos or random"
+    )
+    g.augmentation.add_argument(
+        "--crop_pct", type=float, help="share of the side that evaluations see; default: 0.875, from 384 pixels on 1"
+    )
+    g.augmentation.add_argument("--reprob", default=0.25, type=float, help="probability of erasing part of an image")
+    g.augmentation.add_argument("--remode", default="pixel", help="what erases: const (black), rand or pixel (noise)")
+    g.augmentation.add_argument("--recount", default=1, type=int, help="largest number of erased parts of an image")
+    g.unused.add_argument("--resplit", action="store_true", help="the authors' program ignores it, too")
+    g.augmentation.add_argument(
+        "--mixup", default=0, type=float, help="alpha of Mixup, which blends two images; 0 turns it off (README: 0.8)"
+    )
+    g.augmentation.add_argument(
+        "--cutmix", default=0, type=float, help="alpha of CutMix, which pastes a part; 0 turns it off (README: 1.0)"
+    )
+    g.augmentation.add_argument(
+        "--cutmix_minmax", type=float, nargs="+", help="smallest and largest pasted share, in place of --cutmix"
+    )
+    g.augmentation.add_argument(
+        "--mixup_prob", default=1.0, type=float, help="probability that a batch is changed by Mixup or CutMix"
+    )
+    g.augmentation.add_argument(
+        "--mixup_switch_prob", default=0.5, type=float, help="probability of CutMix where both are on"
+    )
+    g.augmentation.add_argument(
+        "--mixup_mode", default="batch", help="what shares one draw of Mixup or CutMix: batch, pair or elem"
+    )
+    # ---- what is loaded
+    g.model.add_argument("--finetune", default="", help="checkpoint of the encoder; '' starts from random weights")
+    g.model.add_argument(
+        "--model_key",
+        default="model|module|state_dict",
+        help="keys under which --finetune may hold the weights, in this order",
+    )
+    g.model.add_argument("--model_prefix", default="", help="prefix of the weights' names in --finetune")
+    g.model.add_argument(
+        "--new_cls_norm",
+        action="store_true",
+        help="with --use_cls start with a new final norm, as the authors' code does, instead of the checkpoint's",
+    )
+    g.optimizer.add_argument(
+        "--disable_weight_decay_on_rel_pos_bias",
+        action="store_true",
+        help="no weight decay on relative position biases",
+    )
     # ---- data, files, process
     datasets.add_flags(p)
-    p.add_argument("--eval_data_path", default=None, type=str, help="validation images; default: in --data_path")
-    p.add_argument("--nb_classes", default=0, type=int, help="must be given: the data set's number of classes")
-    p.add_argument(
+    g.data.add_argument("--eval_data_path", help="folder of the validation images; default: val/ in --data_path")
+    g.model.add_argument("--nb_classes", default=0, type=int, help="number of the data set's classes; must be given")
+    g.augmentation.add_argument(
+        "--imagenet_default_mean_and_std",
+        action="store_true",
+        help="normalise images by ImageNet's mean and deviation instead of 0.5 and 0.5",
+    )
+    g.data.add_argument(
         "--data_set",
         default="IMNET",
         choices=["CIFAR", "IMNET", "IMNET100", "image_folder"],
-        help="IMNET: train/ and val/ in --data_path; image_folder: --data_path and --eval_data_path hold classes",
+        help="IMNET: train/ and val/ in --data_path; image_folder: class folders in --data_path and --eval_data_path; "
+        "CIFAR: CIFAR-100; IMNET100 is not supported",
     )
-    p.add_argument("--output_dir", default="", help="checkpoints, log.txt; '' writes nothing")
-    p.add_argument("--log_dir", default=None, help="TensorBoard; default: --output_dir")
-    p.add_argument("--save_ckpt_freq", default=5, type=int, help="epochs between the numbered checkpoints")
-    p.add_argument("--save_ckpt", action="store_true", default=True)
-    p.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
-    p.add_argument("--exp_name", default="", help="prefix of the numbered checkpoints of attentive probing")
-    p.add_argument("--auto_resume", action="store_true", default=True, help="continue what is in --output_dir")
-    p.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="no effect: validation images are always shared")
-    p.add_argument("--disable_eval_during_finetuning", action="store_true")
-    p.add_argument("--enable_deepspeed", action="store_true", help="is refused")
-    p.add_argument("--enable_multi_print", action="store_true", help="no effect: process 0 prints")
+    g.output.add_argument("--output_dir", default="", help="folder of checkpoints and log.txt; '' writes nothing")
+    g.output.add_argument("--log_dir", help="folder of TensorBoard's events; default: --output_dir")
+    g.process.add_argument(
+        "--auto_resume", action="store_true", default=True, help="continue a run found in --output_dir (default)"
+    )
+    g.process.add_argument(
+        "--no_auto_resume", action="store_false", dest="auto_resume", help="start anew, whatever is in --output_dir"
+    )
+    g.output.add_argument("--save_ckpt", action="store_true", default=True, help="write checkpoints (default)")
+    g.output.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
+    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
     distributed.add_flags(p)
+    g.process.add_argument("--enable_deepspeed", action="store_true", help="not supported, is refused")
+    g.model.add_argument(
+        "--enable_linear_eval",
+        action="store_true",
+        help="freeze the encoder: train the head and fc_norm only, or the probe of main_attentive.py",
+    )
+    g.unused.add_argument("--enable_multi_print", action="store_true", help="process 0 prints")
+    g.output.add_argument(
+        "--exp_name", default="", help="prefix of the numbered checkpoints' names, in attentive probing"
+    )
     p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10)
     return p
 
@@ -111,6 +216,8 @@ def build_model(args: argparse.Namespace, **overrides) -> VisionTransformer:
         raise distributed.UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
     if args.model.endswith(("_384", "_512")) and not args.model.endswith(f"_{args.input_size}"):
         raise distributed.UserError(f"--model {args.model}: expected --input_size {args.model[-3:]}")
+    if args.nb_classes < 1:
+        raise distributed.UserError(f"--nb_classes {args.nb_classes}: expected the data set's number of classes")
     keywords = {
         "img_size": args.input_size,
         "num_classes": args.nb_classes,
@@ -133,7 +240,8 @@ def build_model(args: argparse.Namespace, **overrides) -> VisionTransformer:
 def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.Optimizer:
     """--opt with a learning rate that shrinks by --layer_decay per layer towards the input.
 
-    As upstream: without any weight decay all layers learn at the same rate.
+    README: AdamW, weight decay 0.05, layer decay 0.65 (B) and 0.75 (L); betas are the optimizer's. As upstream: without
+    any weight decay all layers learn at the same rate.
     """
     skip = model.no_weight_decay()
     if args.disable_weight_decay_on_rel_pos_bias:
@@ -191,8 +299,6 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
         raise distributed.UserError("--data_set IMNET100: has no definition upstream; use IMNET or image_folder")
     if args.data_set == "image_folder" and not args.eval_data_path:
         raise distributed.UserError("--data_set image_folder: needs --eval_data_path")
-    if args.nb_classes < 1:
-        raise distributed.UserError(f"--nb_classes {args.nb_classes}: expected the data set's number of classes")
     if args.data_set == "CIFAR":
         args.dataset = args.dataset or "torch/cifar100"
     return datasets.supervised_loaders(

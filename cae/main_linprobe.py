@@ -13,53 +13,42 @@ from cae import main_finetune
 from cae.engine_finetune import evaluate_checkpoint, fit
 from cae.files import resume_path, run_files
 from cae.lars import LARS
-from cae.models_vit import MODELS, VisionTransformer, load_encoder
+from cae.models_vit import VisionTransformer, load_encoder
 from common import datasets, distributed, lr_sched
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("CAE linear probing", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=90, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="vit_large_patch16", help=", ".join(MODELS))
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--rel_pos_bias", action="store_true", default=True, help="relative position biases (default)")
-    p.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="paper")
-    p.add_argument("--sin_pos_emb", action="store_true", default=True, help="fixed sin-cos positions (default)")
-    p.add_argument("--disable_sin_pos_emb", action="store_false", dest="sin_pos_emb")
-    p.add_argument("--abs_pos_emb", action="store_true", help="learned positions")
-    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="large: 1e-5; 0 has none")
-    p.add_argument("--drop", default=0.0, type=float, help="dropout")
-    p.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
-    p.add_argument("--drop_path", default=0, type=float, help="stochastic depth of the last block")
-    p.add_argument("--use_mean_pooling", action="store_true", default=True, help="leave out the final norm (default)")
-    p.add_argument(
-        "--use_cls", action="store_false", dest="use_mean_pooling", help="probe the normed class token: paper"
+    p = distributed.new_parser("CAE linear probing")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=512, type=int, help="images per process in one forward pass")
+    g.optimizer.add_argument("--epochs", default=90, type=int, help="passes over the training images")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="batches per update of the head")
+    g.optimizer.add_argument("--weight_decay", default=0, type=float, help="weight decay of LARS")
+    g.optimizer.add_argument("--lr", type=float, help="highest learning rate; default: computed from --blr")
+    g.optimizer.add_argument(
+        "--blr", default=0.1, type=float, help="learning rate per 256 images of an update, used without --lr"
     )
-    p.add_argument("--enable_linear_eval", action="store_true", help="probe the class token: paper")
-    p.add_argument("--linear_type", default="standard", help="no effect, as upstream")
-    p.add_argument("--init_scale", default=0.001, type=float, help="factor on the initial head")
-    p.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    # ---- optimizer
-    p.add_argument("--weight_decay", default=0, type=float)
-    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
-    p.add_argument("--blr", default=0.1, type=float, help="lr = blr * images per update / 256")
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=10, type=int)
-    # ---- data, files, process
+    g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end of training")
+    g.optimizer.add_argument("--warmup_epochs", default=10, type=int, help="epochs in which the learning rate rises")
+    g.model.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
     datasets.add_flags(p)
-    p.add_argument("--output_dir", default="./output_dir", help="checkpoints, log.txt; '' writes nothing")
-    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard")
-    p.add_argument("--save_freq", default=50, type=int, help="epochs between the numbered checkpoints")
-    p.add_argument("--exp_name", default="", help="no effect, as upstream")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="no effect: validation images are always shared")
+    g.model.add_argument("--nb_classes", default=1000, type=int, help="number of the data set's classes")
+    g.output.add_argument(
+        "--output_dir", default="./output_dir", help="folder of checkpoints and log.txt; '' writes nothing"
+    )
+    g.output.add_argument("--log_dir", default="./output_dir", help="folder of TensorBoard's events")
+    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
     distributed.add_flags(p)
-    p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10, auto_resume=True)
+    main_finetune.add_model_flags(p, drop_path=0)
+    g.model.add_argument(
+        "--enable_linear_eval", action="store_true", help="probe the class token, as the published rows do"
+    )
+    g.unused.add_argument("--exp_name", default="", help="the authors' program ignores it, too")
+    g.output.add_argument("--save_freq", default=50, type=int, help="epochs from one numbered checkpoint to the next")
+    g.unused.add_argument("--linear_type", default="standard", help="the authors' program ignores it, too")
+    p.set_defaults(model="vit_large_patch16", data_path="/datasets01/imagenet_full_size/061417/", num_workers=10)
+    p.set_defaults(auto_resume=True)
     return p
 
 
@@ -80,7 +69,7 @@ def add_probe(model: VisionTransformer) -> nn.Sequential:
 
 
 def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> LARS:
-    """LARS on the head's parameters."""
+    """LARS on the head's parameters; README: base rate 0.1, 16384 images per update, no weight decay."""
     return LARS(head.parameters(), lr=lr, weight_decay=args.weight_decay)
 
 
@@ -117,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter)
     distributed.log(
         f"{args.model}: {sum(p.numel() for p in head.parameters()):,} trained parameters on {device}, {updater.dtype}; "
-        f"{loader.images} images, {images_per_update} per update (paper: 16384), lr {lr:.2e}"
+        f"{loader.images} images, {images_per_update} per update (README: 16384), lr {lr:.2e}"
     )
     # ---- loop
     if args.eval:

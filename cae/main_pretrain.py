@@ -23,69 +23,137 @@ from common import datasets, distributed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("CAE pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=300, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model_type", default="cae", choices=["cae", "caev2"], help="caev2 is not supported")
-    p.add_argument("--model", default="deit_base_patch16_224", help=", ".join(MODELS))
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="of the encoder; large: 1e-5; 0 has none")
-    p.add_argument("--drop_path", default=0, type=float, help="stochastic depth of the last blocks")
-    p.add_argument("--regressor_depth", default=4, type=int)
-    p.add_argument("--decoder_depth", default=4, type=int)
-    p.add_argument("--decoder_embed_dim", default=768, type=int, help="width of regressor and decoder")
-    p.add_argument("--decoder_num_heads", default=12, type=int, help="of regressor and decoder")
-    p.add_argument("--decoder_num_classes", default=8192, type=int, help="visual tokens")
-    p.add_argument("--decoder_layer_scale_init_value", default=0.1, type=float, help="of regressor and decoder")
-    p.add_argument("--fix_init_weight", action="store_true", help="initial weights shrink with the depth")
-    p.add_argument("--base_momentum", default=None, type=float, help="targets from a moving average of the encoder")
-    p.add_argument("--align_loss_weight", default=2, type=float, help="of the alignment loss")
-    p.add_argument("--num_out_dim", default=512, type=int, help="no effect: of caev2")
-    p.add_argument("--latent_alignment_loss_weight", default=0, type=float, help="no effect: of caev2")
-    for flag in ("--sincos_pos_emb", "--abs_pos_emb", "--rel_pos_bias"):
-        p.add_argument(flag, action="store_true", help="no effect: positions are sin-cos, as upstream")
-    # ---- tokenizer and masks
-    p.add_argument("--discrete_vae_type", default="dall-e", type=str, help="dall-e, or customized: main_tokenizer.py's")
-    p.add_argument(
-        "--discrete_vae_weight_path",
-        default=None,
-        type=str,
-        help="folder of DALL-E's encoder.pkl (or converted), a customized checkpoint, or random: to measure speed",
+    p = distributed.new_parser("CAE pre-training")
+    g = distributed.flag_groups(p)
+    g.model.add_argument("--model_type", default="cae", choices=["cae", "caev2"], help="caev2 is not supported")
+    g.optimizer.add_argument("--batch_size", default=64, type=int, help="images per process in one forward pass")
+    g.optimizer.add_argument("--epochs", default=300, type=int, help="passes over the training images")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="batches per update of the weights")
+    g.output.add_argument(
+        "--save_ckpt_freq", default=50, type=int, help="epochs from one numbered checkpoint to the next"
     )
-    p.add_argument("--dvae_num_layers", default=3, type=int, help="of a customized tokenizer that does not tell")
-    p.add_argument("--second_input_size", default=112, type=int, help="side of the tokenizer's image in pixels")
-    p.add_argument("--mask_generator", default="block", type=str, help="block or random")
-    p.add_argument("--num_mask_patches", default=98, type=int, help="block: masked patches")
-    p.add_argument("--max_mask_patches_per_block", default=None, type=int)
-    p.add_argument("--min_mask_patches_per_block", default=16, type=int)
-    p.add_argument("--ratio_mask_patches", default=None, type=float, help="random: share of masked patches")
+    # ---- tokenizer
+    g.model.add_argument(
+        "--discrete_vae_weight_path",
+        help="folder of DALL-E's encoder.pkl or of what convert_dalle.py made of it, a checkpoint of a customized "
+        "tokenizer, or the word random: random weights, to measure speed",
+    )
+    g.model.add_argument(
+        "--discrete_vae_type", default="dall-e", help="tokenizer: dall-e, or customized (one of main_tokenizer.py)"
+    )
+    g.model.add_argument(
+        "--dvae_num_layers", default=3, type=int, help="layers of a customized tokenizer whose file does not say"
+    )
+    # ---- network
+    g.model.add_argument(
+        "--model", default="deit_base_patch16_224", help=f"must be given (no default works): {', '.join(MODELS)}"
+    )
+    g.model.add_argument(
+        "--layer_scale_init_value",
+        default=0.1,
+        type=float,
+        help="initial layer scale of the encoder; 0 for none (README, L: 1e-5)",
+    )
+    g.model.add_argument("--input_size", default=224, type=int, help="side of the encoder's images in pixels")
+    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: that in the model's name")
+    g.model.add_argument("--second_input_size", default=112, type=int, help="side of the tokenizer's images in pixels")
+    g.augmentation.add_argument(
+        "--drop_path",
+        default=0,
+        type=float,
+        help="how often the last block is skipped; earlier ones less often (README: 0.1)",
+    )
+    unknown = "positions are fixed sine and cosine"
+    g.unused.add_argument("--sincos_pos_emb", action="store_true", help=unknown)
+    g.unused.add_argument("--abs_pos_emb", action="store_true", help=unknown)
+    g.unused.add_argument("--rel_pos_bias", action="store_true", help=unknown)
+    g.model.add_argument(
+        "--base_momentum",
+        type=float,
+        help="momentum of a moving average of the encoder that makes the alignment targets; default: the encoder",
+    )
     # ---- optimizer
     optim.add_flags(p)
-    p.add_argument("--lr", default=5e-4, type=float, help="absolute; paper: 1.5e-3 at 2048 images per update")
-    p.add_argument("--warmup_lr", default=1e-6, type=float, help="no effect: the warm-up starts at 0, as upstream")
-    p.add_argument("--min_lr", default=1e-5, type=float)
-    p.add_argument("--warmup_epochs", default=5, type=int)
-    p.add_argument("--warmup_steps", default=-1, type=int, help="updates of the warm-up, instead of epochs")
+    g.optimizer.add_argument(
+        "--lr", default=5e-4, type=float, help="highest learning rate (README: 1.5e-3 for 2048 images per update)"
+    )
+    g.unused.add_argument(
+        "--warmup_lr", default=1e-6, type=float, help="the warm-up starts at 0, as in the authors' code"
+    )
+    g.optimizer.add_argument("--min_lr", default=1e-5, type=float, help="learning rate at the end of training")
+    g.optimizer.add_argument(
+        "--warmup_epochs", default=5, type=int, help="epochs in which the learning rate rises (README: 10 of 300)"
+    )
+    g.optimizer.add_argument(
+        "--warmup_steps",
+        default=-1,
+        type=int,
+        help="updates in which the learning rate rises, in place of --warmup_epochs, if above 0",
+    )
     # ---- augmentation
-    p.add_argument("--train_interpolation", default="bicubic", type=str, help="of the encoder's image")
-    p.add_argument("--second_interpolation", default="lanczos", type=str, help="of the tokenizer's image")
-    p.add_argument("--crop_min_size", default=0.08, type=float, help="smallest share of the image in a crop")
-    p.add_argument("--crop_max_size", default=1.0, type=float)
-    p.add_argument("--color_jitter", default=0, type=float)
-    p.add_argument("--imagenet_default_mean_and_std", action="store_true", help="instead of 0.5 and 0.5")
-    # ---- data, files, process
+    filters = "bicubic, lanczos, bilinear, hamming or random"
+    g.augmentation.add_argument(
+        "--train_interpolation", default="bicubic", help=f"how the encoder's images are resized: {filters}"
+    )
+    g.augmentation.add_argument(
+        "--second_interpolation", default="lanczos", help=f"how the tokenizer's images are resized: {filters}"
+    )
     datasets.add_flags(p)
-    p.add_argument("--output_dir", default="", help="checkpoints, log.txt; '' writes nothing")
-    p.add_argument("--log_dir", default=None, help="TensorBoard; default: --output_dir")
-    p.add_argument("--save_ckpt_freq", default=50, type=int, help="epochs between the numbered checkpoints")
-    p.add_argument("--exp_name", default="", help="prefix of the numbered checkpoints")
-    p.add_argument("--auto_resume", action="store_true", default=True, help="continue what is in --output_dir")
-    p.add_argument("--no_auto_resume", action="store_false", dest="auto_resume")
-    p.add_argument("--enable_multi_print", action="store_true", help="no effect: process 0 prints")
+    g.augmentation.add_argument(
+        "--imagenet_default_mean_and_std",
+        action="store_true",
+        help="normalise the encoder's images by ImageNet's mean and deviation instead of 0.5 and 0.5",
+    )
+    g.output.add_argument("--output_dir", default="", help="folder of checkpoints and log.txt; '' writes nothing")
+    g.output.add_argument("--log_dir", help="folder of TensorBoard's events; default: --output_dir")
+    g.process.add_argument(
+        "--auto_resume", action="store_true", default=True, help="continue a run found in --output_dir (default)"
+    )
+    g.process.add_argument(
+        "--no_auto_resume", action="store_false", dest="auto_resume", help="start anew, whatever is in --output_dir"
+    )
     distributed.add_flags(p)
+    g.output.add_argument("--exp_name", default="", help="prefix of the numbered checkpoints' names")
+    g.unused.add_argument("--enable_multi_print", action="store_true", help="process 0 prints")
+    g.augmentation.add_argument(
+        "--crop_min_size", default=0.08, type=float, help="smallest crop, as a share of the image's area"
+    )
+    g.augmentation.add_argument(
+        "--crop_max_size", default=1.0, type=float, help="largest crop, as a share of the image's area"
+    )
+    g.augmentation.add_argument(
+        "--color_jitter", default=0, type=float, help="strength of random changes of brightness, contrast, saturation"
+    )
+    # ---- masks
+    g.model.add_argument("--mask_generator", default="block", help="kind of masks: block or random")
+    g.model.add_argument("--num_mask_patches", default=98, type=int, help="masked patches of an image, in block masks")
+    g.model.add_argument(
+        "--max_mask_patches_per_block", type=int, help="largest number of patches in one block; default: all of them"
+    )
+    g.model.add_argument(
+        "--min_mask_patches_per_block", default=16, type=int, help="smallest number of patches in one block"
+    )
+    g.model.add_argument("--ratio_mask_patches", type=float, help="share of masked patches, in random masks")
+    # ---- regressor, decoder, loss
+    g.model.add_argument("--regressor_depth", default=4, type=int, help="number of the regressor's blocks")
+    g.model.add_argument("--decoder_depth", default=4, type=int, help="number of the decoder's blocks")
+    g.model.add_argument("--decoder_embed_dim", default=768, type=int, help="width of regressor and decoder")
+    g.model.add_argument("--decoder_num_heads", default=12, type=int, help="attention heads of regressor and decoder")
+    g.model.add_argument(
+        "--decoder_num_classes", default=8192, type=int, help="number of the tokenizer's visual tokens"
+    )
+    g.model.add_argument(
+        "--decoder_layer_scale_init_value",
+        default=0.1,
+        type=float,
+        help="initial layer scale of regressor and decoder; 0 for none (README, L: 1e-5)",
+    )
+    g.unused.add_argument("--num_out_dim", default=512, type=int, help="belongs to CAE v2")
+    g.model.add_argument("--align_loss_weight", default=2, type=float, help="weight λ of the alignment loss")
+    g.unused.add_argument("--latent_alignment_loss_weight", default=0, type=float, help="belongs to CAE v2")
+    g.model.add_argument(
+        "--fix_init_weight", action="store_true", help="initial output weights of a block shrink with its depth"
+    )
     p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10)
     return p
 
@@ -195,7 +263,11 @@ def tokenizer_view(tokenizer: DalleTokenizer | DiscreteVAE) -> Callable[[Tensor]
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """--opt on two groups, with and without weight decay; class and mask token are decayed."""
+    """--opt on two groups, with and without weight decay; class and mask token are decayed, as upstream.
+
+    README: AdamW, weight decay 0.05; betas (0.9, 0.999) and epsilon 1e-8 are the optimizer's (upstream
+    furnace/optim_factory.py@a7fd162).
+    """
     return optim.create_optimizer(args, optim.param_groups(model, args.weight_decay), lr)
 
 
@@ -216,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     distributed.log(
         f"{args.model}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; "
-        f"{loader.images} images, {images_per_step * args.accum_iter} per update (paper: 2048), lr {args.lr:.2e}"
+        f"{loader.images} images, {images_per_step * args.accum_iter} per update (README: 2048), lr {args.lr:.2e}"
     )
     # ---- loop
     files = run_files(args, args.save_ckpt_freq, f"{args.exp_name}_")

@@ -24,33 +24,61 @@ COLLAPSE = 0.05  # share of the codebook below which the perplexity is warned ab
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("CAE tokenizer", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=32, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=None, type=int, help=f"default: as many as {UPDATES} updates take")
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    p = distributed.new_parser("CAE tokenizer")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=32, type=int, help="images per process in one forward pass")
+    g.optimizer.add_argument(
+        "--epochs", type=int, help=f"passes over the training images; default: as many as {UPDATES} updates take"
+    )
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="batches per update of the weights")
     # ---- model; stored in the checkpoint, where pre-training reads it
-    p.add_argument("--input_size", default=64, type=int, help="image side: --second_input_size of pre-training")
-    p.add_argument("--num_tokens", default=512, type=int, help="codes: --decoder_num_classes of pre-training")
-    p.add_argument("--num_layers", default=3, type=int, help="a code stands for 2^n x 2^n pixels")
-    p.add_argument("--codebook_dim", default=128, type=int, help="width of the codes' vectors")
-    p.add_argument("--hidden_dim", default=64, type=int, help="width of the convolutions")
+    g.model.add_argument(
+        "--input_size", default=64, type=int, help="side of the images in pixels: --second_input_size of pre-training"
+    )
+    g.model.add_argument(
+        "--num_tokens", default=512, type=int, help="number of codes: --decoder_num_classes of pre-training"
+    )
+    g.model.add_argument("--num_layers", default=3, type=int, help="n: a code stands for 2^n x 2^n pixels")
+    g.model.add_argument("--codebook_dim", default=128, type=int, help="width of the codes' vectors")
+    g.model.add_argument("--hidden_dim", default=64, type=int, help="width of the convolutions")
     # ---- loss
-    p.add_argument("--temperature", default=1.0, type=float, help="of the Gumbel-softmax at the beginning")
-    p.add_argument("--min_temperature", default=1 / 16, type=float, help="of the Gumbel-softmax at the end")
-    p.add_argument("--anneal", default=0.8, type=float, help="share of training until --min_temperature")
-    p.add_argument("--kl_weight", default=0.03, type=float, help="pull towards using all codes equally often")
+    drawn = "temperature of the Gumbel-softmax that draws codes,"
+    g.model.add_argument("--temperature", default=1.0, type=float, help=f"{drawn} at the beginning")
+    g.model.add_argument("--min_temperature", default=1 / 16, type=float, help=f"{drawn} at the end")
+    g.model.add_argument(
+        "--anneal", default=0.8, type=float, help="share of training after which --min_temperature is reached"
+    )
+    g.model.add_argument(
+        "--kl_weight", default=0.03, type=float, help="weight of the loss that makes all codes be used equally often"
+    )
     # ---- optimizer
-    p.add_argument("--weight_decay", default=1e-4, type=float)
-    p.add_argument("--clip_grad", default=1.0, type=float, help="largest gradient norm")
-    p.add_argument("--lr", default=3e-3, type=float, help="absolute; the paper's far larger network has 1e-4")
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=None, type=float, help="default: a twentieth of the epochs")
+    g.optimizer.add_argument("--weight_decay", default=1e-4, type=float, help="weight decay of AdamW")
+    g.optimizer.add_argument("--clip_grad", default=1.0, type=float, help="largest norm of the gradient")
+    g.optimizer.add_argument(
+        "--lr", default=3e-3, type=float, help="highest learning rate (DALL-E's far larger network: 1e-4)"
+    )
+    g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end of training")
+    g.optimizer.add_argument(
+        "--warmup_epochs",
+        type=float,
+        help="epochs in which the learning rate rises; default: a twentieth of all epochs",
+    )
     # ---- data, files, process; crops as pre-training makes them
-    p.add_argument("--crop_min_size", default=0.08, type=float, help="smallest crop, as a share of the image's area")
-    p.add_argument("--crop_max_size", default=1.0, type=float, help="largest crop")
-    p.add_argument("--second_interpolation", default="lanczos", help="lanczos, bicubic, bilinear or hamming")
+    g.augmentation.add_argument(
+        "--crop_min_size", default=0.08, type=float, help="smallest crop, as a share of the image's area"
+    )
+    g.augmentation.add_argument(
+        "--crop_max_size", default=1.0, type=float, help="largest crop, as a share of the image's area"
+    )
+    g.augmentation.add_argument(
+        "--second_interpolation",
+        default="lanczos",
+        help="how images are resized: lanczos, bicubic, bilinear or hamming",
+    )
     datasets.add_flags(p)
-    p.add_argument("--output_dir", default="./pretrain/cae_tokenizer", help="checkpoint.pth, log.txt, TensorBoard")
+    g.output.add_argument(
+        "--output_dir", default="./pretrain/cae_tokenizer", help="folder of checkpoint, log.txt and TensorBoard events"
+    )
     distributed.add_flags(p)
     return p
 

@@ -28,22 +28,24 @@ GREY = 0.5
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("CAE predictions", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--checkpoint", required=True, help="of main_pretrain.py")
-    # ---- flags of main_pretrain.py; default: as stored in the checkpoint
-    p.add_argument("--model")
-    p.add_argument("--input_size", type=int, help="image side in pixels")
-    p.add_argument("--patch_size", type=int, help="patch side in pixels")
-    p.add_argument("--discrete_vae_type", help="dall-e or customized")
-    p.add_argument("--discrete_vae_weight_path", help="the tokenizer's weights, with its decoder")
-    p.add_argument("--second_input_size", type=int, help="side of the tokenizer's image in pixels")
-    p.add_argument("--mask_generator", help="block or random")
-    p.add_argument("--num_mask_patches", type=int)
-    p.add_argument("--ratio_mask_patches", type=float)
+    p = distributed.new_parser("CAE predictions")
+    g = distributed.flag_groups(p)
+    g.model.add_argument("--checkpoint", required=True, help="checkpoint of main_pretrain.py")
+    # ---- flags of main_pretrain.py
+    stored = "; default: as stored in the checkpoint"
+    g.model.add_argument("--model", help=f"name of the network{stored}")
+    g.model.add_argument("--input_size", type=int, help=f"side of the encoder's images in pixels{stored}")
+    g.model.add_argument("--patch_size", type=int, help=f"side of a patch in pixels{stored}")
+    g.model.add_argument("--discrete_vae_type", help=f"tokenizer: dall-e or customized{stored}")
+    g.model.add_argument("--discrete_vae_weight_path", help=f"the tokenizer's weights, with its decoder{stored}")
+    g.model.add_argument("--second_input_size", type=int, help=f"side of the tokenizer's images in pixels{stored}")
+    g.model.add_argument("--mask_generator", help=f"kind of masks: block or random{stored}")
+    g.model.add_argument("--num_mask_patches", type=int, help=f"masked patches of an image, in block masks{stored}")
+    g.model.add_argument("--ratio_mask_patches", type=float, help=f"share of masked patches, in random masks{stored}")
     # ---- images, files, process
     figures.add_flags(p)
     p.set_defaults(num_images=6)
-    p.add_argument("--seed", default=0, type=int, help="of the masks and the choice of images")
+    g.process.add_argument("--seed", default=0, type=int, help="seed of the masks and of the choice of images")
     return p
 
 

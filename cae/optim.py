@@ -20,14 +20,19 @@ NAMES = (
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the optimizer itself."""
-    parser.add_argument("--opt", default="adamw", type=str, help=", ".join(NAMES) + "; with prefix lookahead_")
-    parser.add_argument("--opt_eps", default=1e-8, type=float, help="epsilon, where the optimizer has one")
-    parser.add_argument("--opt_betas", default=None, type=float, nargs="+", help="default: the optimizer's own")
-    parser.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
-    parser.add_argument("--momentum", default=0.9, type=float, help="of SGD and RMSprop")
-    parser.add_argument("--weight_decay", default=0.05, type=float)
-    parser.add_argument("--weight_decay_end", default=None, type=float, help="cosine to this value; default: constant")
+    """Add the flags that choose and set the optimizer."""
+    group = distributed.flag_groups(parser).optimizer
+    group.add_argument("--opt", default="adamw", help=f"optimizer, also with prefix lookahead_: {', '.join(NAMES)}")
+    group.add_argument("--opt_eps", default=1e-8, type=float, help="epsilon of the optimizer, where it has one")
+    group.add_argument("--opt_betas", type=float, nargs="+", help="betas of the optimizer; default: its own")
+    group.add_argument(
+        "--clip_grad", type=float, help="largest norm of the gradient; default: any norm (README, pre-training: 3)"
+    )
+    group.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD and RMSprop")
+    group.add_argument("--weight_decay", default=0.05, type=float, help="weight decay of all but biases and norms")
+    group.add_argument(
+        "--weight_decay_end", type=float, help="weight decay at the end, reached by a cosine; default: constant"
+    )
 
 
 def _has_apex() -> bool:

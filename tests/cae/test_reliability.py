@@ -270,6 +270,7 @@ BAD = [
     ("pretrain", ["--log_dir", "/proc/nowhere"], "/proc/nowhere"),
     ("pretrain", ["--resume", "missing.pth"], "missing.pth: no such checkpoint file"),
     ("finetune", ["--nb_classes", "0"], "--nb_classes 0: expected"),
+    ("attentive", ["--nb_classes", "0"], "--nb_classes 0: expected"),
     ("finetune", ["--nb_classes", "3"], "--nb_classes 3: the training images have 10 classes"),
     ("finetune", ["--data_set", "IMNET100"], "--data_set IMNET100: has no definition upstream"),
     ("finetune", ["--data_set", "image_folder"], "--data_set image_folder: needs --eval_data_path"),
