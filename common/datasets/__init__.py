@@ -1,7 +1,7 @@
-"""Images and batches: folders (which files), images (data sets), transforms, loader (repeatable batches)."""
+"""Images and batches: files (of folders), images (data sets), transforms, loader (repeatable batches)."""
 
-from common.datasets.folders import ENDINGS, UnlabelledImages
-from common.datasets.images import ListedImages, check_classes, image_dataset, read_image, to_rgb
+from common.datasets.files import ENDINGS, ListedImages, UnlabelledImages, read_image, to_rgb
+from common.datasets.images import check_classes, image_dataset
 from common.datasets.loader import (
     Loader,
     add_flags,

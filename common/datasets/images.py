@@ -1,81 +1,14 @@
-"""Data sets of (PIL image, class index): folders, lists of files, and those of timm's factory."""
+"""The data set of a command line: folders, lists of files, or those of timm's factory; items (PIL image, class)."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from torch.utils.data import Dataset
 
-from common.datasets.folders import ClassFolders, read_folder, split_folder
+from common.datasets.files import ClassFolders, ListedImages, read_folder, split_folder
 from common.distributed import UserError, log, on_main_first
 
-_CONSTANT: set[str] = set()  # images of this process that a warning has named
 TIMM_READERS = ("torch", "wds", "hfds", "hfids", "tfds")
-
-
-def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to return what they are given
-    """The image in 8-bit RGB.
-
-    Deeper greyscale is scaled from the range that its format can hold, never stretched to what an image uses: 16 bits
-    from 0 to 65535 (PGM from its header's maximum), 32-bit integers from 0 to 2**31 - 1, floats from 0 to 1.
-    """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image.convert("RGB")
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = (np.nan_to_num(values).clip(0, 1) * 255).round()
-    else:  # Pillow scales PGM to 16 bits, which it keeps in 32, as older versions of it do with PNG
-        bits = 16 if image.mode != "I" or image.format in ("PPM", "PNG") else 31
-        values = values.clip(0) >> (bits - 8)
-    grey = values.astype(np.uint8)
-    name = getattr(image, "filename", "")
-    if grey.min() == grey.max() and np.ptp(np.asarray(image)) > 0 and name not in _CONSTANT:
-        _CONSTANT.add(name)
-        what = f"{name or 'an image'} ({image.mode}) becomes a single grey, {grey.min()}"
-        log(f"WARNING: {what}; scale its values to the range of its format")
-    return Image.fromarray(grey).convert("RGB")
-
-
-def read_image(path: str | Path) -> Any:
-    """An image file as 8-bit RGB; raises what Pillow raises."""
-    with Image.open(path) as image:
-        return to_rgb(image)
-
-
-class ListedImages(Dataset):
-    """Images named by the lines "<path> <class index>" of a text file, relative to one of `roots`.
-
-    Args:
-        labelled: False takes lines "<path>", class 0.
-    Raises:
-        UserError: a line is not of that form, there is none, or the first image is under no root.
-    """
-
-    def __init__(self, path: Path, *roots: Path, labelled: bool = True):
-        form = "'<path> <class index>'" if labelled else "'<path>'"
-        try:
-            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is no UTF-8 text, expected lines {form}") from error
-        rows = [line.rsplit(maxsplit=1) if labelled else [line, "0"] for line in lines]
-        bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2 or not row[1].isdecimal()), None)
-        if bad is not None or not rows:
-            raise UserError(f"{path}: line {bad or 1}: expected {form}")
-        root = next((root for root in roots if (root / rows[0][0]).is_file()), None)
-        if root is None:
-            raise UserError(f"{path}: {rows[0][0]} is not in {' or '.join(map(str, roots))}")
-        self.root = str(path)
-        self.samples = [(str(root / name), int(label)) for name, label in rows]
-        self.classes = list(range(max(label for _, label in self.samples) + 1))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return read_image(path), label
 
 
 def image_dataset(
@@ -114,9 +47,9 @@ def image_dataset(
         return ListedImages(folder / ("train.txt" if train else "val.txt"), root, folder)
     if not root.is_dir():
         raise UserError(f"--data_path {data_path}: has no folder {root.name}/, expected {root}/<class>/<image>")
-    dataset, listing = read_folder(root, labelled, read_image, skip)
-    if listing.summary():
-        log(f"{root}: {len(dataset)} images, {listing.summary()}")
+    dataset, left_out = read_folder(root, labelled, skip)
+    if left_out:
+        log(f"{root}: {len(dataset)} images, {left_out}")
     return dataset
 
 

@@ -25,7 +25,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from common.datasets.images import check_classes, image_dataset, to_rgb
+from common.datasets.files import to_rgb
+from common.datasets.images import check_classes, image_dataset
 from common.distributed import (
     Position,
     Stopped,

@@ -123,7 +123,7 @@ def test_order_is_the_distributed_samplers(digits):
     images = datasets.image_dataset(digits, True)
     sampler = torch.utils.data.DistributedSampler(images, 1, 0, shuffle=True, seed=0)
     sampler.set_epoch(2)
-    expected = [images.targets[i] for i in sampler][:48]
+    expected = [images.samples[i][1] for i in sampler][:48]
     assert epoch_of(loader(digits, num_workers=0), 2)[1].tolist() == expected
 
 
