@@ -52,15 +52,16 @@ def crop_box(
 
 
 class PretrainAugmentation:
-    """A PIL image -> (image for the encoder, image for the tokenizer, mask), float, float and bool tensors.
+    """A PIL image -> (image for the encoder, image for the tokenizer, mask): one crop, resized twice.
 
     Args:
-        input_size, interpolation: of the encoder's image. second_...: of the tokenizer's.
-        scale: share of the area that the crop covers.
-        color_jitter: strength in brightness, contrast and saturation; 0 leaves colours alone.
-        mean, std: of the encoder's image.
+        input_size, interpolation: side in pixels and resampling of the encoder's image, (3, input_size, input_size).
+        second_size, second_interpolation: the same of the tokenizer's image.
         tokenizer_view: maps pixels in [0, 1] to what the tokenizer takes.
-        masking: a masking generator.
+        masking: a masking generator; its mask comes as (N,) bool, True = masked.
+        scale: smallest and largest share of the image's area that the crop covers.
+        color_jitter: strength of changes in brightness, contrast and saturation; 0 leaves colours alone.
+        mean, std: statistics by which the encoder's image is normalised.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class PretrainAugmentation:
     def __call__(self, img: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
         img = self.before(img)
         top, left, height, width = crop_box(img.width, img.height, self.scale)
-        views = [
+        views = [  # (3, s, s) each, in [0, 1]
             TF.to_tensor(TF.resized_crop(img, top, left, height, width, [size, size], interpolation_of(name)))  # type: ignore[arg-type]
             for size, name in self.sizes
         ]
-        mask = torch.from_numpy(self.masking()).flatten().bool()
+        mask = torch.from_numpy(self.masking()).flatten().bool()  # (N,)
         return self.normalize(views[0]), self.tokenizer_view(views[1]), mask

@@ -370,7 +370,7 @@ def load_dalle(folder: str, with_decoder: bool = False, fp32: bool = False) -> D
     """The DALL-E tokenizer of a folder with the converted files, or with the official ones: converted on first use.
 
     Args:
-        with_decoder: also for pictures. fp32: as of `DalleTokenizer`.
+        with_decoder: load the decoder, too, which makes pictures. fp32: as in `DalleTokenizer`.
     Raises:
         UserError: files are missing, damaged or of other networks.
     """

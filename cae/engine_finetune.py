@@ -74,7 +74,8 @@ def evaluate(model: nn.Module, loader: Loader, updater: distributed.Updater, **k
     """Accuracy over all ranks' images, and the plain mean of the batches' cross entropies (as upstream).
 
     Args:
-        loader: of (images, class indices). updater: says device and precision. kwargs: of the model's forward pass.
+        loader: batches of (images (B, 3, H, W), class indices (B,)). updater: says device and precision.
+        kwargs: arguments of the model's forward pass.
     Returns:
         loss, acc1, acc5 (percent; the best min(5, K) classes).
     """
@@ -84,10 +85,10 @@ def evaluate(model: nn.Module, loader: Loader, updater: distributed.Updater, **k
     test_log = distributed.EpochLog("Test:", len(loader), loader.batch_size, updater.device, print_freq=10)
     for _, (imgs, targets) in test_log.steps(loader.batches()):
         with updater.autocast():
-            logits = model(imgs, **kwargs)
+            logits = model(imgs, **kwargs)  # (B, K)
             loss = F.cross_entropy(logits, targets)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == targets[:, None]
+        hits = best == targets[:, None]  # (B, 5)
         totals += torch.stack([loss, loss.new_ones(()), hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))])
     loss, batches, top1, top5, images = distributed.all_sum(totals.tolist())
     stats = {"loss": loss / batches, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
@@ -129,7 +130,7 @@ def fit(
     Args:
         val_loader: None evaluates nothing.
         logged: training statistics that log.txt gets; None: all.
-        best_name: file to keep the epoch of the best accuracy in. kwargs: as in `evaluate`.
+        best_name: name of the file that keeps the epoch of the best accuracy; '' keeps none. kwargs: as in `evaluate`.
     """
     plain = distributed.unwrap(model)
     n_parameters = sum(p.numel() for p in plain.parameters() if p.requires_grad)

@@ -36,12 +36,12 @@ def batch_losses(
     align_weight: float,
     num_masked: int | None = None,
 ) -> dict[str, Tensor]:
-    """Losses of one batch of the loader; class labels are not used.
+    """Losses of one batch, decoding + λ alignment (`cae_loss`); class labels are not used.
 
     Args:
         model: a `ContextAutoencoderViT`, or what wraps it.
         batch: (images, the tokenizer's images, masks (B, N) bool with True = masked), and labels.
-        num_masked: M, alike in all masks; None counts it, which makes a GPU wait.
+        align_weight: λ. num_masked: M, alike in all masks; None counts it, which makes a GPU wait.
     Returns:
         loss, loss_main (tokens), loss_align (latents, weighted), and mlm_acc, the share of tokens predicted right.
     """
@@ -49,8 +49,8 @@ def batch_losses(
     with torch.no_grad(), torch.autocast(imgs.device.type, enabled=False):
         ids = tokenizer.get_codebook_indices(token_imgs).flatten(1)  # (B, N)
     num_masked = int(masks[0].sum()) if num_masked is None else num_masked
-    _, masked = split_patches(masks, num_masked)
-    labels = ids.gather(1, masked).flatten()
+    _, masked = split_patches(masks, num_masked)  # (B, M)
+    labels = ids.gather(1, masked).flatten()  # (B M,), in the order of the logits
     logits, predicted, target = model(imgs, masks, num_masked=num_masked)
     with torch.autocast(imgs.device.type, enabled=False):
         loss, main, align = cae_loss(logits, predicted, target, labels, align_weight)
@@ -59,7 +59,7 @@ def batch_losses(
 
 
 def batch_loss(model: nn.Module, batch: tuple[list[Tensor], Tensor], **context) -> Tensor:
-    """Training loss, (), of one batch; context as in `batch_losses`."""
+    """Training loss, (), of one batch, for tools that time any method's step; context as in `batch_losses`."""
     return batch_losses(model, batch, **context)["loss"]
 
 

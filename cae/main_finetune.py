@@ -328,8 +328,8 @@ def run(
     """Load, train, evaluate as the flags say.
 
     Args:
-        model: with its frozen parts frozen. head_std: as in `load_encoder`.
-        prefix: of the numbered checkpoints. kwargs: of the forward pass in evaluations.
+        model: whose frozen parts are frozen. head_std: as in `load_encoder`.
+        prefix: prefix of the numbered checkpoints' names. kwargs: arguments of the forward pass in evaluations.
     """
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")

@@ -183,7 +183,7 @@ def build_model(args: argparse.Namespace, **overrides) -> ContextAutoencoderViT:
 
 
 def build_masking(args: argparse.Namespace) -> MaskingGenerator | RandomMaskingGenerator:
-    """The masking generator of the flags."""
+    """The masking generator that the flags choose; raises UserError for settings that no mask can meet."""
     if args.mask_generator == "random":
         if args.ratio_mask_patches is None:
             raise distributed.UserError("--mask_generator random: needs --ratio_mask_patches, such as 0.5")
@@ -199,7 +199,7 @@ def build_masking(args: argparse.Namespace) -> MaskingGenerator | RandomMaskingG
 
 
 def mean_and_std(args: argparse.Namespace):
-    """Of the encoder's images."""
+    """Mean and deviation by which the encoder's images are normalised."""
     return (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if args.imagenet_default_mean_and_std else (HALF, HALF)
 
 
@@ -232,7 +232,7 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
 
 
 def grid_of(args: argparse.Namespace) -> int:
-    """Side of the patch grid."""
+    """Side of the patch grid, in patches."""
     return args.input_size // (args.patch_size or 16)
 
 
@@ -258,7 +258,7 @@ def build_tokenizer(args: argparse.Namespace, with_decoder: bool = False) -> Dal
 
 
 def tokenizer_view(tokenizer: DalleTokenizer | DiscreteVAE) -> Callable[[Tensor], Tensor]:
-    """What a tokenizer makes of pixels in [0, 1] before it looks at them."""
+    """The map from pixels in [0, 1] to what a tokenizer takes."""
     return map_pixels if isinstance(tokenizer, DalleTokenizer) else transforms.Normalize(MEAN, STD)
 
 

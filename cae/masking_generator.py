@@ -14,12 +14,12 @@ MAX_BLOCKS = 10_000  # ours: a guard against settings that no mask can meet
 
 
 class MaskingGenerator:
-    """Masks rectangular blocks until exactly `num_masking_patches` are masked.
+    """Block-wise masks: rectangular blocks are added until exactly `num_masking_patches` patches are masked.
 
     Args:
         input_size: grid, (rows, columns) or the side of a square.
-        min_num_patches, max_num_patches: of a block; None has no upper limit.
-        min_aspect: of a block's sides; the largest is its inverse.
+        min_num_patches, max_num_patches: smallest and largest number of patches in a block; None sets no largest.
+        min_aspect: smallest ratio of a block's sides; the largest is its inverse.
     Raises:
         ValueError: the numbers do not fit the grid.
     """

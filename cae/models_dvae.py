@@ -110,7 +110,7 @@ class DiscreteVAE(nn.Module):
 
         Args:
             imgs: (B, 3, s, s), normalised.
-            temperature: of the relaxation; towards 0 the draws become one-hot.
+            temperature: temperature of the relaxation; towards 0 the draws become one-hot.
             noise: (B, V, g, g) standard Gumbel draws, made here by default.
         """
         logits = self.logits(imgs).float()
@@ -165,8 +165,8 @@ def load_tokenizer(
         path: dall-e: folder with the official encoder.pkl, or with what `convert_dalle.py` made of it; customized: a
             checkpoint of `main_tokenizer.py` or of upstream.
         image_size: side of the images to tokenise, --second_input_size.
-        num_layers: customized: for files that do not tell it.
-        with_decoder: dall-e: also able to make pictures of tokens. fp32: dall-e: in float32 on a GPU, too.
+        num_layers: layers of a customized tokenizer whose file does not say it.
+        with_decoder: load dall-e's decoder, too, which makes pictures of tokens. fp32: dall-e in float32 on a GPU, too.
     Raises:
         distributed.UserError: the kind is not supported; a file is missing, damaged or holds something else.
     """

@@ -193,7 +193,7 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1](x, bias, rows)  # (B, rows, C)
 
     def forward_features(self, x: Tensor, is_train: bool = True) -> Tensor:
-        """(B, 3, H, W) -> features (B, C), the input of the head. is_train: as `ProbeBatchNorm`."""
+        """(B, 3, H, W) -> features (B, C), the input of the head. is_train: as in `ProbeBatchNorm`."""
         if self.attentive:
             tokens = self.tokens(x) if self.use_mean_pooling else self.norm(self.tokens(x))  # (B, T, C)
             q = self.attentive_blocks[0](self.query_token.expand(len(x), -1, -1), tokens)  # (B, 1, C)
@@ -252,7 +252,7 @@ def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
 
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a pre-training state dict of either revision, or all of any other, without prefixes."""
+    """The encoder's weights in a pre-training state dict of either revision, or all of any other, without prefixes."""
     prefix = re.compile(r"^(module\.)?encoder\.")
     encoder = {prefix.sub("", key): value for key, value in state.items() if prefix.match(key)}
     return encoder or {key.removeprefix("module."): value for key, value in state.items()}
