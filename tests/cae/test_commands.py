@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cae import main_attentive, main_finetune, main_linprobe, main_pretrain
-from cae.models_dvae import DiscreteVAE
+from tests.support.cae import CODES, tokenizer_file
 from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
 from tests.support.helpers import ROOT, golden_files, load_golden
 from tests.support.runs import run_main
@@ -77,7 +77,6 @@ COMMANDS = commands_of(README, "pretrain", "linear", "attentive", "finetune")
 MAINS = {"pretrain": main_pretrain, "linear": main_linprobe, "attentive": main_attentive, "finetune": main_finetune}
 PARSERS: dict[str, argparse.ArgumentParser] = {stage: main.get_args_parser() for stage, main in MAINS.items()}
 
-CODES = 12
 TOY = " --input_size 16 --patch_size 4 --num_workers 0 --batch_size 6 --warmup_epochs 0 --model cae_nano"
 PRETRAIN = TOY + f" --second_input_size 16 --discrete_vae_type customized --decoder_num_classes {CODES} --epochs 2"
 PRETRAIN += " --num_mask_patches 8 --min_mask_patches_per_block 1 --decoder_embed_dim 96 --decoder_num_heads 3"
@@ -90,15 +89,6 @@ TOYS = {
     "finetune": PROBE + " --save_ckpt_freq 2 --lr 2e-3",
 }
 NAME = "toy"  # --exp_name
-
-
-def tokenizer_file(folder: Path) -> str:
-    """A discrete VAE for 16 x 16 pixels whose tokens are 4 x 4 of 12, as `main_tokenizer.py` writes it."""
-    torch.manual_seed(0)
-    sizes = {"num_tokens": CODES, "codebook_dim": 4, "num_layers": 2, "hidden_dim": 8}
-    path = folder / "tokenizer.pth"
-    torch.save({"model": DiscreteVAE(16, **sizes).state_dict(), "args": sizes}, path)
-    return str(path)
 
 
 def words(command: str, variables: Mapping[str, str]) -> list[str]:

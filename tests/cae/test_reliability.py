@@ -13,7 +13,7 @@ from cae import main_attentive, main_finetune, main_linprobe, main_pretrain
 from cae.models_cae import ContextAutoencoderViT
 from cae.models_vit import VisionTransformer
 from common import distributed
-from tests.cae.test_commands import CODES, tokenizer_file
+from tests.support.cae import CODES, tokenizer_file
 from tests.support.runs import FAULTS, assert_same, command, finish, mistake, run_main, spoil, start
 
 SMALL = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "4", "--num_workers", "0", "--batch_size", "8"]

@@ -1,0 +1,78 @@
+"""Transforms and Mixup as the flags of fine-tuning and attentive probing choose them."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import RandAugment
+from timm.data.random_erasing import RandomErasing
+from torchvision import transforms
+
+from cae import main_attentive, main_finetune
+from common import distributed
+from tests.support.helpers import assert_close
+
+
+def finetune_transforms(*flags: str, main: ModuleType = main_finetune) -> tuple[list, list]:
+    train, val = main_finetune.build_transforms(main.get_args_parser().parse_args(flags))
+    return train.transforms, val.transforms
+
+
+def kinds(steps: list) -> list[type]:
+    return [type(step) for step in steps]
+
+
+def test_fine_tuning_augments_by_default():
+    train, val = finetune_transforms()
+    assert [k for k in kinds(train) if k in (RandAugment, RandomErasing)] == [RandAugment, RandomErasing]
+    assert not [k for k in kinds(train) if k is transforms.ColorJitter]
+    assert kinds(val)[:2] == [transforms.Resize, transforms.CenterCrop]
+    assert (val[0].size, tuple(val[1].size)) == (256, (224, 224))
+    normalize = next(step for step in train if isinstance(step, transforms.Normalize))
+    assert [round(float(x), 3) for x in normalize.mean] == [0.5, 0.5, 0.5]
+    imagenet = finetune_transforms("--imagenet_default_mean_and_std")
+    for steps in imagenet:
+        normalize = next(step for step in steps if isinstance(step, transforms.Normalize))
+        assert [round(float(x), 3) for x in normalize.mean] == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize(("size", "flags", "resized"), [(384, [], 384), (48, [], 54), (64, ["--crop_pct", "0.5"], 128)])
+def test_evaluation_crops_by_size(size, flags, resized):
+    _, val = finetune_transforms("--input_size", str(size), *flags)
+    assert (val[0].size, tuple(val[1].size)) == (resized, (size, size))
+
+
+def test_small_images_are_padded_instead_of_cropped():
+    train, _ = finetune_transforms("--input_size", "32")
+    assert isinstance(train[0], transforms.RandomCrop)
+    assert (train[0].padding, train[0].size) == (4, (32, 32))
+
+
+def test_attentive_probing_crops_and_flips_only():
+    """Its recipe's --color_jitter 0 leaves a jitter that does nothing but draw, as upstream."""
+    train, _ = finetune_transforms("--reprob", "0", "--color_jitter", "0", main=main_attentive)
+    image: Any = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    own = [step for step in train if not isinstance(step, transforms.ColorJitter)]
+    jitters = [step for step in train if isinstance(step, transforms.ColorJitter)]
+    assert len(own) == 4
+    for jitter in jitters:
+        assert np.array_equal(np.asarray(jitter(image)), np.asarray(image))
+    assert main_attentive.get_args_parser().parse_args([]).aa == ""
+
+
+def test_mixup():
+    parser = main_finetune.get_args_parser()
+    small = ["--nb_classes", "3", "--batch_size", "4"]
+    assert main_finetune.build_mixup(parser.parse_args(small)) is None
+    for flags in (["--mixup", "0.8"], ["--cutmix", "1"], ["--cutmix_minmax", "0.2", "0.8"]):
+        mixup = main_finetune.build_mixup(parser.parse_args([*small, "--smoothing", "0.2", *flags]))
+        assert mixup is not None
+        _, targets = mixup(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
+        assert targets.shape == (4, 3)
+        assert_close(targets.sum(dim=1), torch.ones(4), rtol=1e-5, atol=0)
+        assert targets.min() == pytest.approx(0.2 / 3)
+    with pytest.raises(distributed.UserError, match="--batch_size 5: Mixup and CutMix need an even number"):
+        main_finetune.build_mixup(parser.parse_args(["--batch_size", "5", "--mixup", "0.8"]))
