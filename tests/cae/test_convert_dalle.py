@@ -112,6 +112,7 @@ def test_command_line(tmp_path, dall_e, form, capsys):
     assert_same_tokenizer(net, convert_dalle.load_dalle(str(tmp_path / "out"), with_decoder=True))
 
 
+@pytest.mark.slow  # the script in a process of its own; what it does is tested above, in this one
 def test_script_from_another_folder(tmp_path, dall_e, run_script):
     write_official(tokenizer(), tmp_path / "in", "zip", dall_e, parts=["encoder"])
     script = Path(convert_dalle.__file__)

@@ -12,6 +12,7 @@ from tests.support.helpers import ROOT
 CONTEXT = multiprocessing.get_context("forkserver")
 MAINS = {
     "semaim": ("pretrain", "finetune", "linprobe", "knn"),
+    "cae": ("pretrain", "finetune", "attentive", "linprobe"),
     "a2mim": ("pretrain", "finetune", "linprobe"),
     "udi": ("pretrain", "finetune", "linprobe", "knn"),
 }
