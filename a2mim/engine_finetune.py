@@ -92,7 +92,9 @@ def evaluate_checkpoint(path: str, model: nn.Module, loader: Loader, updater: di
     """
     if not path:
         raise distributed.UserError("--eval: name the checkpoint to evaluate with --resume")
-    weights = distributed.weights_of(distributed.load(path), path)
+    state = distributed.load(path)
+    loader.match_classes(state, path)
+    weights = distributed.weights_of(state, path)
     with distributed.user_errors(path):
         load_openmixup_state_dict(model, weights)  # type: ignore[arg-type]
     evaluate(model, loader, updater)

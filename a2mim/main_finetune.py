@@ -99,7 +99,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
         augment = data.finetune_transform(args.aug, args.train_size, args.ra_level)
     train = None if args.eval else data.images(args, train=True, labelled=True)
     val = data.images(args, train=False, labelled=True)
-    datasets.check_classes(train, val, args.nb_classes)
+    args.class_names = datasets.check_classes(train, val, args.nb_classes)
     view = data.eval_transform(args.val_resize, args.val_crop)
     val_loader = datasets.build_loader(args, val, view, device, train=False)
     if train is None:

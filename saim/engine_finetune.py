@@ -86,7 +86,7 @@ def evaluate_checkpoint(path: str, model: nn.Module, loader: Loader, updater: di
     """
     if not path:
         raise distributed.UserError("--eval: name the checkpoint to evaluate with --resume")
-    distributed.load_weights(model, path)
+    loader.match_classes(distributed.load_weights(model, path), path)
     evaluate(model, loader, updater)
 
 

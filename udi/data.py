@@ -79,6 +79,7 @@ def semi_supervised_sets(args: argparse.Namespace) -> tuple[Any, Any]:
     train, val = (datasets.image_dataset(args.data_path, split) for split in (True, False))
     datasets.check_classes(train, val, max(len(train.classes), len(val.classes)))
     train, val = (first_classes(dataset, args.class_num) for dataset in (train, val))
+    args.class_names = list(train.classes)
     return listed(train, args.target_list_path), val
 
 

@@ -295,7 +295,7 @@ def run(
         )
         # ---- loop
         if args.eval:
-            distributed.load_weights(model, resume)
+            val_loader.match_classes(distributed.load_weights(model, resume), resume)
             evaluate(model, val_loader, updater)
             continue
         parts: dict[str, Any] = {"optimizer": optimizer, "scaler": updater.scaler}

@@ -157,7 +157,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
         datasets.image_dataset(args.data_path, is_train, True, args.dataset, split, args.batch_size)
         for is_train, split in ((True, args.train_split), (False, args.val_split))
     )
-    datasets.check_classes(train, val, args.num_labels)
+    args.class_names = datasets.check_classes(train, val, args.num_labels)
     augment, val_transform = strong_transform(args.input_size), datasets.eval_transform(args.input_size, 224 / 256)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "drop_last": False}
     loader = datasets.build_loader(args, train, augment, device, **own)
@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
     if args.evaluate:
         if not resume:
             raise distributed.UserError(f"--evaluate: {args.output_dir or '--output_dir'} holds no {latest}")
-        distributed.load_weights(Prefixed(model.classifier), resume)
+        val_loader.match_classes(distributed.load_weights(Prefixed(model.classifier), resume), resume)
         evaluate(model, val_loader, updater)
         return
     files = distributed.Files(

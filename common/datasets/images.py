@@ -67,9 +67,11 @@ def _timm_dataset(name: str, root: str, train: bool, split: str, batch_size: int
         raise UserError(f"--dataset {name}: split {split} cannot be read from --data_path {root} ({reason})") from error
 
 
-def check_classes(train: Any, val: Any, nb_classes: int) -> None:
+def check_classes(train: Any, val: Any, nb_classes: int) -> list[str]:
     """Compare the class folders of two data sets with each other and with the classifier.
 
+    Returns:
+        names of the classes by index, for the checkpoint; empty where they have none.
     Raises:
         UserError: there are more classes than outputs, or the same index would mean different classes.
     """
@@ -80,3 +82,5 @@ def check_classes(train: Any, val: Any, nb_classes: int) -> None:
     if classes[0] and classes[1] and classes[0] != classes[1] and isinstance(val, ClassFolders):
         odd = sorted(set(classes[0]) ^ set(classes[1]))
         raise UserError(f"{val.root}: its class folders differ from the training ones, first {odd[0]}")
+    names = classes[0] or classes[1] or []
+    return list(names) if all(isinstance(name, str) for name in names) else []

@@ -34,6 +34,7 @@ from common.distributed import (
     agree,
     catch_signals,
     flag_groups,
+    flags_of,
     log,
     rank,
     stop_signal,
@@ -208,6 +209,8 @@ class Loader:
             dataset.set_loader_cfg(num_workers=num_workers)  # type: ignore[attr-defined]
         size: int = len(dataset)  # type: ignore[arg-type]
         self.images = size * (world_size() if streamed else 1)
+        self.classes = list(getattr(dataset, "classes", None) or [])
+        self._labels: Tensor | None = None  # replace the targets of the data set
         self.bad: list[str] = []  # unreadable images met so far, by this rank
         if streamed:
             sampler = None
@@ -246,6 +249,22 @@ class Loader:
         """Batches per epoch and rank."""
         own = self.images // world_size() if self.sampler is None else len(self.sampler)
         return own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
+
+    def match_classes(self, state: dict[str, Any], path: str) -> None:
+        """Let targets be the class indices of a checkpoint read from path, by the names of the classes.
+
+        Raises:
+            UserError: a class here is none of the checkpoint's.
+        """
+        names = flags_of(state).get("class_names")
+        if not names or names == self.classes or not all(isinstance(name, str) for name in self.classes):
+            return
+        unknown = [name for name in self.classes if name not in names]
+        if unknown:
+            odd = f"class folder {unknown[0]} ({len(unknown)} of {len(self.classes)} such)"
+            raise UserError(f"{path}: {odd} is none of its {len(names)} classes {', '.join(names[:3])} ...")
+        self._labels = torch.tensor([names.index(name) for name in self.classes])
+        log(f"{len(self.classes)} of the checkpoint's {len(names)} classes are here, matched by name")
 
     def _full(self, step: int) -> int:
         """Images that training batch `step` must have."""
@@ -299,6 +318,8 @@ class Loader:
                 if problem not in self.bad:
                     self.bad.append(problem)
                     log(f"{problem}: skipped, {len(self.bad)} so far")
+            if self._labels is not None:
+                targets = self._labels[targets]
             if images is not None:
                 yield tree_map(lambda x: x.to(self.device, non_blocking=True), (images, targets))
 
@@ -335,7 +356,7 @@ def supervised_loaders(
     train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, **kwargs)
     path = val_path or args.data_path
     val = image_dataset(path, False, True, args.dataset, args.val_split, args.batch_size, **kwargs)
-    check_classes(train, val, args.nb_classes)
+    args.class_names = check_classes(train, val, args.nb_classes)
     return (
         build_loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),
         build_loader(args, val, val_transform, device, train=False, batch_size=val_batch_size or args.batch_size),

@@ -16,7 +16,7 @@ from common.distributed.exits import Exit, NonFinite, UserError
 from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import is_main, log, main_does, world_size
 from common.distributed.step import Updater
-from common.distributed.weights import WEIGHT_KEYS, Stateful, load_weights, restore
+from common.distributed.weights import WEIGHT_KEYS, Stateful, flags_of, load_weights, restore
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,10 @@ class Checkpoint:
         if not complete or epoch is None:
             log(f"resumed weights only from {path}")
             return Position(start_epoch)
+        names, kept = getattr(self.args, "class_names", None), flags_of(state).get("class_names")
+        if names and kept and names != kept:
+            odd = next(iter(set(names) ^ set(kept)), "their order")
+            raise UserError(f"{path}: its classes are not this run's, first {odd}; start in another --output_dir")
         self.best = state.get("best", 0.0)
         if Path(path).resolve().parent == self.folder.resolve():
             self._log_bytes = state.get("log_bytes")

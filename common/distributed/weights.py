@@ -126,6 +126,12 @@ def weights_of(state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_
     raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {found}")
 
 
+def flags_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The flags that a checkpoint keeps, ours or the authors'; none without."""
+    args = state.get("args")
+    return dict(args) if isinstance(args, dict) else dict(getattr(args, "__dict__", {}))
+
+
 def load_weights(model: Stateful, path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Any]:
     """Load the weights of a checkpoint strictly, and return the whole checkpoint; keys as in `weights_of`.
 
