@@ -13,17 +13,20 @@ from semaim.models_semaim import AimViT, calculate_similarity
 
 
 class Guide:
-    """Features to predict and maps to order by, for each batch.
+    """The map that the order follows and the features to predict, for each batch.
 
-    predict_feature   order follows                                          features
-    none              the encoder, or its EMA                                none: pixels
-    inference         the encoder                                            the encoder's
-    ema               the EMA                                                the EMA's
-    clip, dino        cosine of the teacher's class token with its patches   the teacher's
+    predict_feature   map drawn from the tokens of                      features to predict
+    none              the network in training, or its EMA if given      none: pixels
+    inference         the network in training                           the same tokens
+    ema               the EMA of the network in training                the same tokens
+    clip, dino        the teacher, by `calculate_similarity`            the same tokens
 
+    The pass runs in eval mode and without masks. No gradient flows back through it, into any of these networks: map and
+    features are constants of the step (Fig. 1 of the paper: a locked encoder).
     Args:
-        model: the network in training. ema: its moving average, if there is one. teacher: maps images to tokens.
-        amp: whether the pass runs under the caller's autocast; else in float32.
+        model: the network in training. ema: moving average of its weights, if there is one.
+        teacher: maps images to tokens.
+        amp: whether the pass runs under the autocast of the caller, not in float32.
     Raises:
         ValueError: predict_feature needs a teacher, or an average, that is not given.
     """

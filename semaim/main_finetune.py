@@ -17,53 +17,91 @@ from semaim.models_vit import MODELS, VisionTransformer, load_encoder
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SemAIM fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=50, type=int, help="paper, ViT-B: 100")
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="vit_large_patch16", choices=MODELS)
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
-    p.add_argument("--finetune", default="", help="checkpoint to start from; '' trains from scratch")
-    p.add_argument(
-        "--global_pool", action="store_true", default=True, help="classify the mean of the patches (default)"
+    p = distributed.new_parser("SemAIM fine-tuning")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=64, type=int, help="images per process in each forward pass")
+    g.optimizer.add_argument("--epochs", default=50, type=int, help="passes over the training images (README: 100)")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="forward passes that make one update")
+    g.model.add_argument("--model", default="vit_large_patch16", choices=MODELS, help="network")
+    g.model.add_argument("--input_size", default=224, type=int, help="side of an image in pixels")
+    g.model.add_argument(
+        "--patch_size", default=None, type=int, help="side of a patch in pixels; by default that of --model"
     )
-    p.add_argument("--cls_token", action="store_false", dest="global_pool", help="classify the class token")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    # ---- optimizer
-    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
-    p.add_argument("--weight_decay", default=0.05, type=float)
-    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
-    p.add_argument("--blr", default=1e-3, type=float, help="lr = blr * images per update / 256; paper: 5e-4")
-    p.add_argument("--layer_decay", default=0.75, type=float, help="factor on the learning rate per layer; paper: 0.65")
-    p.add_argument("--min_lr", default=1e-6, type=float)
-    p.add_argument("--warmup_epochs", default=5, type=int, help="paper: 20")
-    # ---- augmentation
-    p.add_argument("--color_jitter", default=None, type=float, help="only without --aa")
-    p.add_argument("--aa", default="rand-m9-mstd0.5-inc1", type=str, help="AutoAugment policy of timm; '' none")
-    p.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    p.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
-    p.add_argument("--remode", default="pixel", type=str)
-    p.add_argument("--recount", default=1, type=int)
-    p.add_argument("--resplit", action="store_true", help="no effect, as upstream")
-    p.add_argument("--mixup", default=0, type=float, help="paper: 0.8")
-    p.add_argument("--cutmix", default=0, type=float, help="paper: 1.0")
-    p.add_argument("--cutmix_minmax", default=None, type=float, nargs="+")
-    p.add_argument("--mixup_prob", default=1.0, type=float)
-    p.add_argument("--mixup_switch_prob", default=0.5, type=float)
-    p.add_argument("--mixup_mode", default="batch", type=str, help="batch, pair or elem")
-    # ---- data, files, process
+    g.augmentation.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    g.optimizer.add_argument(
+        "--clip_grad", default=None, type=float, help="largest norm of the gradient; by default it is not clipped"
+    )
+    g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help="weight decay of AdamW")
+    g.optimizer.add_argument("--lr", default=None, type=float, help="absolute learning rate; by default --blr decides")
+    g.optimizer.add_argument(
+        "--blr", default=1e-3, type=float, help="learning rate per 256 images of an update (README: 5e-4)"
+    )
+    g.optimizer.add_argument(
+        "--layer_decay", default=0.75, type=float, help="factor of the learning rate from block to block (README: 0.65)"
+    )
+    g.optimizer.add_argument("--min_lr", default=1e-6, type=float, help="learning rate at the end")
+    g.optimizer.add_argument(
+        "--warmup_epochs", default=5, type=int, help="epochs in which the learning rate rises (README: 20)"
+    )
+    g.augmentation.add_argument(
+        "--color_jitter", default=None, type=float, help="strength of colour jitter, used only if --aa is empty"
+    )
+    g.augmentation.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", type=str, help="augmentation policy as timm writes it; '' for none"
+    )
+    g.augmentation.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    g.augmentation.add_argument("--reprob", default=0.25, type=float, help="probability of erasing a rectangle")
+    g.augmentation.add_argument(
+        "--remode", default="pixel", type=str, help="what erased pixels become: pixel, rand or const"
+    )
+    g.augmentation.add_argument("--recount", default=1, type=int, help="largest number of erased rectangles")
+    g.unused.add_argument("--resplit", action="store_true", help="the authors' program does not read it either")
+    g.augmentation.add_argument("--mixup", default=0, type=float, help="alpha of Mixup; 0 turns it off (README: 0.8)")
+    g.augmentation.add_argument("--cutmix", default=0, type=float, help="alpha of CutMix; 0 turns it off (README: 1.0)")
+    g.augmentation.add_argument(
+        "--cutmix_minmax",
+        default=None,
+        type=float,
+        nargs="+",
+        help="smallest and largest share of an image that CutMix replaces, in place of --cutmix",
+    )
+    g.augmentation.add_argument(
+        "--mixup_prob", default=1.0, type=float, help="probability that a batch is mixed at all"
+    )
+    g.augmentation.add_argument(
+        "--mixup_switch_prob", default=0.5, type=float, help="probability of CutMix where Mixup is on, too"
+    )
+    g.augmentation.add_argument(
+        "--mixup_mode",
+        default="batch",
+        type=str,
+        help="what is mixed with one draw: a batch, a pair of images or an elem(ent)",
+    )
+    g.model.add_argument(
+        "--finetune", default="", help="checkpoint of the encoder to start from; '' trains from scratch"
+    )
+    g.model.add_argument(
+        "--global_pool", action="store_true", default=True, help="classify the mean of the patches, the default"
+    )
+    g.model.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", help="classify the class token instead of that mean"
+    )
     datasets.add_flags(p, pin_mem=True)
-    p.add_argument("--output_dir", default="./output_dir", help="checkpoint and log")
-    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard, in <model>.<experiment>")
-    p.add_argument("--experiment", default="exp", type=str, help="part of every file's name")
-    p.add_argument("--saveckp_freq", default=20, type=int, help="no effect, as upstream")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="no effect: they are always shared")
-    p.add_argument("--dist_backend", default="nccl", help="no effect: NCCL on CUDA, gloo on CPU")
+    g.data.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    g.output.add_argument("--output_dir", default="./output_dir", help="folder for the checkpoint and the log")
+    g.output.add_argument(
+        "--log_dir",
+        default="./output_dir",
+        help="folder for TensorBoard's files, which go to <model>.<experiment> in it",
+    )
+    g.unused.add_argument("--saveckp_freq", default=20, type=int, help="the authors' program does not read it either")
     distributed.add_flags(p)
+    g.output.add_argument("--experiment", default="exp", type=str, help="part of the name of every file")
+    g.output.add_argument("--eval", action="store_true", help="evaluate the checkpoint of --resume and end")
+    g.unused.add_argument(
+        "--dist_eval", action="store_true", help="validation images are always shared by the processes"
+    )
+    g.unused.add_argument("--dist_backend", default="nccl", help="it is always NCCL on CUDA and gloo on a CPU")
     p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10, pin_mem=False)
     return p
 
@@ -81,10 +119,10 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
 
 
 def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.AdamW:
-    """AdamW with a learning rate that shrinks by --layer_decay per layer towards the input."""
+    """AdamW; the rate shrinks by --layer_decay per layer towards the input (README: 0.65; weight decay 0.05)."""
     depth = len(model.blocks)
     groups = lr_decay.layer_decay_groups(model, args.weight_decay, args.layer_decay, depth, model.no_weight_decay())
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)  # upstream main_finetune.py@ade770f
 
 
 def build_mixup(args: argparse.Namespace) -> Mixup | None:
@@ -123,11 +161,12 @@ def main(args: argparse.Namespace) -> None:
     files = run_files(args)
     resume = distributed.find_checkpoint(args.output_dir, args.resume, files.latest)
     if args.finetune and not args.eval and not resume:
-        load_encoder(model, args.finetune, head_std=2e-5)
+        load_encoder(model, args.finetune, head_std=2e-5)  # upstream main_finetune.py@ade770f
     model.to(device)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
+    # README: 5e-4 * 1024 images / 256 = 2e-3
     lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
     optimizer = build_optimizer(args, model, lr)
     schedule = partial(

@@ -19,28 +19,44 @@ DUMPS = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SemAIM k-NN", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process")
-    # ---- model
-    p.add_argument("--model", default="vit_small", choices=MODELS)
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--pretrained_weights", default="", help="checkpoint of the encoder; '' takes random weights")
-    p.add_argument("--checkpoint_key", default="state_dict", help="its key of the weights; also: ema_state_dict")
-    p.add_argument("--global_pool", action="store_true", help="mean of the patches; default: the class token")
-    p.add_argument("--avgpool_patchtokens", default=0, type=int, choices=[0, 1, 2], help="no effect, as upstream")
-    p.add_argument("--method", default="moco", help="no effect, as upstream")
-    # ---- vote
-    p.add_argument("--nb_knn", default=[20, 10, 30], nargs="+", type=int, help="numbers of neighbours to try")
-    p.add_argument("--temperature", default=0.07, type=float, help="of the votes' weights, exp(cosine / temperature)")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    p.add_argument("--use_cuda", action="store_true", help="keep the features on the GPU")
-    p.add_argument("--dump_features", default=None, help="folder to write the features and labels to")
-    p.add_argument("--load_features", default=None, help="folder of such files, instead of computing them")
-    # ---- data, process
+    p = distributed.new_parser("SemAIM k-NN")
+    g = distributed.flag_groups(p)
+    g.model.add_argument("--input_size", default=224, type=int, help="side of an image in pixels")
+    g.data.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process in each forward pass")
+    g.output.add_argument("--nb_knn", default=[20, 10, 30], nargs="+", type=int, help="numbers of neighbours to try")
+    g.data.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    g.output.add_argument(
+        "--temperature", default=0.07, type=float, help="a neighbour's vote has the weight exp(cosine / temperature)"
+    )
+    g.model.add_argument(
+        "--pretrained_weights", default="", help="checkpoint of the encoder; '' measures random weights"
+    )
+    g.process.add_argument("--use_cuda", action="store_true", help="keep the features on the GPU")
+    g.model.add_argument("--model", default="vit_small", choices=MODELS, help="network; vit_small is vit_small_patch16")
+    g.model.add_argument(
+        "--checkpoint_key", default="state_dict", help="where the checkpoint keeps the weights; also: ema_state_dict"
+    )
+    g.model.add_argument(
+        "--patch_size", default=None, type=int, help="side of a patch in pixels; by default that of --model"
+    )
+    g.unused.add_argument(
+        "--avgpool_patchtokens",
+        default=0,
+        type=int,
+        choices=[0, 1, 2],
+        help="the authors' program does not read it either",
+    )
+    g.model.add_argument(
+        "--global_pool", action="store_true", help="features are the mean of the patches, not the class token"
+    )
+    g.output.add_argument("--dump_features", default=None, help="folder to write the features and labels to")
+    g.output.add_argument(
+        "--load_features", default=None, help="folder of features and labels to read instead of computing them"
+    )
     datasets.add_flags(p)
-    p.add_argument("--dist_backend", default="nccl", help="no effect: NCCL on CUDA, gloo on CPU")
     distributed.add_launch_flags(p)
+    g.unused.add_argument("--dist_backend", default="nccl", help="it is always NCCL on CUDA and gloo on a CPU")
+    g.unused.add_argument("--method", default="moco", help="the authors' program does not read it either")
     p.set_defaults(data_path="/path/to/imagenet/", num_workers=10, local_rank=0)
     return p
 

@@ -18,39 +18,53 @@ from semaim.models_vit import MODELS, VisionTransformer, load_encoder
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SemAIM linear probing", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=512, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=90, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="vit_large_patch16", choices=MODELS, help="paper: vit_base_patch16")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
-    p.add_argument("--global_pool", action="store_true", default=True, help="probe the mean of the patches (default)")
-    p.add_argument("--cls_token", action="store_false", dest="global_pool", help="probe the class token (paper)")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    # ---- optimizer
-    p.add_argument("--weight_decay", default=0, type=float)
-    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
-    p.add_argument("--blr", default=0.1, type=float, help="lr = blr * images per update / 256")
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=10, type=int, help="paper: 0")
-    # ---- data, files, process
+    p = distributed.new_parser("SemAIM linear probing")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=512, type=int, help="images per process in each forward pass")
+    g.optimizer.add_argument("--epochs", default=90, type=int, help="passes over the training images")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="forward passes that make one update")
+    g.model.add_argument(
+        "--model", default="vit_large_patch16", choices=MODELS, help="network (README: vit_base_patch16)"
+    )
+    g.model.add_argument("--input_size", default=224, type=int, help="side of an image in pixels")
+    g.model.add_argument(
+        "--patch_size", default=None, type=int, help="side of a patch in pixels; by default that of --model"
+    )
+    g.optimizer.add_argument("--weight_decay", default=0, type=float, help="weight decay of SGD")
+    g.optimizer.add_argument("--lr", default=None, type=float, help="absolute learning rate; by default --blr decides")
+    g.optimizer.add_argument("--blr", default=0.1, type=float, help="learning rate per 256 images of an update")
+    g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end")
+    g.optimizer.add_argument(
+        "--warmup_epochs", default=10, type=int, help="epochs in which the learning rate rises (README: 0)"
+    )
+    g.model.add_argument("--finetune", default="", help="checkpoint of the encoder; '' probes random weights")
+    g.model.add_argument(
+        "--global_pool", action="store_true", default=True, help="probe the mean of the patches, the default"
+    )
+    g.model.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", help="probe the class token instead (README)"
+    )
     datasets.add_flags(p, pin_mem=True)
-    p.add_argument("--output_dir", default="./output_dir", help="checkpoint and log")
-    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard, in <model>.<experiment>")
-    p.add_argument("--experiment", default="exp", type=str, help="part of every file's name")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="no effect: they are always shared")
-    p.add_argument("--dist_backend", default="nccl", help="no effect: NCCL on CUDA, gloo on CPU")
+    g.data.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    g.output.add_argument("--output_dir", default="./output_dir", help="folder for the checkpoint and the log")
+    g.output.add_argument(
+        "--log_dir",
+        default="./output_dir",
+        help="folder for TensorBoard's files, which go to <model>.<experiment> in it",
+    )
     distributed.add_flags(p)
+    g.output.add_argument("--experiment", default="exp", type=str, help="part of the name of every file")
+    g.output.add_argument("--eval", action="store_true", help="evaluate the checkpoint of --resume and end")
+    g.unused.add_argument(
+        "--dist_eval", action="store_true", help="validation images are always shared by the processes"
+    )
+    g.unused.add_argument("--dist_backend", default="nccl", help="it is always NCCL on CUDA and gloo on a CPU")
     p.set_defaults(data_path="/datasets01/imagenet_full_size/061417/", num_workers=10, pin_mem=False)
     return p
 
 
 def probe_transform(input_size: int) -> transforms.Compose:
-    """Shorter side to input_size, bicubic, a random square of it and a flip."""
+    """Shorter side to input_size, bicubic, a random square of it and a flip (upstream main_linprobe.py@ade770f)."""
     resize = transforms.Resize(input_size, interpolation=transforms.InterpolationMode.BICUBIC)
     steps = [resize, transforms.RandomCrop(input_size), transforms.RandomHorizontalFlip()]
     return transforms.Compose([*steps, *datasets.tensor_and_normalize()])
@@ -67,8 +81,9 @@ def add_probe(model: VisionTransformer) -> nn.Sequential:
 
 
 def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> torch.optim.SGD:
-    """SGD with momentum on the head's parameters."""
-    return torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    """SGD with momentum on the parameters of the head; README: no weight decay."""
+    momentum = 0.9  # upstream main_linprobe.py@ade770f
+    return torch.optim.SGD(head.parameters(), lr=lr, momentum=momentum, weight_decay=args.weight_decay, fused=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -91,12 +106,13 @@ def main(args: argparse.Namespace) -> None:
     files = run_files(args, "linear")
     resume = distributed.find_checkpoint(args.output_dir, args.resume, files.latest)
     if args.finetune and not args.eval and not resume:
-        load_encoder(model, args.finetune, head_std=0.01)
+        load_encoder(model, args.finetune, head_std=0.01)  # upstream main_linprobe.py@ade770f
     head = add_probe(model)
     model.to(device)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
+    # README: 0.1 * 4096 images / 256 = 1.6
     lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
     optimizer = build_optimizer(args, head, lr)
     schedule = partial(

@@ -20,61 +20,95 @@ from semaim.models_semaim import MODELS, AimViT
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SemAIM pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=64, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=800, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="saim_base", choices=MODELS, help="saim_base is aim_base")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=None, type=int, help="patch side in pixels; default: the model's")
-    p.add_argument("--query_depth", default=12, type=int, help="decoder blocks")
-    p.add_argument("--share_weight", action="store_true", help="is refused: the two streams' blocks differ")
-    p.add_argument("--prediction_head_type", default="MLP", type=str, help="MLP or LINEAR")
-    p.add_argument("--gaussian_kernel_size", default=None, type=int, help="side of the target's blur, odd")
-    p.add_argument("--gaussian_sigma", default=None, type=float, help="its sigma; without both there is no blur")
-    p.add_argument("--loss_type", default="L2", type=str, help="L1 or L2, of pixels")
-    p.add_argument("--norm_pix_loss", action="store_true", help="standardise each target patch")
-    p.add_argument(
+    p = distributed.new_parser("SemAIM pre-training")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument("--batch_size", default=64, type=int, help="images per process in each forward pass")
+    g.optimizer.add_argument("--epochs", default=800, type=int, help="passes over the training images")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="forward passes that make one update")
+    g.model.add_argument("--model", default="saim_base", choices=MODELS, help="network; saim_base is aim_base")
+    g.model.add_argument("--input_size", default=224, type=int, help="side of an image in pixels")
+    g.model.add_argument(
+        "--patch_size", default=None, type=int, help="side of a patch in pixels; by default that of --model"
+    )
+    g.model.add_argument("--query_depth", default=12, type=int, help="number of blocks of the decoder (query stream)")
+    g.model.add_argument(
+        "--share_weight", action="store_true", help="is refused: the blocks of the two streams have different weights"
+    )
+    g.model.add_argument("--prediction_head_type", default="MLP", type=str, help="head of the decoder: MLP or LINEAR")
+    g.model.add_argument(
+        "--gaussian_kernel_size", default=None, type=int, help="side of the target's blur in pixels, odd (README: 9)"
+    )
+    g.model.add_argument(
+        "--gaussian_sigma",
+        default=None,
+        type=float,
+        help="standard deviation of the target's blur in pixels (README: 1); without both flags there is no blur",
+    )
+    g.model.add_argument("--loss_type", default="L2", type=str, help="error of predicted pixels: L1 or L2")
+    g.model.add_argument("--norm_pix_loss", action="store_true", help="standardise each target patch (README: yes)")
+    g.model.add_argument(
         "--permutation_type",
         default="stochastic",
         type=str,
-        help="order: zigzag (row by row), raster (a snake), stochastic, stochastic_center, center2out, attention, "
-        "attention_guided, attention_center (paper)",
+        help="order in which patches are predicted: attention_center (README), attention, attention_guided, "
+        "stochastic, stochastic_center, center2out, zigzag (row by row) or raster (a snake)",
     )
-    p.add_argument("--attention_type", default="cls", type=str, help="cls, gap or self: what the order's map compares")
-    p.add_argument("--use_ema_model", action="store_true", help="the order comes from a moving average of the encoder")
-    p.add_argument("--predict_feature", default="none", type=str, help="none (pixels), inference, ema, dino or clip")
-    p.add_argument("--teacher_path", default="", help="weights of the CLIP or DINO teacher, as published")
-    p.add_argument(
+    g.model.add_argument(
+        "--use_ema_model", action="store_true", help="draw the order's map with a moving average of the weights"
+    )
+    g.model.add_argument(
+        "--predict_feature",
+        default="none",
+        type=str,
+        help="what is predicted: none (pixels), features of a clip or dino teacher, of the encoder itself (inference), "
+        "or of its moving average (ema)",
+    )
+    g.model.add_argument("--teacher_path", default="", help="published weights of the CLIP or DINO teacher")
+    g.model.add_argument(
+        "--attention_type",
+        default="cls",
+        type=str,
+        help="map that the order follows: similarity of each patch to the class token (cls) or to the mean of all "
+        "patches (gap), or the class token's self-attention (self)",
+    )
+    g.process.add_argument(
         "--attn_impl",
         default="auto",
         choices=["auto", "mask", "flex", "causal"],
-        help="auto, mask and flex follow ties of the order exactly; causal breaks them by index",
+        help="way of computing attention: auto, mask and flex keep ties of the order, causal breaks them by index",
     )
-    p.add_argument(
-        "--order_amp", action="store_true", help="autocast the pass that makes order and features; default: float32"
+    g.process.add_argument(
+        "--order_amp", action="store_true", help="run the pass that draws the map in --amp_dtype instead of float32"
     )
-    # ---- optimizer
-    p.add_argument("--weight_decay", default=0.05, type=float)
-    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
-    p.add_argument("--lr", default=None, type=float, help="absolute learning rate; default: by --blr")
-    p.add_argument("--blr", default=2e-4, type=float, help="lr = blr * images per update / 256")
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=30, type=int)
-    p.add_argument("--not_use_fp16", action="store_true", help="the same as --amp_dtype fp32")
-    # ---- data, files, process
+    g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help="weight decay of AdamW")
+    g.optimizer.add_argument(
+        "--clip_grad",
+        default=None,
+        type=float,
+        help="largest norm of the gradient; by default it is not clipped (README: 3)",
+    )
+    g.optimizer.add_argument("--lr", default=None, type=float, help="absolute learning rate; by default --blr decides")
+    g.optimizer.add_argument("--blr", default=2e-4, type=float, help="learning rate per 256 images of an update")
+    g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end")
+    g.optimizer.add_argument("--warmup_epochs", default=30, type=int, help="epochs in which the learning rate rises")
+    g.process.add_argument("--not_use_fp16", action="store_true", help="the same as --amp_dtype fp32")
     datasets.add_flags(p, pin_mem=False)
-    p.add_argument("--output_dir", default="./pretrain/saim_base", help="checkpoints and log")
-    p.add_argument("--log_dir", default="./output_dir", help="TensorBoard, in <model>.<experiment>")
-    p.add_argument("--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints that are kept")
-    p.add_argument("--experiment", default="exp", type=str, help="part of every file's name")
+    g.output.add_argument("--output_dir", default="./pretrain/saim_base", help="folder for checkpoints and the log")
+    g.output.add_argument(
+        "--log_dir",
+        default="./output_dir",
+        help="folder for TensorBoard's files, which go to <model>.<experiment> in it",
+    )
+    g.output.add_argument(
+        "--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints that are kept"
+    )
+    g.output.add_argument("--experiment", default="exp", type=str, help="part of the name of every file")
     distributed.add_flags(p)
     return p
 
 
 def pretrain_transform(input_size: int) -> transforms.Compose:
-    """Random crop of 20-100 % of the image, bicubic, and a flip."""
+    """Random crop of 20-100 % of the image, bicubic, and a flip (upstream main_pretrain.py@ade770f)."""
     bicubic = transforms.InterpolationMode.BICUBIC
     crop = transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=bicubic)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
@@ -134,7 +168,7 @@ def build_with_teacher(args: argparse.Namespace) -> tuple[AimViT, ClipVisual | D
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW on two groups, without and with weight decay; the class token is decayed."""
+    """AdamW on two groups, without and with weight decay (README: 0.05); the class token is decayed (as upstream)."""
     groups = lr_decay.decay_groups(model, args.weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # upstream main_pretrain.py@ade770f
 
@@ -161,6 +195,7 @@ def main(args: argparse.Namespace) -> None:
         guide.source.semantic_pass = torch.compile(guide.source.semantic_pass)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
+    # README: 2e-4 * 2048 images / 256 = 1.6e-3
     lr = args.blr * images_per_step * args.accum_iter / 256 if args.lr is None else args.lr
     optimizer = build_optimizer(args, model, lr)
     schedule = partial(

@@ -45,24 +45,38 @@ PANELS = ("self-attention", "similarity", "order")  # of each group, from left t
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("SemAIM orders", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    # ---- encoders; a group without one is left out
+    p = distributed.new_parser("SemAIM orders")
+    g = distributed.flag_groups(p)
     for name, (_, rules) in GROUPS.items():
-        p.add_argument(f"--{name}", default="", help=f"checkpoint pre-trained with --permutation_type {rules[0]}")
-    p.add_argument("--checkpoint", default="", help="encoder of every group that has no checkpoint of its own")
-    p.add_argument("--random", action="store_true", help="the same, with one encoder of random weights")
-    p.add_argument("--checkpoint_key", default="state_dict", help="key of the weights; also: ema_state_dict")
-    # ---- model; defaults: as stored in the checkpoint, else aim_base, 224 and the model's patches
-    p.add_argument("--model", help=f"one of {', '.join(MODELS)}")
-    p.add_argument("--input_size", type=int, help="image side in pixels")
-    p.add_argument("--patch_size", type=int, help="patch side in pixels")
-    p.add_argument("--attention_type", default="cls", help="map of the orders (d), (e): cls or gap similarity, or self")
-    # ---- images, files, process
-    p.add_argument("--images", nargs="+", default=[], help="image files, and folders with images or class folders")
-    p.add_argument("--num_images", default=5, type=int, help="of each folder at most, spread over its classes")
-    p.add_argument("--output", default="orders.png", help="the figure; <stem>_panels/ beside it gets panels and maps")
-    p.add_argument("--device", default="auto", help="auto: CUDA if present, else cpu")
-    p.add_argument("--seed", default=0, type=int, help="of the orders' noise, random weights and the choice of images")
+        text = f"checkpoint pre-trained with --permutation_type {rules[0]}; without one this order is left out"
+        g.model.add_argument(f"--{name}", default="", help=text)
+    g.model.add_argument("--checkpoint", default="", help="encoder of every order that has no checkpoint of its own")
+    g.model.add_argument(
+        "--random", action="store_true", help="one encoder of random weights for every order without a checkpoint"
+    )
+    g.model.add_argument(
+        "--checkpoint_key", default="state_dict", help="where checkpoints keep the weights; also: ema_state_dict"
+    )
+    stored = "by default as stored in the checkpoint, else"
+    g.model.add_argument("--model", help=f"network, one of {', '.join(MODELS)}; {stored} aim_base")
+    g.model.add_argument("--input_size", type=int, help=f"side of an image in pixels; {stored} 224")
+    g.model.add_argument("--patch_size", type=int, help=f"side of a patch in pixels; {stored} that of --model")
+    g.model.add_argument(
+        "--attention_type",
+        default="cls",
+        help="map that the orders (d) and (e) follow: similarity (cls or gap) or self",
+    )
+    g.data.add_argument("--images", nargs="+", default=[], help="image files, and folders with images or class folders")
+    g.data.add_argument(
+        "--num_images", default=5, type=int, help="largest number of images of each folder, spread over its classes"
+    )
+    g.output.add_argument(
+        "--output", default="orders.png", help="file of the figure; <stem>_panels/ beside it gets the panels and maps"
+    )
+    g.process.add_argument("--device", default="auto", help="auto (CUDA if present, else cpu), cpu, cuda or cuda:N")
+    g.process.add_argument(
+        "--seed", default=0, type=int, help="seed of the noise of the orders, random weights and the choice of images"
+    )
     return p
 
 
