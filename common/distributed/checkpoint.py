@@ -231,5 +231,7 @@ class Checkpoint:
         run_log = self.run_log(position.epoch, start / len(loader), ticks or len(loader))
         for epoch in range(position.epoch, self.args.epochs):
             title, steps, images = header.format(epoch=epoch, done=epoch + 1), len(loader), loader.batch_size
-            yield epoch, EpochLog(title, steps, images, loader.device, print_freq, run_log, tags, epoch, start, sums)
+            later = (self.args.epochs - epoch - 1) * steps
+            place = epoch, start, sums, later
+            yield epoch, EpochLog(title, steps, images, loader.device, print_freq, run_log, tags, *place)
             start, sums = 0, {}

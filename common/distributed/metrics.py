@@ -73,6 +73,13 @@ def progress_name(log: str) -> str:
     return log.removesuffix("log.txt") + "progress.jsonl"
 
 
+def duration(seconds: float) -> str:
+    """A time span such as 0:05:10, or 2 d 03:15."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours // 24} d {hours % 24:02}:{minutes:02}" if hours >= 24 else f"{hours}:{minutes:02}:{rest:02}"
+
+
 def finite(stats: dict[str, Any]) -> dict[str, Any]:
     """The values for JSON, which has no NaN and no infinity: they become null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
@@ -195,6 +202,7 @@ class EpochLog:
         total: steps of the epoch. images: images per step and process, for the rate.
         run_log: of the run; default: none. tags: TensorBoard scalars to write per update, {value name: tag}.
         start, sums: position to continue from, and the sums there (`Position`).
+        later: steps of the epochs that follow, for the time left of the run.
     """
 
     def __init__(
@@ -209,10 +217,11 @@ class EpochLog:
         epoch: int = 0,
         start: int = 0,
         sums: dict[str, list[float]] | None = None,
+        later: int = 0,
     ):
         self.header, self.total, self.images, self.device = header, total, images, device
         self.print_freq, self.tags, self.epoch, self.start = print_freq, tags or {}, epoch, start
-        self.run_log = run_log or RunLog("")
+        self.run_log, self.later = run_log or RunLog(""), later
         self._boundaries = [start]  # micro-steps done when an update was complete
         self._earlier = {k: list(v) for k, v in (sums or {}).items()}
         self._totals = {k: list(v) for k, v in self._earlier.items()}  # running sum and count by name
@@ -258,7 +267,9 @@ class EpochLog:
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Number the batches from `start` on and report while they are consumed."""
         terminal = sys.stderr.isatty() and is_main()
-        bar = tqdm(total=self.total, initial=self.start, desc=self.header, disable=not terminal, dynamic_ncols=True)
+        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+        options = {"disable": not terminal, "dynamic_ncols": True, "leave": False, "bar_format": shape}
+        bar = tqdm(total=self.total, initial=self.start, desc=self.header, **options)
         begun = last = time.perf_counter()
         waited = 0.0
         for step, batch in enumerate(self._guarded(batches), self.start):
@@ -276,10 +287,10 @@ class EpochLog:
                 done = step + 1 - self.start
                 seconds = (last - begun) / done
                 self._text = self._describe(seconds, waited / done)
-                if report and not terminal:
-                    eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step - 1)))
-                    log(f"{self.header}  [{step + 1}/{self.total}]  eta: {eta}  {self._text}")
-            bar.set_postfix_str(self._text, refresh=False)
+                if (report and not terminal) or step + 1 == self.total:  # on a terminal a line per epoch stays
+                    bar.clear()
+                    log(f"{self.header}  [{step + 1}/{self.total}]  {self._eta(seconds, step)}  {self._text}")
+                bar.set_postfix_str(self._short(seconds, step), refresh=False)
             bar.update()
         bar.close()
         self._flush()
@@ -316,12 +327,26 @@ class EpochLog:
         for name, (total, count) in self._totals.items():
             recent = [values[name] for values in window if name in values]
             if recent and name == "lr":
-                parts.append(f"lr: {recent[-1]:.6f}")
+                parts.append(f"lr: {recent[-1]:.3g}")
             elif recent:
                 parts.append(f"{name}: {statistics.median(recent):.4f} ({total / count:.4f})")
         parts.append(f"{self.images * world_size() / seconds:.1f} images/s  time: {seconds:.4f}  data: {data:.4f}")
         parts.append(f"max mem: {peak_memory(self.device) / 2**20:.0f} MB")
         return "  ".join(parts)
+
+    def _short(self, seconds: float, step: int) -> str:
+        """What fits beside a bar of 80 columns: the first meter, the speed, and the time left of the run."""
+        name, (total, count) = next(iter(self._totals.items()), ("", (0.0, 1)))
+        mean = f"{name} {total / count:.4g}, " if name else ""
+        left = self.total - step - 1 + self.later
+        rate = self.images * world_size() / seconds
+        return f"{mean}{rate:.{0 if rate > 100 else 2}f} images/s, left {duration(seconds * left)}"
+
+    def _eta(self, seconds: float, step: int) -> str:
+        """Time left of the epoch after a step, and of the run where epochs follow, at so many seconds per step."""
+        left = self.total - step - 1
+        run = f", of the run: {duration(seconds * (left + self.later))}" if self.later else ""
+        return f"eta: {duration(seconds * left)}{run}"
 
     def boundary(self, step: float = math.inf) -> int:
         """The last position at or before `step` (of the epoch) at which an update was complete."""
