@@ -143,7 +143,7 @@ def test_photometric(case):
             return 0
 
         with mock.patch.object(random, "random", side_effect=draws), mock.patch.object(random, "uniform", radius):
-            levels = list(photometric(ramp).getdata())
+            levels = photometric(ramp).tobytes()
         return bool(blurred), next((i for i, level in enumerate(levels) if level != i), -1)
 
     def switch(*draws: float | None) -> float:
