@@ -29,7 +29,7 @@ Pair = tuple[int, int, NDArray[np.bool_]]  # numbers of a source and a target vi
 
 
 class RandomCropCoord:
-    """Random crop of a share of the image, resized to size x size pixels, that tells its coordinates.
+    """Random crop of a share of the image, resized to size x size pixels, with its coordinates.
 
     Args:
         flip: probabilities of a horizontal and of a vertical flip.
@@ -128,13 +128,13 @@ class Photometric:
         return img.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
-class Points(NamedTuple):
-    """Sampled patches of P views that each another view shows; rows are valid patches in raster order, then zeros."""
+class Matches(NamedTuple):
+    """Sampled patches of P views, and where other views show them; shown ones in raster order, then rows of zeros."""
 
-    count: NDArray[np.int64]  # (P,) of valid ones
-    token: NDArray[np.int64]  # (P, s) number of the patch in its view
-    corner: NDArray[np.int64]  # (P, s, 4) numbers of the four patches around it in the other view
-    weight: Array  # (P, s, 4) their bilinear weights
+    count: NDArray[np.int64]  # (P,), number of the shown ones
+    token: NDArray[np.int64]  # (P, s), number of the patch in its view
+    corner: NDArray[np.int64]  # (P, s, 4), numbers of the four patches around it in the other view
+    weight: Array  # (P, s, 4), their bilinear weights
 
 
 class DataAugmentation:
@@ -180,7 +180,10 @@ class DataAugmentation:
         self.photometric = Photometric()
 
     def _sampling_mask(self, feature_size: int, window_size: int) -> NDArray[np.bool_]:
-        """One patch of every window, (F * F,) in raster order; a grid that leaves a rest lies in a random corner."""
+        """Stratified random sampling: one patch of every window, as a mask (F * F,) in raster order.
+
+        The strata are windows of w x w patches; where they leave a rest, their grid lies in a random corner.
+        """
         grid = feature_size // window_size
         cells = torch.randint(0, window_size**2, (grid**2,)).numpy() if self.random_sampling else np.zeros(grid**2, int)
         rows = np.arange(grid).repeat(grid) * window_size + cells // window_size
@@ -198,53 +201,49 @@ class DataAugmentation:
         """Smallest box around two crops' coordinates; as upstream, those of flipped ones enter as they are."""
         return np.concatenate([np.minimum(c1[:2], c2[:2]), np.maximum(c1[2:], c2[2:])])
 
-    def points(self, src_crops: Array, tgt_crops: Array, mask: NDArray[np.bool_]) -> Points:
-        """Where the sampled patches of views lie in global views; the first and the last patch lie on the border.
+    def correspondence(self, src_crops: Array, tgt_crops: Array, mask: NDArray[np.bool_]) -> Matches:
+        """The correspondence map: where in the target views the sampled patches of the source views lie.
 
+        Patch (a, b) of F x F stands for a point of the image, the first and the last patch for the crop's border:
+        x = src_0 + (a, b) / (F - 1) * (src_1 - src_0). Strictly inside the target it lies between four of its patches,
+        at t = (F_g - 1) * (x - tgt_0) / (tgt_1 - tgt_0); elsewhere the patch has no match.
         Args:
-            src_crops, tgt_crops: coordinates (P, 4) of the pairs. mask: (F * F,), the sampled patches of the sources.
+            src_crops, tgt_crops: coordinates (P, 4) of the pairs, flipped ones included; targets are global views.
+            mask: (F * F,), the sampled patches of the sources.
         """
         side, last = math.isqrt(len(mask)), np.float32(self.features_g - 1)
         tokens = np.flatnonzero(mask)
         line = np.linspace(0, 1, side, dtype=np.float32)
         grid = np.stack([line[tokens // side], line[tokens % side]], axis=1)  # (s, 2)
         src, tgt = src_crops[:, None], tgt_crops[:, None]
-        position = src[..., :2] + grid * (src[..., 2:] - src[..., :2])  # (P, s, 2)
+        x = src[..., :2] + grid * (src[..., 2:] - src[..., :2])  # (P, s, 2)
         low, high = np.minimum(tgt[..., :2], tgt[..., 2:]), np.maximum(tgt[..., :2], tgt[..., 2:])
-        valid = ((position > low) & (position < high)).all(axis=2)
-        order = np.argsort(~valid, axis=1, kind="stable")
-        valid = np.take_along_axis(valid, order, axis=1)
+        shown = ((x > low) & (x < high)).all(axis=2)
+        order = np.argsort(~shown, axis=1, kind="stable")  # shown ones first
+        shown = np.take_along_axis(shown, order, axis=1)
+        t = (np.take_along_axis(x, order[..., None], axis=1) - tgt[..., :2]) * last
         extent = tgt[..., 2:] - tgt[..., :2]
-        t = (np.take_along_axis(position, order[..., None], axis=1) - tgt[..., :2]) * last
-        t = np.divide(t, extent, out=np.zeros_like(t), where=valid[..., None])  # nothing is valid in a single pixel
+        t = np.divide(t, extent, out=np.zeros_like(t), where=shown[..., None])  # nothing is shown in a single pixel
         floor = np.floor(t)
         ceil = np.minimum(floor + 1, last)
         (wi, wj), (i, j) = (x.transpose(3, 0, 1, 2) for x in (np.stack([ceil - t, t - floor]), np.stack([floor, ceil])))
         corner = i[[0, 0, 1, 1]] * self.features_g + j[[0, 1, 0, 1]]  # (4, P, s)
-        weight = wi[[0, 0, 1, 1]] * wj[[0, 1, 0, 1]] * valid
-        return Points(
-            valid.sum(axis=1),
-            np.where(valid, tokens[order], 0),
+        weight = wi[[0, 0, 1, 1]] * wj[[0, 1, 0, 1]] * shown
+        return Matches(
+            shown.sum(axis=1),
+            np.where(shown, tokens[order], -1),
             corner.transpose(1, 2, 0).astype(np.int64),
             weight.transpose(1, 2, 0),
         )
 
     def _create_map(self, src_crop: Array, tgt_crop: Array, mask: NDArray[np.bool_]) -> tuple[Array, Array]:
-        """`points` as maps: (s, F * F) that picks the valid patches, (s, F_g * F_g) that mixes those around them."""
-        mask = np.asarray(mask)
-        found = self.points(np.asarray(src_crop)[None], np.asarray(tgt_crop)[None], mask)
-        n, (token,), (corner,), (weight,) = int(found.count[0]), found.token, found.corner, found.weight
-        src = np.zeros((len(token), len(mask)), np.float32)
-        tgt = np.zeros((len(token), self.features_g**2), np.float32)
-        src[np.arange(n), token[:n]] = 1
-        for k in range(4):  # added up, for corners that coincide on the border
-            tgt[np.arange(n), corner[:n, k]] += weight[:n, k]
-        return src, tgt
+        """Upstream's form of `correspondence` for one pair: dense maps (s, F * F) and (s, F_g * F_g)."""
+        found = self.correspondence(np.asarray(src_crop)[None], np.asarray(tgt_crop)[None], np.asarray(mask))
+        token, corner, weight = (torch.from_numpy(x[0]) for x in (found.token, found.corner, found.weight))
+        return token_map(token, len(mask)).numpy(), corner_map(corner, weight, self.features_g**2).numpy()
 
-    def views(
-        self, img: Image.Image
-    ) -> tuple[list[Image.Image], list[Array], list[tuple[int, int, NDArray[np.bool_]]]]:
-        """The views, their coordinates, and the pairs to map.
+    def views(self, img: Image.Image) -> tuple[list[Image.Image], list[Array], list[Pair]]:
+        """The views, their coordinates, and the pairs to map: the second view overlaps the first, local ones both.
 
         Pairs: the two global views in each other, then per local one itself in the second and in the first.
         """
@@ -268,17 +267,17 @@ class DataAugmentation:
     def __call__(self, img: Image.Image) -> "Sample":
         views, coords, pairs = self.views(img)
         src, tgt = np.stack([coords[i] for i, _, _ in pairs]), np.stack([coords[i] for _, i, _ in pairs])
-        points = [self.points(src[:2], tgt[:2], pairs[0][2])]
+        matches = [self.correspondence(src[:2], tgt[:2], pairs[0][2])]
         if pairs[2:]:
-            points.append(self.points(src[2:], tgt[2:], pairs[2][2]))
-        return Sample([tf.pil_to_tensor(view) for view in views], points)
+            matches.append(self.correspondence(src[2:], tgt[2:], pairs[2][2]))
+        return Sample([tf.pil_to_tensor(view) for view in views], matches)
 
 
 class Sample(NamedTuple):
-    """An image's views (3, H, W) uint8, and the points of its global pairs and of its local ones, if any."""
+    """An image's views (3, H, W) uint8, and the matches of its global pairs and of its local ones, if any."""
 
     views: list[Tensor]
-    points: list[Points]
+    matches: list[Matches]
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
@@ -286,29 +285,39 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 
     Returns:
         crops: two global views (B, 3, H, W) uint8, then nl local ones. token: of the global pairs (2, B, s), -1 where
-        invalid. corner, weight: where the teacher finds patches of both views, (2 B, s + nl s_l, 4); the first B rows
-        are patches of the second view. rows_s, rows_t: numbers of valid rows, for `udi_forward_loss`.
+        the other view does not show them. corner, weight: where the teacher finds patches of both views,
+        (2 B, s + nl s_l, 4); the first B rows are patches of the second view. rows_s, rows_t: numbers of the matched
+        rows, for `udi_forward_loss`.
     """
     crops = [torch.stack(views) for views in zip(*(sample.views for sample in samples), strict=True)]
     # Of the global and of the local pairs, (B, P, ...); pairs alternate between the second and the first view.
-    found = zip(*(sample.points for sample in samples), strict=True)
-    groups = [Points(*map(np.stack, zip(*points, strict=True))) for points in found]
-    valid = [np.arange(group.token.shape[2]) < group.count[..., None] for group in groups]
+    found = zip(*(sample.matches for sample in samples), strict=True)
+    groups = [Matches(*map(np.stack, zip(*matches, strict=True))) for matches in found]
+    shown = [np.arange(group.token.shape[2]) < group.count[..., None] for group in groups]
 
     def of_views(values: list[Any]) -> Any:
         """Values (B, P, s, ...) of both groups -> (2 B, s + nl s_l, ...)."""
         views = [np.concatenate([x[:, v::2].reshape(len(x), -1, *x.shape[3:]) for x in values], axis=1) for v in (0, 1)]
         return np.concatenate(views)
 
-    token = np.where(valid[0], groups[0].token, -1).swapaxes(0, 1)
     return {
         "crops": crops,
-        "token": torch.from_numpy(token.copy()),
+        "token": torch.from_numpy(groups[0].token.swapaxes(0, 1).copy()),
         "corner": torch.from_numpy(of_views([group.corner for group in groups])),
         "weight": torch.from_numpy(of_views([group.weight for group in groups])),
-        "rows_s": torch.from_numpy(np.flatnonzero(valid[0].swapaxes(0, 1))),
-        "rows_t": torch.from_numpy(np.flatnonzero(of_views(valid))),
+        "rows_s": torch.from_numpy(np.flatnonzero(shown[0].swapaxes(0, 1))),
+        "rows_t": torch.from_numpy(np.flatnonzero(of_views(shown))),
     }
+
+
+def token_map(token: Tensor, patches: int) -> Tensor:
+    """Numbers (..., s) of patches -> rows (..., s, N) that pick them; those of -1 are zero."""
+    return (F.one_hot(token.clamp(min=0), patches) * (token >= 0)[..., None]).float()
+
+
+def corner_map(corner: Tensor, weight: Tensor, patches: int) -> Tensor:
+    """Numbers and weights (..., s, 4) of patches -> rows (..., s, N) that mix them; equal ones are added up."""
+    return weight.new_zeros(*weight.shape[:-1], patches).scatter_add_(-1, corner, weight)
 
 
 def expand(batch: dict[str, Any], patch_size: int) -> dict[str, Any]:
@@ -319,9 +328,7 @@ def expand(batch: dict[str, Any], patch_size: int) -> dict[str, Any]:
     )
     crops = [(crop - mean) / std for crop in batch["crops"]]
     patches = (crops[0].shape[-1] // patch_size) ** 2
-    token = batch["token"]
-    src = F.one_hot(token.clamp(min=0), patches) * (token >= 0)[..., None]  # (2, B, s, N)
-    tgt = batch["weight"].new_zeros(*batch["weight"].shape[:2], patches)
-    tgt.scatter_add_(2, batch["corner"], batch["weight"])
+    src = token_map(batch["token"], patches)  # (2, B, s, N)
+    tgt = corner_map(batch["corner"], batch["weight"], patches)  # (2 B, s + nl s_l, N)
     rows = batch["rows_s"], batch["rows_t"]
-    return {"crops": crops, "src_maps": list(src.to(tgt.dtype)), "tgt_maps": list(tgt.chunk(2)), "rows": rows}
+    return {"crops": crops, "src_maps": list(src), "tgt_maps": list(tgt.chunk(2)), "rows": rows}
