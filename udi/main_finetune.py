@@ -2,14 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-from timm.data.mixup import Mixup
-from timm.optim._optim_factory import create_optimizer_v2
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torchvision import transforms
@@ -26,7 +24,7 @@ from udi.models_finetune import (
     load_pretrained,
     read_weights,
 )
-from udi.optim import cosine_scheduler
+from udi.optim import build_mixup, cosine_scheduler, create_optimizer
 
 HALF = (0.5, 0.5, 0.5)
 LATEST = "checkpoint.pth"
@@ -34,82 +32,168 @@ DERIVED = "./test_exp/"  # upstream's default folder, which it never writes to
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("UDI fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch_size", default=128, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=100, type=int, help="paper: 200")
-    p.add_argument("--update_freq", "--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--model", default="deit_small_patch16_224", help=f"must be given: {', '.join(MODELS)}")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=16, type=int, help="in pixels; a checkpoint's own goes first")
-    p.add_argument("--class_tokens", default="all", choices=["all", "first"], help="of a checkpoint with two")
-    p.add_argument("--rel_pos_bias", action="store_true", default=True, help="relative position biases (default)")
-    p.add_argument("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="paper")
-    p.add_argument("--abs_pos_emb", action="store_true", help="positions added to the tokens; paper")
-    p.add_argument("--learned_abs_pos_emb", action="store_true", default=True, help="they are learned (default)")
-    p.add_argument("--disable_learned_abs_pos_emb", action="store_false", dest="learned_abs_pos_emb", help="or sin-cos")
-    p.add_argument("--layer_scale_init_value", default=0.1, type=float, help="paper: 0, which has none")
-    p.add_argument("--drop", default=0.0, type=float, help="dropout")
-    p.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
-    p.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
-    p.add_argument("--use_mean_pooling", action="store_true", default=True, help="classify the patches' mean (default)")
-    p.add_argument("--use_cls", action="store_false", dest="use_mean_pooling", help="classify the class token; paper")
-    p.add_argument("--init_scale", default=0.001, type=float, help="factor on the initial head")
-    p.add_argument("--finetune", default="", help="checkpoint to start from; '' trains from scratch")
-    p.add_argument("--checkpoint_key", default="teacher", help="whose weights of a pre-training checkpoint")
-    p.add_argument("--model_key", default="model|module", type=str, help="other files' keys of the weights, in order")
-    p.add_argument("--model_prefix", default="", type=str, help="prefix of the weights' names in it")
-    p.add_argument("--model_ema", action="store_true", help="keep a moving average of the weights in the checkpoints")
-    p.add_argument("--model_ema_decay", default=0.9999, type=float)
-    p.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory")
+    p = distributed.new_parser("UDI fine-tuning")
+    g = distributed.flag_groups(p)
+    # Defaults are those of the authors' eval_finetuning.py. README: those of the README's command.
+    g.optimizer.add_argument(
+        "--batch_size", default=128, type=int, help="images per process and micro-step (README: 256)"
+    )
+    g.optimizer.add_argument("--epochs", default=100, type=int, help="epochs to train (README: 200)")
+    g.optimizer.add_argument("--update_freq", "--accum_iter", default=1, type=int, help="micro-steps per update")
+    g.unused.add_argument("--save_ckpt_freq", default=50, type=int, help="checkpoint.pth is written after each epoch")
+    # ---- network
+    g.model.add_argument(
+        "--model", default="deit_small_patch16_224", help=f"network, must be given: {', '.join(MODELS)}"
+    )
+    g.model.add_argument(
+        "--rel_pos_bias", action="store_true", default=True, help="relative position biases in every block (default)"
+    )
+    g.model.add_argument(
+        "--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="none of them (README: given)"
+    )
+    g.model.add_argument("--abs_pos_emb", action="store_true", help="add positions to the tokens (README: given)")
+    g.model.add_argument(
+        "--learned_abs_pos_emb", action="store_true", default=True, help="added positions are learned (default)"
+    )
+    g.model.add_argument(
+        "--disable_learned_abs_pos_emb",
+        action="store_false",
+        dest="learned_abs_pos_emb",
+        help="added positions are fixed, sines and cosines",
+    )
+    g.model.add_argument(
+        "--layer_scale_init_value", default=0.1, type=float, help="initial layer scale; 0 has none (README: 0)"
+    )
+    g.model.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    g.model.add_argument(
+        "--patch_size", default=16, type=int, help="patch side in pixels; a checkpoint with another one decides"
+    )
+    g.augmentation.add_argument("--drop", default=0.0, type=float, help="dropout of the layers' outputs")
+    g.augmentation.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
+    g.augmentation.add_argument(
+        "--drop_path", default=0.1, type=float, help="stochastic depth of the last block, grows from 0 (README: 0.1)"
+    )
+    g.output.add_argument("--disable_eval_during_finetuning", action="store_true", help="do not evaluate the epochs")
+    g.output.add_argument(
+        "--model_ema", action="store_true", help="keep a moving average of the weights in the checkpoints"
+    )
+    g.output.add_argument("--model_ema_decay", default=0.9999, type=float, help="decay of the moving average")
+    g.output.add_argument(
+        "--model_ema_force_cpu", action="store_true", help="keep the moving average in the host's memory"
+    )
     # ---- optimizer
-    p.add_argument("--opt", default="adamw", type=str, help="adamw, or an optimizer of timm")
-    p.add_argument("--opt_eps", default=1e-8, type=float, help="epsilon, where the optimizer has one")
-    p.add_argument("--opt_betas", default=None, type=float, nargs="+", help="default: the optimizer's own")
-    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm")
-    p.add_argument("--momentum", default=0.9, type=float, help="of SGD and RMSprop")
-    p.add_argument("--weight_decay", default=0.05, type=float)
-    p.add_argument("--weight_decay_end", default=None, type=float, help="cosine to this value; default: constant")
-    p.add_argument("--lr", default=4e-3, type=float, help="absolute; paper: 1e-3 at 1024 images per update")
-    p.add_argument("--layer_decay", default=0.9, type=float, help="factor on the learning rate per layer; paper: 0.55")
-    p.add_argument("--warmup_lr", default=1e-6, type=float, help="no effect: the warm-up starts at 0, as upstream")
-    p.add_argument("--min_lr", default=1e-6, type=float)
-    p.add_argument("--warmup_epochs", default=20, type=int)
-    p.add_argument("--warmup_steps", default=-1, type=int, help="updates of the warm-up, instead of epochs")
-    p.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+    g.optimizer.add_argument("--opt", default="adamw", help="optimizer, adamw or any of timm's")
+    g.optimizer.add_argument("--opt_eps", default=1e-8, type=float, help="epsilon of the optimizer, where it has one")
+    g.optimizer.add_argument(
+        "--opt_betas", default=None, type=float, nargs="+", help="betas; default: the optimizer's own"
+    )
+    g.optimizer.add_argument(
+        "--clip_grad", default=None, type=float, help="largest norm of all gradients; default: any"
+    )
+    g.optimizer.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD and RMSprop")
+    g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help="weight decay at the start")
+    g.optimizer.add_argument(
+        "--weight_decay_end", default=None, type=float, help="weight decay at the end of a cosine; default: no change"
+    )
+    g.optimizer.add_argument(
+        "--lr", default=4e-3, type=float, help="learning rate, whatever the batch (README: 1e-3 for 1024 images)"
+    )
+    g.optimizer.add_argument(
+        "--layer_decay", default=0.9, type=float, help="factor on the rate per layer towards the input (README: 0.55)"
+    )
+    g.unused.add_argument("--warmup_lr", default=1e-6, type=float, help="the warm-up starts at 0, as upstream")
+    g.optimizer.add_argument("--min_lr", default=1e-6, type=float, help="learning rate at the end")
+    g.optimizer.add_argument("--warmup_epochs", default=20, type=int, help="epochs of the warm-up (README: 20)")
+    g.optimizer.add_argument(
+        "--warmup_steps", default=-1, type=int, help="updates of the warm-up, if positive in place of epochs"
+    )
     # ---- augmentation
-    p.add_argument("--color_jitter", default=0.4, type=float, help="only without --aa")
-    p.add_argument("--aa", default="rand-m9-mstd0.5-inc1", type=str, help="AutoAugment policy of timm; '' none")
-    p.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    p.add_argument("--train_interpolation", default="bicubic", type=str, help="bicubic, bilinear, lanczos or random")
-    p.add_argument("--crop_pct", default=None, type=float, help="evaluation: share of the side that is seen")
-    p.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
-    p.add_argument("--remode", default="pixel", type=str)
-    p.add_argument("--recount", default=1, type=int)
-    p.add_argument("--resplit", action="store_true", help="no effect, as upstream")
-    p.add_argument("--mixup", default=0, type=float, help="paper: 0.8")
-    p.add_argument("--cutmix", default=0, type=float, help="paper: 1.0")
-    p.add_argument("--cutmix_minmax", default=None, type=float, nargs="+")
-    p.add_argument("--mixup_prob", default=1.0, type=float)
-    p.add_argument("--mixup_switch_prob", default=0.5, type=float)
-    p.add_argument("--mixup_mode", default="batch", type=str, help="batch, pair or elem")
-    p.add_argument("--imagenet_default_mean_and_std", action="store_true", help="instead of 0.5 and 0.5; paper")
+    g.augmentation.add_argument(
+        "--color_jitter", default=0.4, type=float, help="strength of colour jitter, without --aa only"
+    )
+    g.augmentation.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' has none")
+    g.augmentation.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    g.augmentation.add_argument(
+        "--train_interpolation",
+        default="bicubic",
+        help="how training images are resized: bicubic, bilinear, lanczos or random",
+    )
+    g.output.add_argument(
+        "--crop_pct",
+        default=None,
+        type=float,
+        help="share of the image's side that is evaluated; default: 0.875, from 384 pixels on 1",
+    )
+    g.augmentation.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
+    g.augmentation.add_argument("--remode", default="pixel", help="what random erasing fills in, as in timm")
+    g.augmentation.add_argument("--recount", default=1, type=int, help="largest number of erased rectangles")
+    g.unused.add_argument("--resplit", action="store_true", help="unread by the authors' program, too")
+    g.augmentation.add_argument("--mixup", default=0, type=float, help="alpha of Mixup; 0 has none (README: 0.8)")
+    g.augmentation.add_argument("--cutmix", default=0, type=float, help="alpha of CutMix; 0 has none (README: 1.0)")
+    g.augmentation.add_argument(
+        "--cutmix_minmax",
+        default=None,
+        type=float,
+        nargs="+",
+        help="smallest and largest share of the side that CutMix replaces; default: by --cutmix",
+    )
+    g.augmentation.add_argument("--mixup_prob", default=1.0, type=float, help="probability that a batch is mixed")
+    g.augmentation.add_argument(
+        "--mixup_switch_prob", default=0.5, type=float, help="share of CutMix where both are on"
+    )
+    g.augmentation.add_argument("--mixup_mode", default="batch", help="what is mixed alike: batch, pair or elem")
+    # ---- start
+    g.model.add_argument("--finetune", default="", help="checkpoint to start from; '' trains from scratch")
+    g.model.add_argument(
+        "--checkpoint_key", default="teacher", help="network of a pre-training checkpoint: teacher or student"
+    )
+    g.model.add_argument(
+        "--class_tokens",
+        default="all",
+        choices=["all", "first"],
+        help="class tokens of a checkpoint that stay; its first one is classified with --use_cls",
+    )
+    g.model.add_argument(
+        "--model_key",
+        default="model|module",
+        help="keys, the first found of which holds the weights in other files; | separates them",
+    )
+    g.model.add_argument("--model_prefix", default="", help="prefix of the weights' names in other files")
+    g.model.add_argument("--init_scale", default=0.001, type=float, help="factor on the initial head")
+    g.model.add_argument(
+        "--use_mean_pooling", action="store_true", default=True, help="classify the mean of the patches (default)"
+    )
+    g.model.add_argument(
+        "--use_cls", action="store_false", dest="use_mean_pooling", help="classify the class token (README: given)"
+    )
+    g.optimizer.add_argument(
+        "--disable_weight_decay_on_rel_pos_bias", action="store_true", help="relative position biases do not decay"
+    )
     # ---- data, files, process
     datasets.add_flags(p)
-    p.add_argument("--eval_data_path", default=None, type=str, help="no effect, as upstream: val/ of --data_path")
-    p.add_argument("--nb_classes", default=0, type=int, help="0: 1000, which upstream always has")
-    p.add_argument("--output_dir", default=DERIVED, help="default: beside --finetune, named by the recipe; '' none")
-    p.add_argument("--log_dir", default=DERIVED, help="TensorBoard; default: the output folder")
-    p.add_argument("--save_ckpt_freq", default=50, type=int, help="no effect: checkpoint.pth is of the last epoch")
-    p.add_argument("--save_ckpt", action="store_true", default=True)
-    p.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
-    p.add_argument("--auto_resume", action="store_true", default=False, help="no effect, as upstream: see --resume")
-    p.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="no effect: use --resume ''")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    p.add_argument("--dist_eval", action="store_true", help="no effect: validation images are always shared")
-    p.add_argument("--disable_eval_during_finetuning", action="store_true")
-    p.add_argument("--enable_deepspeed", action="store_true", help="is refused")
-    p.add_argument("--configure", default="job.yaml", type=str, help="no effect, as upstream")
+    g.unused.add_argument("--eval_data_path", default=None, help="val/ of --data_path is evaluated")
+    g.data.add_argument("--nb_classes", default=0, type=int, help="number of classes; 0: 1000, as upstream always")
+    g.data.add_argument(
+        "--imagenet_default_mean_and_std",
+        action="store_true",
+        help="normalise by ImageNet's mean and deviation, not by 0.5 and 0.5 (README: given)",
+    )
+    g.output.add_argument(
+        "--output_dir",
+        default=DERIVED,
+        help="checkpoints and logs; default: a folder beside --finetune, named by the flags; '' writes nothing",
+    )
+    g.output.add_argument("--log_dir", default=DERIVED, help="folder of TensorBoard; default: the output folder")
+    g.unused.add_argument(
+        "--auto_resume", action="store_true", default=False, help="a run goes on from its folder by itself"
+    )
+    g.unused.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="--resume '' starts anew")
+    g.output.add_argument("--save_ckpt", action="store_true", default=True, help="write checkpoints (default)")
+    g.output.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
+    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
+    g.unused.add_argument("--enable_deepspeed", action="store_true", help="refused")
+    g.unused.add_argument("--configure", default="job.yaml", help="unread by the authors' program, too")
     distributed.add_flags(p)
     p.set_defaults(data_path="/dataset/imageNet100_sicy/", num_workers=10, resume=LATEST)
     return p
@@ -179,24 +263,6 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor] | None = No
         return MODELS[args.model](**{**keywords, **overrides})
 
 
-def create_optimizer(args: argparse.Namespace, groups: Iterable, lr: float) -> torch.optim.Optimizer:
-    """--opt over parameter groups: torch's AdamW, or timm's optimizer of that name.
-
-    Raises:
-        distributed.UserError: the name is unknown, or a value does not suit the optimizer.
-    """
-    kwargs = {"lr": lr, "weight_decay": args.weight_decay, "eps": args.opt_eps}
-    if args.opt_betas is not None:
-        kwargs["betas"] = tuple(args.opt_betas)
-    name = args.opt.lower()
-    with distributed.user_errors(f"--opt {args.opt} and its flags"):
-        if name == "adamw":
-            return torch.optim.AdamW(groups, **kwargs, fused=True)
-        if "sgd" in name or name.endswith(("momentum", "nesterov")):
-            del kwargs["eps"]
-        return create_optimizer_v2(groups, name, momentum=args.momentum, **kwargs)  # type: ignore[arg-type]
-
-
 def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: float) -> torch.optim.Optimizer:
     """--opt with a learning rate that shrinks by --layer_decay per layer towards the input."""
     skip = model.no_weight_decay()
@@ -224,25 +290,6 @@ def build_rates(args: argparse.Namespace, updates: int) -> Callable[[int, int], 
         return float(lr[update]), float(weight_decay[update])
 
     return rates
-
-
-# same as cae/main_finetune.py
-def build_mixup(args: argparse.Namespace) -> Mixup | None:
-    """timm's Mixup and CutMix; None if both are off."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-        return None
-    if args.batch_size % 2:
-        raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=args.nb_classes,
-    )
 
 
 def build_transforms(args: argparse.Namespace):
@@ -314,7 +361,7 @@ def main(args: argparse.Namespace) -> None:
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
     distributed.log(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} trained parameters on {device}, "
-        f"{updater.dtype}; {loader.images} images, {images_per_update} per update (paper: 1024), lr {args.lr:.2e}"
+        f"{updater.dtype}; {loader.images} images, {images_per_update} per update (README: 1024), lr {args.lr:.2e}"
     )
     # ---- loop
     if args.eval:

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import datasets, distributed
-from udi.backbone import ALIASES, build_backbone, load_backbone
+from udi.backbone import build_backbone, load_backbone
 from udi.files import TextLog, folder_beside
-from udi.flags import boolean
-from udi.models_udi import MODELS
+from udi.flags import ARCHS, add_checkpoint_flags, boolean
 
 # same as semaim/main_knn.py
 CHUNK = 2**27  # similarities that are held at once
@@ -23,29 +22,40 @@ DUMPS = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("UDI k-NN", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument(
-        "--batch_size_per_gpu", "--batch_size", dest="batch_size", default=128, type=int, help="images per process"
+    p = distributed.new_parser("UDI k-NN")
+    g = distributed.flag_groups(p)
+    g.optimizer.add_argument(
+        "--batch_size_per_gpu",
+        "--batch_size",
+        dest="batch_size",
+        default=128,
+        type=int,
+        help="images per process (README: 256)",
     )
-    # ---- vote
-    p.add_argument(
-        "--nb_knn", default=[10, 15, 20, 30, 40, 50, 100, 200], nargs="+", type=int, help="numbers of neighbours to try"
+    # ---- vote: defaults of the authors' eval_knn.py
+    g.output.add_argument(
+        "--nb_knn",
+        default=[10, 15, 20, 30, 40, 50, 100, 200],
+        nargs="+",
+        type=int,
+        help="numbers of neighbours, each of which votes by itself",
     )
-    p.add_argument("--temperature", default=0.07, type=float, help="of the votes' weights, exp(cosine / temperature)")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    p.add_argument("--use_cuda", default=True, type=boolean, help="false: keep the features in the host's memory")
-    p.add_argument("--dump_features", default=None, help="folder to write the features and labels to")
-    p.add_argument("--load_features", default=None, help="folder of such files, instead of computing them")
-    # ---- model
-    p.add_argument("--pretrained_weights", default="./checkpoint.pth", type=str, help="'' takes random weights")
-    p.add_argument("--checkpoint_key", default="teacher", type=str, help="whose weights: teacher or student")
-    p.add_argument("--class_tokens", default="all", choices=["all", "first"], help="first: leave out the second one")
-    p.add_argument("--arch", default="vit_small", choices=[*MODELS, *ALIASES])
-    p.add_argument("--patch_size", default=16, type=int, help="in pixels; a checkpoint's own counts")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    # ---- data, files, process
+    g.output.add_argument("--temperature", default=0.07, type=float, help="T of a vote's weight exp(cosine / T)")
+    g.data.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    # ---- network
+    g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
+    add_checkpoint_flags(p)
+    g.model.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    # ---- files, data, process
+    g.process.add_argument(
+        "--use_cuda", default=True, type=boolean, help="false keeps the features in the host's memory"
+    )
+    g.output.add_argument("--dump_features", default=None, help="folder to write features and labels to")
+    g.output.add_argument(
+        "--load_features", default=None, help="folder of written features and labels, which are not computed then"
+    )
     datasets.add_flags(p)
-    p.add_argument("--output_dir", default="", help="of knn.log; default: knn-eva-... beside the weights")
+    g.output.add_argument("--output_dir", default="", help="folder of knn.log; default: knn-eva-... beside the weights")
     distributed.add_launch_flags(p)
     p.set_defaults(data_path="/dataset/imageNet100_sicy/", num_workers=10, local_rank=0)
     return p

@@ -18,37 +18,50 @@ from common import datasets, distributed
 from udi.backbone import build_backbone, load_backbone
 from udi.engine_finetune import evaluate, train_one_epoch
 from udi.files import Prefixed, folder_beside
-from udi.flags import boolean
+from udi.flags import add_checkpoint_flags, boolean
 from udi.models_udi import VisionTransformer
 
 DERIVED = "."  # upstream's default folder, which it never writes to
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("UDI linear probing", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument(
+    p = distributed.new_parser("UDI linear probing")
+    g = distributed.flag_groups(p)
+    # ---- network
+    g.model.add_argument(
+        "--n_last_blocks",
+        default=4,
+        type=int,
+        help="last blocks whose class tokens are classified together (README: 4)",
+    )
+    g.model.add_argument(
+        "--avgpool_patchtokens", default=False, type=boolean, help="add the mean of the patches, of the last block only"
+    )
+    g.model.add_argument("--arch", default="vit_small", help="backbone")
+    add_checkpoint_flags(p)
+    g.model.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    # ---- optimizer
+    g.optimizer.add_argument("--epochs", default=100, type=int, help="epochs to train (README: 100)")
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
+    g.optimizer.add_argument(
+        "--lr", default=0.001, type=float, help="learning rate per 256 images of an update (README: 0.02)"
+    )
+    g.optimizer.add_argument(
         "--batch_size_per_gpu", "--batch_size", default=256, type=int, help="images per process and micro-step"
     )
-    p.add_argument("--epochs", default=100, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update")
-    # ---- model
-    p.add_argument("--arch", default="vit_small", type=str)
-    p.add_argument("--patch_size", default=16, type=int, help="in pixels; the checkpoint's own goes first")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--n_last_blocks", default=4, type=int, help="class tokens of so many blocks; paper, small: 4")
-    p.add_argument("--avgpool_patchtokens", default=False, type=boolean, help="and the patches' mean, of 1 block only")
-    p.add_argument("--pretrained_weights", default="./checkpoint.pth", type=str, help="'' probes random weights")
-    p.add_argument("--checkpoint_key", default="teacher", type=str, help="whose weights: teacher or student")
-    p.add_argument("--class_tokens", default="all", choices=["all", "first"], help="that the backbone keeps")
-    p.add_argument("--num_labels", "--nb_classes", default=1000, type=int, help="classes")
-    # ---- optimizer
-    p.add_argument("--lr", default=0.001, type=float, help="of 256 images per update; it grows with them; paper: 0.02")
-    p.add_argument("--lr_min", default=0.0, type=float)
     # ---- data, files, process
     datasets.add_flags(p)
-    p.add_argument("--val_freq", default=1, type=int, help="epochs between evaluations; the last one comes in any case")
-    p.add_argument("--output_dir", default=DERIVED, help="default: beside the weights, named by the recipe; '' none")
-    p.add_argument("--evaluate", action="store_true", help="only evaluate the probe of --resume, or of the folder")
+    g.output.add_argument(
+        "--val_freq", default=1, type=int, help="epochs between evaluations; the last epoch is always evaluated"
+    )
+    g.output.add_argument(
+        "--output_dir",
+        default=DERIVED,
+        help="checkpoints and logs; default: a folder beside the weights, named by the flags; '' writes nothing",
+    )
+    g.data.add_argument("--num_labels", "--nb_classes", default=1000, type=int, help="number of classes")
+    g.output.add_argument("--evaluate", action="store_true", help="only evaluate the probe of --resume or --output_dir")
+    g.optimizer.add_argument("--lr_min", default=0.0, type=float, help="learning rate at the end")
     distributed.add_flags(p)
     p.set_defaults(data_path="/dataset/imagenet-raw/", num_workers=12, local_rank=0)
     return p
@@ -185,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
     trained = sum(p.numel() for p in model.classifier.parameters())
     distributed.log(
         f"{args.arch}: {trained:,} trained parameters on {device}, {updater.dtype}; {loader.images} images, "
-        f"{images_per_step * args.accum_iter} per update (paper: 2048), lr {lr:.2e}"
+        f"{images_per_step * args.accum_iter} per update (README: 2048), lr {lr:.2e}"
     )
     # ---- loop
     latest = "checkpoint.pth.tar"

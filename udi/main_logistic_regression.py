@@ -16,61 +16,72 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from common import datasets, distributed
-from udi.backbone import ALIASES, build_backbone, load_backbone
+from udi.backbone import build_backbone, load_backbone
 from udi.data import semi_supervised_sets
 from udi.files import TextLog
-from udi.flags import boolean
+from udi.flags import ARCHS, add_checkpoint_flags, boolean
 from udi.main_knn import DUMPS, dump, extract_features, interleave
-from udi.models_udi import MODELS, VisionTransformer
+from udi.models_udi import VisionTransformer
 
 SCALES = (1.0, 2**-0.5, 0.5)  # of the image's side, with --multi_scale
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "UDI logistic regression", allow_abbrev=False, usage="%(prog)s [flags], listed by --help"
-    )
+    p = distributed.new_parser("UDI logistic regression")
+    g = distributed.flag_groups(p)
     # ---- features
-    p.add_argument("--n_last_blocks", default=1, type=int, help="whose class tokens are concatenated")
-    p.add_argument(
+    g.model.add_argument("--n_last_blocks", default=1, type=int, help="last blocks whose class tokens are the features")
+    g.model.add_argument(
         "--avgpool_patchtokens",
         default=0,
         type=int,
         choices=[0, 1, 2],
         help="0: class tokens; 1: mean of the last block's patches, without the final norm; 2: both, with it",
     )
-    p.add_argument("--multi_scale", default=False, type=boolean, help="average the features of three image sizes")
-    p.add_argument(
+    g.optimizer.add_argument(
         "--batch_size_per_gpu", "--batch_size", dest="batch_size", default=128, type=int, help="images per process"
     )
-    p.add_argument("--dump_features", default=None, help="folder to write the features and labels to")
-    p.add_argument("--load_features", default=".", help="folder of such files; without them they are computed")
-    p.add_argument("--use_cuda", default=True, type=boolean, help="no effect: the regression runs on the CPU")
     # ---- regression
-    p.add_argument("--lr_lambd", default=[0.01, 0.1, 1], type=float, nargs="+", help="weights of |W|^2 / 2 to try")
-    p.add_argument("--adjust_lambd", default=True, type=boolean, help="divide them by the number of images")
-    p.add_argument("--epochs", default=100, type=int, help="no effect: it runs to the minimum")
-    p.add_argument("--it0", default=10, type=int, help="no effect: of upstream's solver")
-    # ---- model
-    p.add_argument("--arch", default="vit_small", choices=[*MODELS, *ALIASES])
-    p.add_argument("--patch_size", default=16, type=int, help="in pixels; a checkpoint's own counts")
-    p.add_argument("--window_size", default=7, type=int, help="no effect: of Swin transformers, which UDI has not")
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--pretrained_weights", default="./vit_small/checkpoint.pth", type=str)
-    p.add_argument("--checkpoint_key", default="teacher,student", type=str, help="whose weights, each by itself")
-    p.add_argument("--class_tokens", default="all", choices=["all", "first"], help="first: leave out the second one")
-    # ---- data, files, process
-    p.add_argument("--data_path", default="/mnt/aiops/common/imageNet100_sicy/", type=str, help="with train/ and val/")
-    p.add_argument(
-        "--target_list_path", default="./subset/1percent.txt", type=str, help="file names of the labelled images"
+    g.optimizer.add_argument(
+        "--lr_lambd", default=[0.01, 0.1, 1], type=float, nargs="+", help="weights of |W|^2 / 2, each tried by itself"
     )
-    p.add_argument("--class_num", default=1000, type=int, help="of the sorted class folders, the first so many")
-    p.add_argument("--bad_images", default="stop", choices=["stop", "skip"], help="what an unreadable image does")
-    p.add_argument("--num_workers", default=10, type=int, help="loader processes per process")
-    p.add_argument("--pin_mem", default=True, type=boolean, help="copy through pinned memory")
-    p.add_argument("--output_dir", default="./exp2/logistic_regression", help="of <list>_train.log")
+    g.unused.add_argument("--use_cuda", default=True, type=boolean, help="the regression runs on the CPU")
+    g.optimizer.add_argument(
+        "--adjust_lambd", default=True, type=boolean, help="divide these weights by the number of images"
+    )
+    # ---- network
+    g.data.add_argument(
+        "--multi_scale", default=False, type=boolean, help="average the features of images of three sizes"
+    )
+    add_checkpoint_flags(p)
+    g.unused.add_argument("--window_size", default=7, type=int, help="of Swin transformers, which UDI has not")
+    g.output.add_argument("--dump_features", default=None, help="folder to write features and labels to")
+    g.output.add_argument(
+        "--load_features", default=".", help="folder of written features; what it does not hold is computed"
+    )
+    g.data.add_argument("--num_workers", default=10, type=int, help="loader processes per process")
+    g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
+    g.model.add_argument("--input_size", default=224, type=int, help="image side in pixels")
+    # ---- data, files, process
+    g.data.add_argument(
+        "--data_path", default="/mnt/aiops/common/imageNet100_sicy/", help="folder with train/ and val/"
+    )
+    g.unused.add_argument("--epochs", default=100, type=int, help="the regression runs to its minimum")
+    g.unused.add_argument("--it0", default=10, type=int, help="of the authors' solver")
+    g.data.add_argument(
+        "--target_list_path",
+        default="./subset/1percent.txt",
+        help="text file with the labelled images' names",
+    )
+    g.data.add_argument("--class_num", default=1000, type=int, help="number of classes, the first of the class folders")
+    g.data.add_argument(
+        "--bad_images", default="stop", choices=["stop", "skip"], help="what to do at an image that cannot be read"
+    )
+    g.data.add_argument("--pin_mem", default=True, type=boolean, help="copy images to the GPU through pinned memory")
+    g.output.add_argument("--output_dir", default="./exp2/logistic_regression", help="folder of <list>_train.log")
     distributed.add_launch_flags(p)
-    p.add_argument("--world_size", default=1, type=int, help="no effect: the launcher's environment decides")
+    g.unused.add_argument("--world_size", default=1, type=int, help="the launcher's environment decides")
+    p.set_defaults(pretrained_weights="./vit_small/checkpoint.pth", checkpoint_key="teacher,student")
     return p
 
 

@@ -17,58 +17,112 @@ from udi import optim
 from udi.backbone import ALIASES
 from udi.engine_pretrain import Rates, train_one_epoch
 from udi.files import Prefixed
-from udi.flags import PRETRAIN_RANGES, boolean, limit
+from udi.flags import ARCHS, PRETRAIN_RANGES, boolean, limit
 from udi.loss import UDILoss
 from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
 from udi.udi_augmentation import DataAugmentation, collate
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("UDI pre-training", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument(
-        "--batch_size_per_gpu", "--batch_size", dest="batch_size", default=128, type=int, help="and micro-step"
+    p = distributed.new_parser("UDI pre-training")
+    g = distributed.flag_groups(p)
+    # Rates, decay, momenta, temperatures: defaults of the authors' main_udi.py. README: those of the README's command.
+    # ---- network
+    g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
+    g.model.add_argument("--patch_size", default=16, type=int, help="patch side in pixels")
+    g.model.add_argument("--global_size", default=224, type=int, help="side of the global views in pixels")
+    g.model.add_argument("--local_size", default=96, type=int, help="side of the local crops in pixels")
+    g.model.add_argument("--out_dim", default=65536, type=int, help="number of prototypes K")
+    g.model.add_argument("--include_patch", default=True, type=boolean, help="learn from sampled patches, too")
+    g.model.add_argument(
+        "--number_cls_token", default=2, type=int, choices=[1, 2], help="class tokens; without patches there is 1"
     )
-    p.add_argument("--epochs", default=300, type=int)
-    p.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update; centres move with each")
-    # ---- model
-    p.add_argument("--arch", default="vit_small", choices=[*MODELS, *ALIASES])
-    p.add_argument("--patch_size", default=16, type=int, help="in pixels")
-    p.add_argument("--global_size", default=224, type=int, help="side of the global views in pixels")
-    p.add_argument("--local_size", default=96, type=int, help="side of the local crops in pixels")
-    p.add_argument("--out_dim", default=65536, type=int, help="prototypes")
-    p.add_argument("--include_patch", default=True, type=boolean, help="learn from patches, too")
-    p.add_argument("--number_cls_token", default=2, type=int, choices=[1, 2], help="1 without patches")
-    p.add_argument("--norm_last_layer", default=True, type=boolean, help="keep the prototypes' norms at 1")
-    p.add_argument("--use_bn_in_head", default=False, type=boolean)
-    p.add_argument("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
-    p.add_argument("--global_sampling_window_size", default=3, type=int, help="in patches; one per window is sampled")
-    p.add_argument("--local_sampling_window_size", default=2, type=int, help="in patches")
+    g.model.add_argument(
+        "--norm_last_layer", default=True, type=boolean, help="keep the norms of the prototypes at 1 (README: false)"
+    )
+    g.model.add_argument(
+        "--use_bn_in_head", default=False, type=boolean, help="batch norm in the projection head, per process"
+    )
     # ---- teacher
-    p.add_argument("--momentum_teacher", default=0.996, type=float, help="at the start; 1 at the end, by a cosine")
-    p.add_argument("--alpha", default=0.5, type=float, help="share of patches in the second class token's targets")
-    p.add_argument("--warmup_teacher_temp", default=0.04, type=float)
-    p.add_argument("--teacher_temp", default=0.07, type=float)
-    p.add_argument("--warmup_teacher_temp_epochs", default=30, type=int)
-    p.add_argument("--exact_center", action="store_true", help="centres weigh rows alike, not processes")
+    g.optimizer.add_argument(
+        "--momentum_teacher", default=0.996, type=float, help="momentum of the teacher; grows to 1 by a cosine"
+    )
+    g.model.add_argument("--alpha", default=0.5, type=float, help="share of patches in the extra class token's targets")
+    g.optimizer.add_argument(
+        "--warmup_teacher_temp", default=0.04, type=float, help="temperature of the teacher in the first epoch"
+    )
+    g.optimizer.add_argument(
+        "--teacher_temp", default=0.07, type=float, help="temperature of the teacher after its warm-up"
+    )
+    g.optimizer.add_argument(
+        "--warmup_teacher_temp_epochs", default=30, type=int, help="epochs in which the temperature grows linearly"
+    )
+    g.optimizer.add_argument(
+        "--exact_center", action="store_true", help="centres weigh all rows alike, not all processes"
+    )
     # ---- optimizer
-    p.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"])
-    p.add_argument("--use_fp16", default=True, type=boolean, help="false: float32")
-    p.add_argument("--weight_decay", default=0.04, type=float)
-    p.add_argument("--weight_decay_end", default=0.1, type=float)
-    p.add_argument("--clip_grad", default=3.0, type=limit, help="largest norm of each parameter's gradient; 0: none")
-    p.add_argument("--freeze_last_layer", default=1, type=int, help="epochs in which the prototypes stay")
-    p.add_argument("--lr", default=5e-4, type=float, help="of 256 images per update; it grows with them")
-    p.add_argument("--warmup_epochs", default=10, type=int)
-    p.add_argument("--min_lr", default=1e-5, type=float)
+    g.process.add_argument("--use_fp16", default=True, type=boolean, help="false computes in float32")
+    g.optimizer.add_argument("--weight_decay", default=0.04, type=float, help="weight decay at the start")
+    g.optimizer.add_argument(
+        "--weight_decay_end", default=0.1, type=float, help="weight decay at the end, reached by a cosine"
+    )
+    g.optimizer.add_argument(
+        "--clip_grad", default=3.0, type=limit, help="largest norm of each parameter's gradient; 0 does not clip"
+    )
+    g.optimizer.add_argument(
+        "--batch_size_per_gpu",
+        "--batch_size",
+        dest="batch_size",
+        default=128,
+        type=int,
+        help="images per process and micro-step",
+    )
+    g.optimizer.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update; centres move with each")
+    g.optimizer.add_argument("--epochs", default=300, type=int, help="epochs to train")
+    g.optimizer.add_argument("--freeze_last_layer", default=1, type=int, help="first epochs in which prototypes stay")
+    g.optimizer.add_argument("--lr", default=5e-4, type=float, help="learning rate per 256 images of an update")
+    g.optimizer.add_argument("--warmup_epochs", default=10, type=int, help="epochs in which the rate grows from 0")
+    g.optimizer.add_argument("--min_lr", default=1e-5, type=float, help="learning rate at the end")
+    g.optimizer.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"], help="optimizer")
+    g.augmentation.add_argument(
+        "--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block; grows from 0"
+    )
     # ---- views
-    p.add_argument("--global_crops_scale", default=[0.25, 1.0], type=float, nargs="+", help="shares of the image")
-    p.add_argument("--local_crops_number", default=6, type=int, help="the rows: 10")
-    p.add_argument("--local_crops_scale", default=[0.05, 0.25], type=float, nargs="+")
-    p.add_argument("--fix_crop_reference", action="store_true", help="overlap columns as rows; upstream mixes them")
+    g.augmentation.add_argument(
+        "--global_crops_scale",
+        default=[0.25, 1.0],
+        type=float,
+        nargs="+",
+        help="smallest and largest share of the image that a global view shows",
+    )
+    g.augmentation.add_argument(
+        "--local_crops_number", default=6, type=int, help="local crops of an image (README: 10)"
+    )
+    g.augmentation.add_argument(
+        "--local_crops_scale",
+        default=[0.05, 0.25],
+        type=float,
+        nargs="+",
+        help="smallest and largest share of the image that a local crop shows",
+    )
+    g.augmentation.add_argument(
+        "--global_sampling_window_size",
+        default=3,
+        type=int,
+        help="side of a window of a global view in patches; one patch of each window is sampled",
+    )
+    g.augmentation.add_argument(
+        "--local_sampling_window_size", default=2, type=int, help="side of a window of a local crop in patches"
+    )
+    g.augmentation.add_argument(
+        "--fix_crop_reference",
+        action="store_true",
+        help="overlap columns of crops by columns; the authors' program takes a row for one",
+    )
     # ---- data, files, process
     datasets.add_flags(p)
-    p.add_argument("--output_dir", default=".", help="checkpoints, log.txt, TensorBoard; '' writes nothing")
-    p.add_argument("--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints")
+    g.output.add_argument("--output_dir", default=".", help="checkpoints, log.txt, TensorBoard; '' writes nothing")
+    g.output.add_argument("--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints")
     distributed.add_flags(p)
     p.set_defaults(data_path="/path/to/imagenet/train/", num_workers=10, local_rank=0)
     return p
@@ -196,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
     distributed.log(
         f"{args.arch}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; {loader.images} images, "
-        f"{images_per_step * args.accum_iter} per update (paper: 1024), lr {lr:.2e}"
+        f"{images_per_step * args.accum_iter} per update (README: 1024), lr {lr:.2e}"
     )
     # ---- loop
     files = distributed.Files(numbered="checkpoint{epoch:04}.pth", every=args.saveckp_freq, weights="student", epoch=1)

@@ -9,46 +9,49 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import distributed
 from udi import data, engine_deit
+from udi.flags import CATEGORIES, add_deit_flags
 from udi.models_eval import EvaluationViT, build_proj_head, linear_head, load_head
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "UDI semi-supervised fine-tuning", allow_abbrev=False, usage="%(prog)s [flags], listed by --help"
+    p = distributed.new_parser("UDI semi-supervised fine-tuning")
+    g = distributed.flag_groups(p)
+    unread = "unread by the authors' program, too"
+    g.unused.add_argument("--distill_epochs", default=150, type=int, help=unread)
+    add_deit_flags(p)  # README: --epochs 1000 --lr 5e-6
+    g.unused.add_argument("--layer_decay", default=1.0, type=float, help=unread)
+    g.unused.add_argument("--disable_weight_decay_on_cls_pos", action="store_true", help=unread)
+    g.unused.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true", help=unread)
+    g.unused.add_argument("--layer_scale_init_value", default=0, type=float, help=unread)
+    g.unused.add_argument("--enable_deepspeed", action="store_true", help=unread)
+    g.unused.add_argument("--repeated-aug", "--repeated_aug", action="store_true", default=True, help=unread)
+    g.unused.add_argument(
+        "--no-repeated-aug", "--no_repeated_aug", action="store_false", dest="repeated_aug", help=unread
     )
-    p.add_argument("--batch_size", "--batch-size", default=128, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=300, type=int, help="README: 1000")
-    p.add_argument("--lr", default=1e-3, type=float, help="of 512 images per update, it grows with them; README: 5e-6")
-    # ---- model
-    engine_deit.add_model_flags(p)
-    p.add_argument("--finetune_head_layer", default=0, type=int, help="layers of the projection head that are kept")
-    p.add_argument("--random_head", action="store_true", help="with fresh weights in them, as upstream")
-    p.add_argument("--out_dim", default=8192, type=int, help="prototypes; a checkpoint's own count")
-    # ---- optimizer
-    engine_deit.add_optimizer_flags(p)
-    p.add_argument("--layer_decay", default=1.0, type=float, help="no effect, as upstream")
-    p.add_argument("--layer_scale_init_value", default=0, type=float, help="no effect, as upstream")
-    p.add_argument("--disable_weight_decay_on_cls_pos", action="store_true", help="no effect, as upstream")
-    p.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true", help="no effect, as upstream")
-    p.add_argument("--distill_epochs", default=150, type=int, help="no effect, as upstream")
-    # ---- augmentation
-    engine_deit.add_augmentation_flags(p)
-    p.add_argument("--repeated-aug", "--repeated_aug", action="store_true", default=True, help="no effect, as upstream")
-    p.add_argument(
-        "--no-repeated-aug", "--no_repeated_aug", action="store_false", dest="repeated_aug", help="no effect"
+    g.data.add_argument("--data_path", default="/dataset/imageNet/", help="folder with train/ and val/")
+    g.unused.add_argument(
+        "--inat-category", "--inat_category", default="name", choices=CATEGORIES, help="of iNaturalist"
     )
-    # ---- data, files, process
-    p.add_argument("--data_path", default="/dataset/imageNet/", type=str, help="folder with train/ and val/")
-    p.add_argument(
-        "--target_list_path", default="./subset/1percent.txt", type=str, help="file names of the labelled images"
+    g.unused.add_argument("--gpu", default=0, type=int, help="--device names one")
+    g.model.add_argument(
+        "--finetune_head_layer",
+        default=0,
+        type=int,
+        help="layers of the projection head that stay under the classifier (README: 1)",
     )
-    p.add_argument("--class_num", default=1000, type=int, help="of the sorted class folders, the first so many")
-    p.add_argument(
-        "--inat-category", "--inat_category", default="name", choices=engine_deit.CATEGORIES, help="no effect"
+    g.model.add_argument(
+        "--random_head", action="store_true", help="those layers start with fresh weights, as upstream"
     )
-    p.add_argument("--gpu", default=0, type=int, help="no effect: --device names one")
-    p.add_argument("--enable_deepspeed", action="store_true", help="no effect, as upstream")
-    engine_deit.add_process_flags(p)
+    g.model.add_argument(
+        "--out_dim", default=8192, type=int, help="prototypes of the head's last layer; a checkpoint's number decides"
+    )
+    g.data.add_argument("--class_num", default=1000, type=int, help="number of classes, the first of the class folders")
+    g.data.add_argument(
+        "--target_list_path",
+        default="./subset/1percent.txt",
+        help="text file with the labelled images' names",
+    )
+    p.set_defaults(local_rank=0)
     return p
 
 

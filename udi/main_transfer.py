@@ -1,6 +1,6 @@
 """Fine-tuning of a UDI backbone on CIFAR, iNaturalist, Flowers or Cars.
 
-Learning rates of the paper's runs with 768 images per update (8 x 96), for --epochs 1000, iNaturalist 360:
+Learning rates of the authors' README with 768 images per update (8 x 96), for --epochs 1000, iNaturalist 360:
 CIFAR-10 5e-6 and CIFAR-100 7.5e-6, both with --reprob 0.1; iNaturalist 2018 3e-5, 2019 5e-5; Flowers, Cars 7.5e-5.
 """
 
@@ -12,31 +12,39 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import distributed
 from udi import data, engine_deit
+from udi.flags import CATEGORIES, add_deit_flags
 from udi.models_eval import EvaluationViT, linear_head
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("UDI transfer", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--batch-size", "--batch_size", default=128, type=int, help="images per process and micro-step")
-    p.add_argument("--epochs", default=300, type=int, help="paper: 1000 or 360")
-    p.add_argument("--lr", default=5e-4, type=float, help="of 512 images per update; it grows with them")
-    # ---- model, optimizer, augmentation
-    engine_deit.add_model_flags(p)
-    engine_deit.add_optimizer_flags(p)
-    engine_deit.add_augmentation_flags(p)
-    p.add_argument(
-        "--repeated-aug", "--repeated_aug", action="store_true", default=True, help="three copies of images (default)"
+    p = distributed.new_parser("UDI transfer")
+    g = distributed.flag_groups(p)
+    add_deit_flags(p)
+    g.augmentation.add_argument(
+        "--repeated-aug",
+        "--repeated_aug",
+        action="store_true",
+        default=True,
+        help="an epoch shows three copies of a third of the images (default)",
     )
-    p.add_argument("--no-repeated-aug", "--no_repeated_aug", action="store_false", dest="repeated_aug")
-    # ---- data, files, process
-    p.add_argument("--data_path", default="/home/aiops/zhoupan/code/dataset/flowers", type=str, help="folder of it")
-    p.add_argument("--data_set", default="flowers", choices=data.DATA_SETS, help="IMNET, image_folder: train/ and val/")
-    p.add_argument("--download", action="store_true", help="fetch flowers; CIFAR is fetched where it is missing")
-    p.add_argument(
-        "--inat-category", "--inat_category", default="name", choices=engine_deit.CATEGORIES, help="what is a class"
+    g.augmentation.add_argument(
+        "--no-repeated-aug",
+        "--no_repeated_aug",
+        action="store_false",
+        dest="repeated_aug",
+        help="an epoch shows each image once",
     )
-    engine_deit.add_process_flags(p)
-    p.set_defaults(teacher_model="regnety_160")
+    g.data.add_argument(
+        "--data_path", default="/home/aiops/zhoupan/code/dataset/flowers", help="folder of the data set"
+    )
+    g.data.add_argument(
+        "--data_set", default="flowers", choices=data.DATA_SETS, help="data set; IMNET, image_folder: train/ and val/"
+    )
+    g.data.add_argument("--download", action="store_true", help="download Flowers; CIFAR is always fetched if missing")
+    g.data.add_argument(
+        "--inat-category", "--inat_category", default="name", choices=CATEGORIES, help="what iNaturalist's classes are"
+    )
+    p.set_defaults(lr=5e-4, teacher_model="regnety_160", local_rank=0)
     return p
 
 

@@ -1,13 +1,16 @@
-"""Optimizer groups, per-parameter clipping and the schedules of pre-training."""
+"""Optimizers and their groups, per-parameter clipping, schedules, and Mixup."""
 
+import argparse
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.data.mixup import Mixup
+from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
-from common import lr_decay, lr_sched
+from common import distributed, lr_decay, lr_sched
 
 
 def get_params_groups(model: nn.Module) -> list[dict]:
@@ -73,3 +76,43 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+# ---- evaluations that train
+
+
+def create_optimizer(args: argparse.Namespace, groups: Iterable, lr: float) -> torch.optim.Optimizer:
+    """--opt over parameter groups: torch's AdamW, or timm's optimizer of that name.
+
+    Raises:
+        distributed.UserError: the name is unknown, or a value does not suit the optimizer.
+    """
+    kwargs = {"lr": lr, "weight_decay": args.weight_decay, "eps": args.opt_eps}
+    if args.opt_betas is not None:
+        kwargs["betas"] = tuple(args.opt_betas)
+    name = args.opt.lower()
+    with distributed.user_errors(f"--opt {args.opt} and its flags"):
+        if name == "adamw":
+            return torch.optim.AdamW(groups, **kwargs, fused=True)
+        if "sgd" in name or name.endswith(("momentum", "nesterov")):
+            del kwargs["eps"]
+        return create_optimizer_v2(groups, name, momentum=args.momentum, **kwargs)  # type: ignore[arg-type]
+
+
+# same as cae/main_finetune.py
+def build_mixup(args: argparse.Namespace) -> Mixup | None:
+    """timm's Mixup and CutMix; None if both are off."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )

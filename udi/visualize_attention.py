@@ -16,25 +16,33 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 
 from common import datasets, distributed
-from udi.backbone import ALIASES, build_backbone, load_backbone
-from udi.models_udi import MODELS, VisionTransformer
+from udi.backbone import build_backbone, load_backbone
+from udi.flags import ARCHS, add_checkpoint_flags
+from udi.models_udi import VisionTransformer
 
 TINT = (1.0, 0.15, 0.1)  # of the attended part
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("UDI attention maps", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--arch", default="vit_small", choices=[*MODELS, *ALIASES])
-    p.add_argument("--patch_size", default=8, type=int, help="in pixels; a checkpoint's own counts")
-    p.add_argument("--pretrained_weights", default="", type=str, help="'' takes random weights")
-    p.add_argument("--checkpoint_key", default="teacher", type=str, help="whose weights: teacher or student")
-    p.add_argument("--class_tokens", default="all", choices=["all", "first"], help="first: leave out the second one")
-    p.add_argument("--query", default=0, type=int, help="whose attention: class token 0, or 1 where there are two")
-    p.add_argument("--image_path", default=None, type=str, help="an image file")
-    p.add_argument("--image_size", default=[480, 480], type=int, nargs="+", help="height and width it is resized to")
-    p.add_argument("--output_dir", default=".", help="img.png, attn-head<j>.png and mask_th<threshold>_head<j>.png")
-    p.add_argument("--threshold", default=None, type=float, help="also draw masks of this share of the attention")
-    p.add_argument("--device", default="auto", help="auto: CUDA if present, else cpu")
+    p = distributed.new_parser("UDI attention maps")
+    g = distributed.flag_groups(p)
+    g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
+    add_checkpoint_flags(p)
+    g.output.add_argument(
+        "--query", default=0, type=int, help="class token whose attention is drawn: 0, or 1 where there are two"
+    )
+    g.data.add_argument("--image_path", default=None, help="image file, must be given")
+    g.data.add_argument(
+        "--image_size", default=[480, 480], type=int, nargs="+", help="height and width that the image is resized to"
+    )
+    g.output.add_argument(
+        "--output_dir", default=".", help="folder of img.png, attn-head<j>.png and mask_th<threshold>_head<j>.png"
+    )
+    g.output.add_argument(
+        "--threshold", default=None, type=float, help="share of the attention that masks show; default: no masks"
+    )
+    g.process.add_argument("--device", default="auto", help="auto (CUDA if present, else cpu), cpu, cuda or cuda:N")
+    p.set_defaults(patch_size=8, pretrained_weights="")
     return p
 
 

@@ -16,11 +16,14 @@ from udi.backbone import load_backbone
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("UDI backbone extraction", allow_abbrev=False)
-    p.add_argument("--checkpoint", help="of a pre-training run; must be given")
-    p.add_argument("--output", type=str, help="file to write, .pth; must be given")
-    p.add_argument("--checkpoint_key", default="state_dict", type=str, help="whose weights; paper: teacher")
-    p.add_argument("--raw", action="store_true", help="upstream's names: backbone.<ViT's>, and the sampling module")
+    p = distributed.new_parser("UDI backbone extraction")
+    g = distributed.flag_groups(p)
+    g.data.add_argument("--checkpoint", help="checkpoint of a pre-training, must be given")
+    g.output.add_argument("--output", help="file to write, .pth, must be given")
+    g.data.add_argument("--checkpoint_key", default="state_dict", help="network of the checkpoint (README: teacher)")
+    g.output.add_argument(
+        "--raw", action="store_true", help="names as upstream: backbone.<name in the ViT>, with the sampling module"
+    )
     return p
 
 
