@@ -214,6 +214,7 @@ def test_launchers(checkout, digits, tmp_path, launcher):
     assert log_of(tmp_path)[0]["epoch"] == 0
 
 
+@pytest.mark.slow
 def test_root(checkout, digits, tmp_path):
     command, cwd = LAUNCHES["main in the root"]
     own = f" --data_path {shlex.quote(digits)}/train --output_dir {tmp_path}{TOYS['pretrain']} --epochs 1"

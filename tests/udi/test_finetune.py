@@ -172,7 +172,7 @@ def test_student_and_scratch(digits, pretrained, tmp_path, monkeypatch):
 # ---- stops
 
 
-@pytest.mark.parametrize("stop", [True, False], ids=["signal", "nan"])
+@pytest.mark.parametrize("stop", [pytest.param(True, marks=pytest.mark.slow), False], ids=["signal", "nan"])
 def test_stop_inside_an_epoch_loses_nothing(digits, tmp_path, monkeypatch, stop, capsys):
     own = [*SMALL, "--data_path", digits, "--epochs", "3", "--update_freq", "2", "--drop_path", "0.2"]
     own += ["--drop", "0.1", "--mixup", "0.8", "--cutmix", "1", "--model_ema", "--model_ema_decay", "0.9"]

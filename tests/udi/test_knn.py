@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common.datasets import eval_transform
+from tests.support import processes
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.runs import mistake, run_main
 from tests.support.udi_weights import NANO, pretrained
@@ -84,12 +85,14 @@ def test_log_is_beside_the_weights(digits, tmp_path, monkeypatch, capsys):
     assert "the backbone is random" in capsys.readouterr().out
 
 
-def test_several_processes_find_the_same(digits, weights, tmp_path, capsys, launch):
+def test_several_processes_find_the_same(digits, weights, tmp_path, capsys):
     """68 images do not share out evenly over the batches; the files are those of one process."""
     flags = [*SMALL, "--nb_knn", "5", "1", "--data_path", digits, "--pretrained_weights", weights]
     run_main(main_knn, *flags, "--dump_features", str(tmp_path / "one"))
     alone = results(capsys.readouterr().out)
-    together = launch(2, "udi/eval_knn/eval_knn.py", *flags, "--dump_features", str(tmp_path / "two")).stdout
+    two = ["udi/eval_knn/eval_knn.py", *flags, "--dump_features", str(tmp_path / "two")]
+    assert processes.launch(tmp_path / "out", *two, processes=2) == [0, 0]
+    together = (tmp_path / "out").read_text()
     for k, values in results(together).items():
         assert values == pytest.approx(alone[k], abs=5.01)  # of 20 images one may have two equally near neighbours
     for name in DUMPS:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.helpers import ROOT, Golden, assert_close, golden_files, load_golden
+from tests.support.processes import launch
 from tests.support.udi_literal_loss import plain_loss
 from tests.udi.test_models_udi import network_of, tol
 from udi import optim
@@ -170,9 +171,9 @@ def test_loss_alone(path):
 
 
 @golden_files("udi", "center_two_ranks")
-def test_two_processes_share_centres(path, launch, tmp_path):
+def test_two_processes_share_centres(path, tmp_path):
     """The mean of the processes' means, or with exact_center that of all rows."""
-    launch(2, TWO_RANKS, str(path), str(tmp_path))
+    assert launch(tmp_path / "out", TWO_RANKS, str(path), str(tmp_path), processes=2) == [0, 0]
     ref = load_golden(path)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

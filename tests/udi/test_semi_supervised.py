@@ -251,7 +251,7 @@ def test_both_networks_in_one_command(digits, weights, names, tmp_path):
         assert "model_ema" not in distributed.load(str(tmp_path / key / "checkpoint.pth"))
 
 
-@pytest.mark.parametrize("stop", [True, False], ids=["signal", "nan"])
+@pytest.mark.parametrize("stop", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["signal", "nan"])
 def test_stop_inside_an_epoch_loses_nothing(digits, weights, names, tmp_path, monkeypatch, stop):
     flags = flags_of(digits, weights, names, "--finetune_head_layer", "1", "--lr-noise", "0.1")
     run_main(main_semi_supervised, *flags, "--output_dir", str(tmp_path / "whole"))
