@@ -27,7 +27,7 @@ def batch_losses(
     """Loss of one batch and its parts; the centres move.
 
     Args:
-        batch: of `udi_augmentation.collate`, and labels that are not needed. epoch: tells the teacher's temperature.
+        batch: of `udi_augmentation.collate`, and labels that are not needed. epoch: decides the teacher's temperature.
     """
     unwrapped: Any = distributed.unwrap(student)
     views = expand(batch[0], unwrapped.backbone.backbone.patch_size)

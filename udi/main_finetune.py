@@ -1,4 +1,4 @@
-"""Fine-tuning of a UDI backbone with labels. Recipes of the paper's rows: scripts/udi_*.sh."""
+"""Fine-tuning of a UDI backbone with labels. Recipes of the authors' rows: scripts/udi_*.sh."""
 
 import argparse
 import sys
@@ -200,7 +200,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def output_dir(args: argparse.Namespace) -> str:
-    """The folder of --output_dir; if that is not given, one beside the weights whose name tells the recipe."""
+    """The folder of --output_dir; if that is not given, one beside the weights that is named by the recipe."""
     if args.output_dir != DERIVED:
         return args.output_dir
     name = (

@@ -1,4 +1,4 @@
-"""Linear probing of a UDI backbone. Recipes of the paper's rows: scripts/udi_*.sh."""
+"""Linear probing of a UDI backbone. Recipes of the authors' rows: scripts/udi_*.sh."""
 
 import argparse
 import math
@@ -136,7 +136,7 @@ class Probe(nn.Module):
 
 
 def output_dir(args: argparse.Namespace) -> str:
-    """The folder of --output_dir; if that is not given, one beside the weights whose name tells the recipe."""
+    """The folder of --output_dir; if that is not given, one beside the weights that is named by the recipe."""
     if args.output_dir != DERIVED:
         return args.output_dir
     name = (

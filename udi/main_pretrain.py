@@ -1,4 +1,4 @@
-"""UDI pre-training. Recipes of the paper's rows: scripts/udi_*.sh."""
+"""UDI pre-training. Recipes of the authors' rows: scripts/udi_*.sh."""
 
 import argparse
 import copy
@@ -203,7 +203,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
 
 
 def warn_of_collapse(stats: dict[str, float], prototypes: int, images: int) -> None:
-    """Say so if the teacher predicts the same of all images, or nothing at all; a few images tell neither."""
+    """Say so if the teacher predicts the same of all images, or nothing at all; a few images show neither."""
     if min(images, prototypes) < 8:
         return
     if stats["mean_entropy"] < math.log(2):

@@ -30,9 +30,9 @@ def sinusoid_pos_embed(dim: int, patches: int) -> Tensor:
     Returns:
         (1, 1 + patches, C) float32; the first row, the class token's, is 0.
     """
-    pair = torch.arange(dim) // 2
-    angles = torch.arange(patches)[:, None] / 10000 ** (2 * pair.double() / dim)
-    table = torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())
+    pair = torch.arange(dim) // 2  # (C,): k of each column
+    angles = torch.arange(patches)[:, None] / 10000 ** (2 * pair.double() / dim)  # (N, C)
+    table = torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())  # (N, C)
     return F.pad(table.float(), (0, 0, 1, 0))[None]
 
 
@@ -106,14 +106,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
         """(B, T, C) -> (B, T, C), or only the given rows of it. bias: (h, T, T), added to the logits."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, T, C/h)
         if self.relative_position_bias_table is not None:
-            own = relative_position_bias(self)
+            own = relative_position_bias(self)  # (h, T, T)
             bias = own if bias is None else own + bias
         if bias is not None:
-            bias = bias[None, :, rows].to(q.dtype)
+            bias = bias[None, :, rows].to(q.dtype)  # (1, h, R, T) of R rows
         dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q[:, :, rows], k, v, bias, dropout, scale=self.scale)
+        x = F.scaled_dot_product_attention(q[:, :, rows], k, v, bias, dropout, scale=self.scale)  # (B, h, R, C/h)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -145,9 +145,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
         """(B, T, C) -> (B, T, C), or only the given rows of it."""
-        attended = self.attn(self.norm1(x), bias, rows)
+        attended = self.attn(self.norm1(x), bias, rows)  # (B, R, C)
         x = x[:, rows] + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        changed = self.mlp(self.norm2(x))
+        changed = self.mlp(self.norm2(x))  # (B, R, C)
         return x + self.drop_path(changed if self.gamma_2 is None else self.gamma_2 * changed)
 
 
@@ -261,7 +261,7 @@ class VisionTransformer(nn.Module):
         self.use_mean_pooling = use_mean_pooling
         # Registration order is upstream's: optimizer states refer to parameters by position.
         self.cls_token = nn.Parameter(torch.zeros(1, num_class_token, embed_dim))
-        grid_size = img_size // patch_size
+        grid_size = img_size // patch_size  # G
         if not use_abs_pos_emb:
             self.pos_embed = None
         elif use_learned_abs_pos_emb:
@@ -310,15 +310,16 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) -> features (B, C), the input of the head."""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)  # (B, T, C)
         if self.pos_embed is not None:
-            x = x + self.pos_embed
+            x = x + self.pos_embed  # (1, T, C)
         x = self.pos_drop(x)
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (h, T, T)
         for block in self.blocks[:-1]:
             x = block(x, bias)
         # Only the rows that are read leave the last block; keys and values come from all.
         if self.fc_norm is not None:
-            return self.fc_norm(self.blocks[-1](x, bias, slice(self.num_class_token, None)).mean(dim=1))
-        return self.norm(self.blocks[-1](x, bias, slice(0, 1))[:, 0])
+            patches = self.blocks[-1](x, bias, slice(self.num_class_token, None))  # (B, N, C)
+            return self.fc_norm(patches.mean(dim=1))  # (B, C)
+        return self.norm(self.blocks[-1](x, bias, slice(0, 1))[:, 0])  # (B, C)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, K)."""
@@ -399,8 +400,8 @@ def interpolate_pos_embed(pos_embed: Tensor, grid_size: int, tokens: int = 1) ->
     old = math.isqrt(pos_embed.shape[1] - tokens)
     if old == grid_size:
         return pos_embed
-    patches = pos_embed[:, tokens:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+    patches = pos_embed[:, tokens:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, C, G, G) of the old grid
+    patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", align_corners=False)  # of the new one
     return torch.cat([pos_embed[:, :tokens], patches.flatten(2).transpose(1, 2)], dim=1)
 
 

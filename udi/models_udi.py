@@ -56,7 +56,9 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, h, N, D/h)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # 3 of (B, h, N, D/h)
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,6 +106,8 @@ class PatchEmbed(nn.Module):
 
 class VisionTransformer(nn.Module):
     """ViT with any number of class tokens in front of the patches; all tokens attend to each other.
+
+    UDI has two: z_cls, and the extra class token z_cls+ whose target knows the patches, too (`UDILoss.blended_level`).
 
     Args:
         img_size: of the stored positions, in pixels, as a list of one; inputs of other sizes interpolate them.
@@ -199,10 +203,11 @@ class VisionTransformer(nn.Module):
 
 
 class MaskedAttention(nn.Module):
-    """Attention of sampled (mixed) patches to all patches of their image: stratified random sampling, paper sec. 3.
+    """SRS (UDI, framework figure): sampled patches are queries Q, all patches of their image keys K and values V.
 
-    A map (B, s, N) mixes patches into s queries; its rows sum to 1, or are zero where nothing was sampled. The output
-    of zero rows has no meaning.
+    A map (B, s, N) picks the patches of Z that are sampled (student), or mixes those around a sampled place (teacher):
+    ẑ = norm(proj(softmax(Q K^T / sqrt(D / h)) V) + M Z), Q = (M Z) W_q. Rows of M sum to 1, or are zero where nothing
+    was sampled: the output of those has no meaning.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, norm_layer=LayerNorm):
@@ -216,23 +221,19 @@ class MaskedAttention(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor, mix: Tensor) -> Tensor:
-        """Patches (B, N, D) and a map (B, s, N) -> (B, s, D).
-
-        Rows of a map sum to 1, so queries are mixed before they are projected.
-        """
-        dim = x.shape[-1]
-        bias = self.qkv.bias
-        mixed = mix.to(x.dtype) @ x
+        """Patches Z (B, N, D) and a map M (B, s, N) -> ẑ (B, s, D)."""
+        dim, bias = x.shape[-1], self.qkv.bias
+        mixed = mix.to(x.dtype) @ x  # (B, s, D), before the projection: rows of a map sum to 1
         q = F.linear(mixed, self.qkv.weight[:dim], None if bias is None else bias[:dim])
         kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
-        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, D/h)
+        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, h, s, D/h)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.norm(self.proj(y) + mixed)
 
 
 class UDIWrapper(nn.Module):
-    """A backbone and the sampling of its patches.
+    """A backbone f and the SRS module that samples its patches, Z = f(X) without the class tokens.
 
     Args:
         attn: None has no patches. embed_dim: of the backbone.
