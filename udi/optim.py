@@ -11,6 +11,7 @@ from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
 from common import distributed, lr_decay, lr_sched
+from udi.lars import LARS
 
 
 def get_params_groups(model: nn.Module) -> list[dict]:
@@ -68,7 +69,7 @@ def build_optimizer(name: str, groups: Iterable[dict]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)  # fused fails when frozen parameters join later
-    return lr_decay.LARS(groups, lr=0.0)
+    return LARS(groups)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -12,6 +12,7 @@ from common import distributed
 from tests.support.runs import run_main
 from tests.support.udi_runs import NAMES, flags_of, log_of, state_of, train
 from udi import main_pretrain
+from udi.lars import LARS
 
 pytestmark = pytest.mark.usefixtures("narrow_head")
 
@@ -72,11 +73,24 @@ def official(path: Path, target: Path, tensors: bool) -> None:
             moments["step"] = int(moments["step"])
     old = ("lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "maximize", "capturable", "params", "momentum")
     for group in found["optimizer"]["param_groups"]:
-        if "trust_coefficient" in group:
-            group |= {"eta": group["trust_coefficient"], "weight_decay_filter": None, "lars_adaptation_filter": None}
         for key in set(group) - {*old, "dampening", "nesterov", "eta", "weight_decay_filter", "lars_adaptation_filter"}:
             del group[key]
     torch.save(found, target)
+
+
+def test_groups_of_lars_have_the_authors_keys(reference):
+    """Their program reads them all; an earlier file of ours, with another name of eta, goes on."""
+    groups = state_of(reference("accum"))["optimizer"]["param_groups"]
+    theirs = {"lr", "momentum", "weight_decay", "eta", "weight_decay_filter", "lars_adaptation_filter", "params"}
+    assert all(theirs <= set(group) for group in groups)
+    state = LARS([torch.zeros(2, 2)]).state_dict()
+    (earlier,) = state["param_groups"]
+    earlier["trust_coefficient"] = 2 * earlier.pop("eta")
+    del earlier["weight_decay_filter"], earlier["lars_adaptation_filter"]
+    optimizer = LARS([torch.zeros(2, 2)])
+    optimizer.load_state_dict(state)
+    assert theirs == set(optimizer.param_groups[0])
+    assert optimizer.param_groups[0]["eta"] == 0.002
 
 
 REST = [("plain", False), ("no patches", True), ("bn", True)]
