@@ -201,7 +201,7 @@ def test_schedules(path):
 
 @golden_files("udi", "train_steps")
 def test_training_steps(path):
-    """Schedules, and the losses where the file holds the weights that they started from."""
+    """Schedules, losses and their parts, gradients' norms, centres and weights, from those before the first step."""
     ref = load_golden(path)
     meta, config = ref.meta, ref.meta["config"]
     epochs, iters = meta["epochs"], meta["iters_per_epoch"]
@@ -213,28 +213,32 @@ def test_training_steps(path):
     )
     for name, table in (("lr", lr), ("wd", decay), ("momentum", momentum), ("teacher_temp", temps)):
         assert_close(table, ref[f"out/{name}"], 1e-9, 1e-12)
-    start, end = ref.group("sd/student"), ref.group("out/final/student")
-    if all(torch.equal(start[name], value) for name, value in end.items()):
-        return  # the weights under sd/ are those after the last step: nothing tells where it began
     student, teacher = (network_of(config, True, norm) for norm in (meta["norm_last_layer"], True))
     for net in (student, teacher.requires_grad_(False)):
-        net.load_state_dict(start)
+        net.load_state_dict(ref.group("sd/student"))
     settings = UDILoss(config["nl"], config["K"], temps.tolist(), alpha=meta["alpha"])
     optimizer = optim.build_optimizer(meta["optimizer"], optim.get_params_groups(student))
     batches = [batch_of(ref, "in/batch0"), batch_of(ref, "in/batch1")]
-    losses = []
+    losses, specs = [], []
     for it in range(epochs * iters):
         optim.set_rates(optimizer, lr[it], decay[it])
-        loss, _ = udi_forward_loss(student, teacher, settings, **batches[it % 2], epoch=it // iters)
+        loss, spec = udi_forward_loss(student, teacher, settings, **batches[it % 2], epoch=it // iters)
         optimizer.zero_grad()
         loss.backward()
-        optim.clip_gradients(student, meta["clip_grad"])
+        if meta["clip_grad"]:
+            norms = optim.clip_gradients(student, meta["clip_grad"])
+            if f"out/grad_norms/step{it}" in ref:
+                assert_close(norms, ref[f"out/grad_norms/step{it}"], **tol(ref))
         optim.cancel_gradients_last_layer(it // iters, student, meta["freeze_last_layer"])
         optimizer.step()
         with torch.no_grad():
             for k, q in zip(teacher.parameters(), student.parameters(), strict=True):
                 k.mul_(momentum[it]).add_(q, alpha=1 - momentum[it])
         losses.append(loss.item())
+        specs.append([part.item() for part in (*spec.global_losses, *spec.local_losses)])
+    parts = ref["out/loss_specs"]
+    assert_close(np.array(specs), parts[:, : len(specs[0])], **tol(ref))
+    assert (parts[:, len(specs[0]) :] == -1).all()  # patches have no local part
     assert_close(np.array(losses), ref["out/losses"], **tol(ref))
     assert_close(settings.centering.center, ref["out/center"], **tol(ref))
     for name, net in (("student", student), ("teacher", teacher)):
