@@ -213,7 +213,7 @@ class DataAugmentation:
         """
         side, last = math.isqrt(len(mask)), np.float32(self.features_g - 1)
         tokens = np.flatnonzero(mask)
-        line = np.linspace(0, 1, side, dtype=np.float32)
+        line = torch.linspace(0, 1, side).numpy()  # as upstream; NumPy's differs in the last bit
         grid = np.stack([line[tokens // side], line[tokens % side]], axis=1)  # (s, 2)
         src, tgt = src_crops[:, None], tgt_crops[:, None]
         x = src[..., :2] + grid * (src[..., 2:] - src[..., :2])  # (P, s, 2)

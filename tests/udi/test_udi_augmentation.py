@@ -102,6 +102,24 @@ def test_whole_calls(path):
             assert_close(tgt, out[f"tgt_maps/{i}"], **tol(ref))
 
 
+def test_correspondence__decides_at_the_border_as_upstream():
+    """What lies strictly inside the other view, by the float32 values of torch.linspace, for 10,000 pairs of boxes."""
+    augment = DataAugmentation((0.25, 1.0), (0.05, 0.25), 0)
+    rng = np.random.default_rng(0)
+    ends = np.sort(rng.integers(0, (375, 500), (2, 10_000, 2, 2)), axis=2)  # first and last row and column
+    crops = (ends / (374, 499)).astype(np.float32).reshape(2, 10_000, 4)
+    crops[:, ::2] = crops[:, ::2, [0, 3, 2, 1]]  # flipped
+    first, second = torch.from_numpy(crops)[:, :, None]
+    line = torch.linspace(0, 1, 14)
+    grid = torch.cartesian_prod(line, line)  # (196, 2)
+    place = first[..., :2] + grid * (first[..., 2:] - first[..., :2])
+    low, high = torch.minimum(second[..., :2], second[..., 2:]), torch.maximum(second[..., :2], second[..., 2:])
+    shown = ((place > low) & (place < high)).all(dim=2)
+    found = augment.correspondence(*crops, np.ones(196, bool))
+    assert found.count.tolist() == shown.sum(dim=1).tolist()
+    assert found.token[found.token >= 0].tolist() == shown.nonzero()[:, 1].tolist()
+
+
 # ---- batches
 
 
