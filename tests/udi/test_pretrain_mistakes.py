@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("narrow_head")
 BAD = [
     ("--data_path /nowhere", "--data_path /nowhere: no such folder"),
     ("--data_path EMPTY", "has no class folders and no images"),
-    ("--data_path HOLLOW", "class folder without images (1 of 1 classes)"),
+    ("--data_path HOLLOW", "HOLLOW/train: has no class folders and no images"),
     ("--dataset digits", "--dataset digits: expected one of torch/..."),
     ("--global_crops_scale 0.9 0.1", "--global_crops_scale [0.9, 0.1]: expected two shares, 0 to 1, increasing"),
     ("--global_crops_scale 0 1", "--global_crops_scale [0.0, 1.0]: expected two shares"),
