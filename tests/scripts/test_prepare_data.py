@@ -24,7 +24,6 @@ from common.datasets import image_dataset
 from common.distributed import UserError, run
 from scripts.tools.prepare_data import get_args_parser, main
 
-SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "tools" / "prepare_data.py")
 RNG = np.random.default_rng(0)
 CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), np.uint8)  # ten for training, two for validation
 STL = RNG.integers(0, 256, (3, 3, 96, 96), np.uint8)
@@ -201,12 +200,19 @@ def test_imagenette__keeps_the_jpegs(tmp_path, monkeypatch):
         prepare("imagenette", out, "--size", "320px")
 
 
-def test_download__without_network_is_one_line(tmp_path, run_script):
-    proxy = "http://127.0.0.1:9"  # nobody listens there
-    environment = {"http_proxy": proxy, "https_proxy": proxy, "no_proxy": ""}
-    done = run_script(SCRIPT, "cifar10", "out", status=2, cwd=tmp_path, timeout=60, **environment)
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"prepare_data.py: cifar10: {CIFAR10.url} cannot be downloaded (")
+def test_download__without_network_is_one_line(tmp_path, monkeypatch, capsys):
+    for name, value in {
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+    }.items():
+        monkeypatch.setenv(name, value)  # nobody listens there
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run(main, get_args_parser().parse_args(["cifar10", "out"]))
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f": cifar10: {CIFAR10.url} cannot be downloaded (" in line
     assert line.endswith(f"put {CIFAR10.filename} into {tmp_path / 'out' / 'download'} and run this again")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "download"]
 
