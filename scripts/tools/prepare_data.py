@@ -1,7 +1,8 @@
-"""Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link a few-label subset of existing ones.
+"""Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link existing ones: a part, or in two splits.
 
 Usage: python scripts/tools/prepare_data.py digits|cifar10|cifar100|stl10|imagenette OUT
        python scripts/tools/prepare_data.py subset OUT --source DIR (--per_class N | --percent P) [--val_per_class N]
+       python scripts/tools/prepare_data.py split OUT --source DIR --val 0.1
 
 OUT appears only when it is complete: until then the images are in a hidden folder beside it.
 """
@@ -57,6 +58,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     number.add_argument("--percent", type=float, metavar="P", help="share of each class, at least one image")
     q.add_argument("--val_per_class", type=int, metavar="N", help="validation images of each class; default: all")
     q.add_argument("--seed", default=0, type=int, help="seed of the choice; a larger subset contains a smaller one")
+    q = parsers["split"]
+    q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with <class>/<image>")
+    q.add_argument(
+        "--val", default=0.1, type=float, metavar="SHARE", help="share of each class for val/, 0.1 if not given"
+    )
+    q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
     return p
 
 
@@ -135,37 +142,78 @@ def imagenette(args: argparse.Namespace, folder: Path) -> None:
             (root / Path(url).stem / split).rename(folder / split)
 
 
+def drawn(args: argparse.Namespace, members: list[str], count: int) -> list[str]:
+    """The paths whose hashes with the seed are smallest: a random choice, whatever the order of the files."""
+    return sorted(members, key=lambda path: hashlib.sha256(os.fsencode(f"{args.seed} {path}")).digest())[:count]
+
+
+def link(args: argparse.Namespace, folder: Path, paths: dict[str, str], split: str) -> None:
+    """Link images of the source: {path in folder: path in the source}."""
+    for new, old in tqdm(paths.items(), split):
+        (folder / new).parent.mkdir(parents=True, exist_ok=True)
+        (folder / new).symlink_to(Path(args.source, old).resolve())
+
+
+def by_target(args: argparse.Namespace, images: Any) -> list[list[str]]:
+    """Paths of a data set of files, relative to the source, in one list per class."""
+    paths = defaultdict(list)
+    for path, target in images.samples:
+        paths[target].append(os.path.relpath(path, args.source))
+    return list(paths.values())
+
+
+def positive(args: argparse.Namespace, *flags: str) -> None:
+    for flag in flags:
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{flag} {value}: must be a positive number")
+
+
 def subset(args: argparse.Namespace, folder: Path) -> None:
-    """Links to the images of each class whose hashes with the seed are smallest: random, whatever the order of files.
+    """Links to some images of each class; val/ is left out where the source has none.
 
     Raises:
         UserError: the source or a number cannot be used.
     """
-
-    def draw(path: str) -> bytes:
-        return hashlib.sha256(os.fsencode(f"{args.seed} {path}")).digest()
-
-    for flag in ("per_class", "percent", "val_per_class"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{flag} {value}: must be a positive number")
-    for split in ("", *SPLITS[:2]):
+    positive(args, "per_class", "percent", "val_per_class")
+    for split in ("", "train"):
         if not Path(args.source, split).is_dir():
             raise UserError(f"--source {args.source}: no folder {Path(args.source, split)}")
     for split, number, percent in (("train", args.per_class, args.percent), ("val", args.val_per_class, 100)):
-        paths = defaultdict(list)
-        for path, target in image_dataset(args.source, split == "train").samples:
-            paths[target].append(os.path.relpath(path, args.source))
+        if not Path(args.source, split).is_dir():
+            continue
         chosen = []
-        for members in paths.values():
+        for members in by_target(args, image_dataset(args.source, split == "train")):
             count = number or max(1, round(len(members) * percent / 100))
             if count > len(members):
                 name = Path(args.source, *Path(members[0]).parts[:2])
                 raise UserError(f"{name}: has {len(members)} images, fewer than {count}")
-            chosen += sorted(members, key=draw)[:count]
-        for path in tqdm(chosen, split):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).symlink_to(Path(args.source, path).resolve())
+            chosen += drawn(args, members, count)
+        link(args, folder, {path: path for path in chosen}, split)
+
+
+def halves(args: argparse.Namespace, folder: Path) -> None:
+    """Links to all images of DIR/<class>/, a share of each class in val/ and the others in train/.
+
+    Raises:
+        UserError: the source has no class folders, or has train/ or val/ already; a class is too small to be shared.
+    """
+    if not 0 < args.val < 1:
+        raise UserError(f"--val {args.val}: expected a share between 0 and 1")
+    there = next((split for split in SPLITS[:2] if Path(args.source, split).is_dir()), None)
+    if there:
+        raise UserError(f"--source {args.source}: has a folder {there}/ already")
+    splits: dict[str, dict[str, str]] = {"train": {}, "val": {}}
+    for members in by_target(args, image_dataset(args.source, True, direct=True)):
+        if len(members) < 2:
+            raise UserError(f"{Path(args.source, members[0]).parent}: has one image, too few for train/ and val/")
+        count = min(max(1, round(len(members) * args.val)), len(members) - 1)
+        held = set(drawn(args, members, count))
+        for path in members:
+            split = "val" if path in held else "train"
+            splits[split][os.path.join(split, path)] = path
+    for split, paths in splits.items():
+        link(args, folder, paths, split)
 
 
 DATA_SETS = {
@@ -175,6 +223,7 @@ DATA_SETS = {
     "stl10": (arrays, "13,000 images of 96x96 pixels in 10 classes, and 100,000 without labels"),
     "imagenette": (imagenette, "13,394 images of 10 ImageNet classes"),
     "subset": (subset, "few labels: links to some images of each class of another folder"),
+    "split": (halves, "links to class folders without train/ and val/, a share of each class in val/"),
 }
 
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import tarfile
 import threading
@@ -319,8 +320,9 @@ def test_subset__raises_on_a_source_that_is_none(source, tmp_path):
         return str(caught.value)
 
     assert str(tmp_path / "missing") in message(tmp_path / "missing")
-    (source / "val").rename(tmp_path / "val")
-    assert f"no folder {source / 'val'}" in message(source)
+    (source / "train").rename(tmp_path / "train")
+    assert f"no folder {source / 'train'}" in message(source)
+    (tmp_path / "train").rename(source / "train")
     (tmp_path / "flat" / "train").mkdir(parents=True)
     (tmp_path / "flat" / "val").mkdir()
     (source / "train" / "cat" / "0.png").rename(tmp_path / "flat" / "train" / "0.png")
@@ -398,3 +400,32 @@ def test_flags__raises_on_unknown_data_set(capsys):
     with pytest.raises(SystemExit) as end:
         prepare("mnist", "out")
     assert end.value.code == 2 and "'stl10'" in capsys.readouterr().err
+
+
+# ---- split
+
+
+def test_split__links_every_image_once(source, tmp_path, capsys):
+    prepare("split", tmp_path / "out", "--source", source / "train", "--val", 0.2)
+    assert sizes(tmp_path / "out") == {"cat": 16, "dog": 24, "eel": 4}
+    assert sizes(tmp_path / "out", "val") == {"cat": 4, "dog": 6, "eel": 1}
+    train, val = chosen(tmp_path / "out"), chosen(tmp_path / "out", "val")
+    assert all(not train[name] & val[name] for name in train)
+    links = [path for path in (tmp_path / "out").rglob("*.png") if path.is_symlink()]
+    assert len({path.resolve() for path in links}) == len(links) == 55
+    prepare("split", tmp_path / "more", "--source", source / "train", "--val", 0.5)
+    assert all(val[name] < chosen(tmp_path / "more", "val")[name] for name in val)
+
+
+def test_split__and_subset_of_what_is_not_split(source, tmp_path):
+    shutil.rmtree(source / "val")
+    prepare("subset", tmp_path / "few", "--source", source, "--per_class", 2)
+    assert [path.name for path in sorted((tmp_path / "few").iterdir())] == [".prepared.json", "train"]
+    for words, line in (
+        (("--source", source), "has a folder train/ already"),
+        (("--source", source / "train", "--val", 1), "--val 1.0: expected a share between 0 and 1"),
+        (("--source", source / "train" / "cat" / "deep" / "er"), "images but no class folders"),
+    ):
+        with pytest.raises(UserError, match=line):
+            prepare("split", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
