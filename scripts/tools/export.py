@@ -36,7 +36,7 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import Exit, UserError
-from scripts.tools import backbones
+from scripts.tools.encoders import load as backbones
 
 TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
 WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
@@ -363,7 +363,7 @@ def main(args: argparse.Namespace) -> None:
     check_target(out, args.format, args.overwrite)
     # ---- network
     backbone = backbones.load(args)
-    module = importlib.import_module(f"{args.method}.features")
+    module = importlib.import_module(f"scripts.tools.encoders.{args.method}")
     source = {"file": Path(args.checkpoint).name, "sha256": sha256(distributed.local_file(args.checkpoint))}
     # ---- files
     if args.format == "safetensors":

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from common import datasets, distributed
 from common.distributed import UserError, log
-from scripts.tools import backbones
+from scripts.tools.encoders import load as backbones
 
 CHUNK = 2**14  # rows that are copied at once
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from common import datasets, distributed
 from common.distributed import UserError, log
-from scripts.tools import backbones, extract_features
+from scripts.tools import extract_features
+from scripts.tools.encoders import load as backbones
 from semaim import main_knn
 
 

@@ -27,7 +27,8 @@ from common import distributed
 from saim import main_linprobe as saim_linprobe
 from saim import models_saim
 from saim import models_vit as saim_vit
-from scripts.tools import backbones, export
+from scripts.tools import export
+from scripts.tools.encoders import load as backbones
 from semaim import models_semaim
 from semaim import models_vit as semaim_vit
 from tests.support.helpers import assert_close
@@ -123,7 +124,7 @@ def written(tmp_path: Path, kind: str) -> tuple[str, str]:
 
 
 def load(method: str, path: str, **given) -> Any:
-    return importlib.import_module(f"{method}.features").load_backbone(path, **given)
+    return importlib.import_module(f"scripts.tools.encoders.{method}").load_backbone(path, **given)
 
 
 def images(size: int = 32) -> Tensor:

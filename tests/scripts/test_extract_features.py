@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import ImageFolder
 
-from saim.features import load_backbone, timm_form
 from saim.models_vit import MODELS
-from scripts.tools import backbones, extract_features
+from scripts.tools import extract_features
+from scripts.tools.encoders import load as backbones
+from scripts.tools.encoders.saim import load_backbone, timm_form
 from scripts.tools.extract_features import read
 from tests.support import processes
 from tests.support.runs import mistake, run_main

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from a2mim import main_linprobe
 from a2mim.backbones import BACKBONES, convnext, is_convnext, is_resnet, plain_vit, resnet, vit
-from a2mim.features import Backbone, _shape_by_name, _shape_of, load_backbone, timm_form
 from a2mim.losses import MIMLoss
 from a2mim.main_finetune import build_model
 from a2mim.models_a2mim import Classifier, build_classifier, build_from_openmixup, build_masked
@@ -19,6 +18,7 @@ from a2mim.openmixup import extract_encoder, load_classifier, load_encoder, load
 from a2mim.openmixup import to_openmixup_state_dict as official
 from a2mim.optim import EMA, Weights
 from common.distributed import UserError
+from scripts.tools.encoders.a2mim import Backbone, _shape_by_name, _shape_of, load_backbone, timm_form
 from tests.support.helpers import assert_close, golden_files, load_golden
 
 NANO = ("vit_nano", "resnet_nano", "convnext_nano")

@@ -30,7 +30,6 @@ from common.distributed import UserError
 FIRST = ("cls_token", "layer1.0.conv1.weight", "downsample_layers.0.0.weight", "stem.0.weight")  # of each family
 
 
-# same as saim/features.py
 @dataclass(frozen=True)
 class TimmForm:
     """A network under timm's names.

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from common.distributed import UserError
-from semaim import features, main_knn, main_linprobe, models_semaim
-from semaim.features import load_backbone, timm_form
+from scripts.tools.encoders import semaim as features
+from scripts.tools.encoders.semaim import load_backbone, timm_form
+from semaim import main_knn, main_linprobe, models_semaim
 from semaim.models_vit import MODELS, VisionTransformer
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.timm_forms import assert_timm_form, timm_model

@@ -63,7 +63,7 @@ class TimmBackbone(nn.Module):
 
 
 def load(args: argparse.Namespace) -> Any:
-    """The network of the flags in eval mode, as `load_backbone` of every method's features.py describes it.
+    """The network of the flags in eval mode, as `load_backbone` of every method describes it.
 
     Raises:
         UserError: the checkpoint or a flag does not fit.
@@ -73,7 +73,7 @@ def load(args: argparse.Namespace) -> Any:
         if given:
             raise UserError(f"{given[0]}: {args.checkpoint} is no checkpoint but a folder with a network of its own")
         return TimmBackbone(args.checkpoint, args.input_size)
-    load_backbone = importlib.import_module(f"{args.method}.features").load_backbone
+    load_backbone = importlib.import_module(f"scripts.tools.encoders.{args.method}").load_backbone
     if args.checkpoint != "random":
         return load_backbone(args.checkpoint, args.model, args.input_size, args.key, args.pool)
     if not args.model:

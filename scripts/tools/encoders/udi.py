@@ -22,7 +22,6 @@ from udi.models_udi import MODELS, VisionTransformer
 FineTuned = models_finetune.VisionTransformer
 
 
-# same as saim/features.py
 @dataclass(frozen=True)
 class TimmForm:
     """A network under timm's names.
@@ -88,7 +87,6 @@ class Backbone(nn.Module):
         return {**self.network.state_dict(), **head}
 
 
-# same as saim/features.py
 def model_of(checkpoint: str, model: str, args: dict[str, Any], weights: dict[str, Tensor]) -> str:
     """The name in `MODELS` of an encoder: the one given, else that of the checkpoint's flags, else by its width.
 

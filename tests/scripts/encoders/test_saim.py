@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from common.distributed import UserError
-from saim import features, main_linprobe, models_saim
-from saim.features import load_backbone, timm_form
+from saim import main_linprobe, models_saim
 from saim.models_vit import MODELS, VisionTransformer, load_encoder
+from scripts.tools.encoders import saim as features
+from scripts.tools.encoders.saim import load_backbone, timm_form
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.timm_forms import assert_timm_form, timm_model
 

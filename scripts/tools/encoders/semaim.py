@@ -25,7 +25,6 @@ ENCODERS = {
 }
 
 
-# same as saim/features.py
 @dataclass(frozen=True)
 class TimmForm:
     """A network under timm's names.
@@ -42,7 +41,6 @@ class TimmForm:
     notes: list[str]
 
 
-# same as saim/features.py
 class Backbone(nn.Module):
     """An encoder in eval mode: images (N, 3, H, W), normalised by mean and std, -> features (N, D).
 
@@ -72,7 +70,6 @@ class Backbone(nn.Module):
         return {**self.network.state_dict(), **head}
 
 
-# same as saim/features.py
 def model_of(checkpoint: str, model: str, args: dict[str, Any], weights: dict[str, Tensor]) -> str:
     """The name in `MODELS` of an encoder: the one given, else that of the checkpoint's flags, else by its width.
 
@@ -93,7 +90,6 @@ def model_of(checkpoint: str, model: str, args: dict[str, Any], weights: dict[st
     raise UserError(f"{checkpoint}: --model must be given, no known model has {width} channels")
 
 
-# same as saim/features.py
 def classifier(weights: dict[str, Tensor]) -> nn.Module | None:
     """The trained head of fine-tuning (linear) or of a linear probe (batch norm and linear) among weights."""
     probe = "head.1.weight" in weights
@@ -152,11 +148,10 @@ def load_backbone(
 
 # ---- timm
 
-# same as saim/features.py
+
 TIMM = {192: "vit_tiny", 384: "vit_small", 1024: "vit_large"}  # the nearest name of a width; sizes are given besides
 
 
-# same as saim/features.py
 def fold(head: nn.Module | None) -> dict[str, Tensor]:
     """Weight and bias of a head as one linear layer; {} without one."""
     if head is None:

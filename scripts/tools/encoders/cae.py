@@ -20,7 +20,6 @@ from common.distributed import UserError
 ATTENTIVE = ("query_token", "attentive_blocks.", "fc_norm.running_", "fc_norm.num_batches_tracked", "head.")
 
 
-# same as saim/features.py
 @dataclass(frozen=True)
 class TimmForm:
     """A network under timm's names.
@@ -196,7 +195,6 @@ def _keywords(args: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any
 # ---- timm
 
 
-# same as saim/features.py
 def fold(head: nn.Module | None) -> dict[str, Tensor]:
     """Weight and bias of a head as one linear layer; {} without one."""
     if head is None:

@@ -10,12 +10,13 @@ import timm
 import torch
 from torch import Tensor
 
-from cae import features, main_linprobe, models_cae
-from cae.features import Backbone, load_backbone, timm_form
+from cae import main_linprobe, models_cae
 from cae.main_finetune import build_model
 from cae.main_linprobe import add_probe
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common.distributed import UserError
+from scripts.tools.encoders import cae as features
+from scripts.tools.encoders.cae import Backbone, load_backbone, timm_form
 from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from common.distributed import UserError
+from scripts.tools.encoders import udi as features
+from scripts.tools.encoders.udi import load_backbone, timm_form
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.timm_forms import assert_timm_form, timm_model
 from tests.support.udi_weights import NANO, pretrained
-from udi import features, main_finetune, main_knn, main_linprobe, models_finetune, models_udi
+from udi import main_finetune, main_knn, main_linprobe, models_finetune, models_udi
 from udi.backbone import build_backbone
-from udi.features import load_backbone, timm_form
 from udi.models_eval import build_evaluation_vit, build_proj_head, linear_head
 
 IMGS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
