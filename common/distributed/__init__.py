@@ -27,4 +27,13 @@ from common.distributed.process import (
     wrap,
 )
 from common.distributed.step import Updater, amp_dtype
-from common.distributed.weights import WEIGHT_KEYS, flags_of, load, load_report, load_weights, local_file, weights_of
+from common.distributed.weights import (
+    WEIGHT_KEYS,
+    flags_of,
+    load,
+    load_report,
+    load_weights,
+    local_file,
+    part_of,
+    weights_of,
+)

@@ -113,17 +113,30 @@ def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
     return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
 
 
-def weights_of(state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
+def weights_of(
+    state: dict[str, Any], path: str, keys: tuple[str, ...] = WEIGHT_KEYS, bare: bool = False
+) -> dict[str, Tensor]:
     """The network's weights in a checkpoint read from path, without the prefix `module.` of DistributedDataParallel.
 
+    Args:
+        keys: the first of these that the file has holds the weights.
+        bare: a file that has none of the keys and is itself a dict of tensors is taken as it is.
     Raises:
         UserError: no key holds weights.
     """
-    for key in keys:
-        if isinstance(state.get(key), dict):
-            return {name.replace("module.", ""): value for name, value in state[key].items()}
-    found = ", ".join(map(str, list(state)[:8])) or "none"
-    raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {found}")
+    found = next((state[key] for key in keys if isinstance(state.get(key), dict)), None)
+    if found is None and bare and state and all(isinstance(value, Tensor) for value in state.values()):
+        found = state
+    if found is None:
+        shown = ", ".join(map(str, list(state)[:8])) or "none"
+        raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {shown}")
+    return {name.replace("module.", ""): value for name, value in found.items()}
+
+
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with prefix, without it; all of them if none does."""
+    part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return part or weights
 
 
 def flags_of(state: dict[str, Any]) -> dict[str, Any]:
