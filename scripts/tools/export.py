@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -36,7 +35,9 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import Exit, UserError
-from scripts.tools.encoders import load as backbones
+from scripts.tools.encoders import load as encoders
+from scripts.tools.encoders.backbone import Backbone
+from scripts.tools.encoders.timm_form import TimmForm
 
 TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
 WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
@@ -74,7 +75,7 @@ POOLS = {"token": "the class token of the last block", "avg": "the mean over the
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("Export an encoder", allow_abbrev=False)
-    backbones.add_flags(p, timm=False)
+    encoders.add_flags(p, timm=False)
     p.add_argument("out", metavar="OUT", help="folder, or with --format safetensors file, to write")
     p.add_argument("--format", default="timm", choices=["timm", "safetensors"])
     p.add_argument("--classes", default="", help="text file with the classes' names, one a line, for the timm folder")
@@ -177,7 +178,7 @@ def photographs() -> list[Any]:
 
 
 @torch.inference_mode()
-def outputs(backbone: Any, imgs: Tensor) -> dict[str, Tensor]:
+def outputs(backbone: Backbone, imgs: Tensor) -> dict[str, Tensor]:
     """Features and, of a classifier, logits (B, ...) of a network of `load_backbone`."""
     features = backbone(imgs)
     return {"features": features} | ({} if backbone.head is None else {"logits": backbone.head(features)})
@@ -204,7 +205,7 @@ def report(expected: dict[str, Tensor], found: dict[str, Tensor], what: str) -> 
             raise Disagreement(f"{name} of {what} differ by {apart:.2e}, expected at most {TOLERANCE:g}")
 
 
-def check_timm(folder: Path, backbone: Any) -> None:
+def check_timm(folder: Path, backbone: Backbone) -> None:
     """Compare the folder's network, read anew, with the checkpoint's on photographs and noise.
 
     In float64, as the two sum in different orders: what remains are weights and architecture.
@@ -212,7 +213,7 @@ def check_timm(folder: Path, backbone: Any) -> None:
         Disagreement: they differ.
     """
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    own = backbones.eval_transform(backbone)
+    own = encoders.eval_transform(backbone)
     other: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     views = [torch.stack([view(photo) for photo in photographs()]) for view in (own, other)]
     noise = torch.randn(2, 3, backbone.input_size, backbone.input_size, generator=torch.Generator().manual_seed(0))
@@ -227,9 +228,9 @@ def check_timm(folder: Path, backbone: Any) -> None:
     distributed.log(f"in float32, as it will run: largest difference {apart:.1e}")
 
 
-def check_safetensors(path: Path, backbone: Any, load_backbone: Any) -> None:
+def check_safetensors(path: Path, method: str, backbone: Backbone) -> None:
     """Compare the file's network, read anew, with the checkpoint's; raises Disagreement if any bit differs."""
-    again = load_backbone(str(path))
+    again = encoders.load_backbone(method, str(path))
     for name in (
         "model_name",
         "input_size",
@@ -244,7 +245,7 @@ def check_safetensors(path: Path, backbone: Any, load_backbone: Any) -> None:
         own, found = getattr(backbone, name), getattr(again, name)
         if own != found:
             raise Disagreement(f"{name} of the written file is {found}, expected {own}")
-    imgs = torch.stack([backbones.eval_transform(again)(photo) for photo in photographs()])
+    imgs = torch.stack([encoders.eval_transform(again)(photo) for photo in photographs()])
     imgs = torch.cat([imgs, torch.randn(imgs.shape, generator=torch.Generator().manual_seed(0))])
     expected, found = outputs(backbone, imgs), outputs(again, imgs)
     report(expected, found, "the written file")
@@ -261,7 +262,7 @@ def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in sorted(shown.items()) if v is not None and v is not False and v not in ("", [])}
 
 
-def details(method: str, backbone: Any, form: Any, epoch: Any, source: dict[str, str]) -> dict[str, Any]:
+def details(method: str, backbone: Backbone, form: TimmForm, epoch: Any, source: dict[str, str]) -> dict[str, Any]:
     """The model card's facts, by their titles."""
     paper, repository, licence = SOURCES[method]
     flags = plain_flags(backbone.args)
@@ -306,7 +307,9 @@ LOGITS = """with torch.no_grad():
 """
 
 
-def write_timm(folder: Path, name: str, method: str, backbone: Any, form: Any, labels: list[str], **origin) -> None:
+def write_timm(
+    folder: Path, name: str, method: str, backbone: Backbone, form: TimmForm, labels: list[str], **origin: Any
+) -> None:
     """Write the weights, timm's configuration and a model card."""
     known: Any = timm.get_pretrained_cfg(form.architecture)
     size = backbone.input_size
@@ -345,7 +348,7 @@ def write_timm(folder: Path, name: str, method: str, backbone: Any, form: Any, l
     (folder / "README.md").write_text(generate_readme(card, name, task), encoding="utf-8")
 
 
-def write_safetensors(path: Path, method: str, backbone: Any, source: dict[str, str]) -> None:
+def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[str, str]) -> None:
     """Write the method's own weights, with what `load_backbone` needs to know as JSON in the file's metadata."""
     names = ("input_size", "patch_size", "pool", "mean", "std", "crop_pct", "interpolation")
     known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in names}
@@ -362,16 +365,15 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_target(out, args.format, args.overwrite)
     # ---- network
-    backbone = backbones.load(args)
-    module = importlib.import_module(f"scripts.tools.encoders.{args.method}")
+    backbone = encoders.from_flags(args)
     source = {"file": Path(args.checkpoint).name, "sha256": sha256(distributed.local_file(args.checkpoint))}
     # ---- files
     if args.format == "safetensors":
         with appearing(out) as path:
             write_safetensors(path, args.method, backbone, source)
-            check_safetensors(path, backbone, module.load_backbone)
+            check_safetensors(path, args.method, backbone)
     else:
-        form = module.timm_form(backbone)
+        form = encoders.timm_form(args.method, backbone)
         labels = class_names(args.classes, form.num_classes) if args.classes else []
         state = distributed.load(args.checkpoint)
         meta = state.get("meta") if isinstance(state.get("meta"), dict) else {}

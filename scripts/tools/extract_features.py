@@ -25,14 +25,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 from common import datasets, distributed
 from common.distributed import UserError, log
-from scripts.tools.encoders import load as backbones
+from scripts.tools.encoders import load as encoders
 
 CHUNK = 2**14  # rows that are copied at once
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("Features", allow_abbrev=False, usage="%(prog)s METHOD CHECKPOINT [flags], see --help")
-    backbones.add_flags(p)
+    encoders.add_flags(p)
     p.add_argument("--split", default="train", choices=["train", "val"])
     p.add_argument("--out", required=True, help="FILE.npy, FILE.safetensors, or a folder/ for <split>.npy")
     p.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="of the features in the file")
@@ -179,7 +179,7 @@ def read(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def extract(backbone: Any, loader: datasets.Loader, rows: np.ndarray, amp_dtype: str) -> np.ndarray:
+def extract(backbone: encoders.Backbone, loader: datasets.Loader, rows: np.ndarray, amp_dtype: str) -> np.ndarray:
     """Write the features of this process's images to their rows; returns numbers and labels, (n, 2).
 
     Raises:
@@ -221,8 +221,8 @@ def main(args: argparse.Namespace) -> None:
     if streamed and distributed.world_size() > 1:
         raise UserError(f"--dataset {args.dataset}: is read in sequence, which only one process can do")
     # ---- model
-    backbone = backbones.load(args).to(device)
-    transform = backbones.eval_transform(backbone)
+    backbone = encoders.from_flags(args).to(device)
+    transform = encoders.eval_transform(backbone)
     loader = datasets.build_loader(args, images if streamed else Numbered(images), transform, device, train=False)
     log(
         f"{backbone.model_name}, {backbone.input_size} pixels, {backbone.pool or 'own'} pooling: {loader.images} images"

@@ -19,13 +19,13 @@ from torch import Tensor
 from common import datasets, distributed
 from common.distributed import UserError, log
 from scripts.tools import extract_features
-from scripts.tools.encoders import load as backbones
-from semaim import main_knn
+from scripts.tools.encoders import knn
+from scripts.tools.encoders import load as encoders
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("k-NN", allow_abbrev=False, usage="%(prog)s METHOD CHECKPOINT [flags], see --help")
-    backbones.add_flags(p)
+    encoders.add_flags(p)
     for action in p._positionals._group_actions:
         action.nargs, action.required = "?", False
     p.add_argument("--features", nargs=2, metavar=("TRAIN", "VAL"), help="files with features, instead of a checkpoint")
@@ -44,14 +44,14 @@ def compute(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size)
     val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split, args.batch_size)
     datasets.check_classes(train, val, sys.maxsize)
-    backbone = backbones.load(args).to(device)
-    transform = backbones.eval_transform(backbone)
+    backbone = encoders.from_flags(args).to(device)
+    transform = encoders.eval_transform(backbone)
     loaders = [datasets.build_loader(args, images, transform, device, train=False) for images in (train, val)]
     log(f"{backbone.model_name}, {backbone.input_size} pixels, {backbone.pool or 'own'} pooling")
-    precision, cpu = distributed.amp_dtype(args.amp_dtype, device), torch.device("cpu")
+    precision = distributed.amp_dtype(args.amp_dtype, device)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        own_train, own_val = (main_knn.extract_features(backbone, loader, cpu) for loader in loaders)
-    return [*own_train, *(main_knn.interleave(list(x)) for x in zip(*distributed.gather(own_val), strict=True))]
+        own_train, own_val = (knn.unit_features(backbone, loader) for loader in loaders)
+    return [*own_train, *(torch.cat(parts) for parts in zip(*distributed.gather(own_val), strict=True))]
 
 
 def load(paths: list[str]) -> list[Tensor]:
@@ -88,8 +88,7 @@ def main(args: argparse.Namespace) -> None:
     if min(args.nb_knn) < 1:
         raise UserError(f"--nb_knn {min(args.nb_knn)}: expected at least 1")
     train, train_labels, val, val_labels = load(args.features) if args.features else compute(args, device)
-    classes = 1 + max(distributed.gather(max(int(x.max()) for x in (train_labels, val_labels) if len(x))))
-    results = main_knn.vote(train, train_labels, val, val_labels, args.nb_knn, args.temperature, classes)
+    results = knn.vote(train, train_labels, val, val_labels, args.nb_knn, args.temperature)
     for k, (top1, top5) in results.items():
         log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
     if args.json and distributed.is_main():

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import importlib
 import json
 import re
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from saim import main_linprobe as saim_linprobe
 from saim import models_saim
 from saim import models_vit as saim_vit
 from scripts.tools import export
-from scripts.tools.encoders import load as backbones
+from scripts.tools.encoders import load as encoders
 from semaim import models_semaim
 from semaim import models_vit as semaim_vit
 from tests.support.helpers import assert_close
@@ -124,7 +123,7 @@ def written(tmp_path: Path, kind: str) -> tuple[str, str]:
 
 
 def load(method: str, path: str, **given) -> Any:
-    return importlib.import_module(f"scripts.tools.encoders.{method}").load_backbone(path, **given)
+    return encoders.load_backbone(method, path, **given)
 
 
 def images(size: int = 32) -> Tensor:
@@ -218,7 +217,7 @@ def test_another_size_and_pooling(kind, tmp_path):
     with torch.no_grad():
         expected = own(images(48))
         assert torch.equal(load(method, str(tmp_path / "out.safetensors"))(images(48)), expected)
-        assert_close(backbones.load(args)(images(48)), expected, rtol=1e-4, atol=1e-4)
+        assert_close(encoders.from_flags(args)(images(48)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_config_and_card(tmp_path, monkeypatch, capsys):
@@ -374,6 +373,6 @@ def test_weights_are_those_of_the_folder(tmp_path):
     """Names and numbers of a ResNet are timm's own."""
     method, path = written(tmp_path, "a2mim tuned resnet")
     run_main(export, method, path, str(tmp_path / "out"))
-    found, own = load_file(tmp_path / "out" / "model.safetensors"), load(method, path).net.net.state_dict()
+    found, own = load_file(tmp_path / "out" / "model.safetensors"), load(method, path).network.net.state_dict()
     assert found.keys() == own.keys()
     assert all(torch.equal(found[name], value) for name, value in own.items())

@@ -15,8 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from saim.models_vit import MODELS
 from scripts.tools import extract_features
-from scripts.tools.encoders import load as backbones
-from scripts.tools.encoders.saim import load_backbone, timm_form
+from scripts.tools.encoders import load as encoders
 from scripts.tools.extract_features import read
 from tests.support import processes
 from tests.support.runs import mistake, run_main
@@ -40,8 +39,8 @@ def extract(*flags: Any) -> None:
 @pytest.fixture(scope="module")
 def expected(checkpoint, digits) -> np.ndarray:
     """Features of the validation images, one by one."""
-    backbone = load_backbone(checkpoint)
-    transform = backbones.eval_transform(backbone)
+    backbone = encoders.load_backbone("saim", checkpoint)
+    transform = encoders.eval_transform(backbone)
     images = ImageFolder(f"{digits}/val", transform)
     with torch.no_grad():
         return torch.cat([backbone(image[None]) for image, _ in images]).numpy()
@@ -165,7 +164,7 @@ def test_timm_data_sets(checkpoint, digits, tmp_path, monkeypatch):
 
 def test_methods_and_folders(checkpoint, digits, expected, tmp_path):
     """A folder with a timm model gives the checkpoint's features, as `timm` and under the method's name."""
-    form = timm_form(load_backbone(checkpoint))
+    form = encoders.timm_form("saim", encoders.load_backbone("saim", checkpoint))
     network: Any = timm.create_model(form.architecture, num_classes=form.num_classes, **form.model_args)
     network.load_state_dict(form.weights)
     folder = tmp_path / "exported"

@@ -1,18 +1,18 @@
-"""What the tools for all methods share: the network of a checkpoint, or of a folder that export.py wrote, by flags."""
+"""The network of any method's checkpoint, or of a folder that export.py wrote, by flags."""
 
 import argparse
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
 from torchvision import transforms
 
 from common import datasets, distributed
 from common.distributed import UserError
+from scripts.tools.encoders.backbone import Backbone, Source
+from scripts.tools.encoders.timm_folder import load_folder
+from scripts.tools.encoders.timm_form import TimmForm
 
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 
@@ -29,41 +29,36 @@ def add_flags(p: argparse.ArgumentParser, timm: bool = True) -> None:
     p.add_argument("--pool", default="", choices=["", "token", "avg"], help="default: as the method's own evaluations")
 
 
-class TimmBackbone(nn.Module):
-    """Features of a timm model in a folder with config.json and model.safetensors, as export.py writes it.
+def _own(method: str) -> Any:
+    """What a method's encoders do not share: `load_backbone(source)` and `timm_form(backbone)`."""
+    return importlib.import_module(f"scripts.tools.encoders.{method}")
 
+
+def load_backbone(
+    method: str, checkpoint: str, model: str = "", input_size: int | None = None, key: str = "", pool: str = ""
+) -> Backbone:
+    """The encoder of a checkpoint, from images to features, with its head where it is a classifier of them.
+
+    Args:
+        checkpoint: file or https address of any stage, ours or the authors'; '' gives random weights of `model`.
+        model, input_size, key, pool: as in `Source`.
     Raises:
-        UserError: the folder holds no such model.
+        UserError: the file cannot be read or holds no such encoder, or an argument does not fit it.
     """
-
-    def __init__(self, folder: str, input_size: int | None = None):
-        super().__init__()
-        path = Path(folder)
-        for name in ("config.json", "model.safetensors"):  # the only form of weights that cannot hold code
-            if not (path / name).is_file():
-                raise UserError(f"{path}: has no {name}, expected a folder written by scripts/tools/export.py")
-        with distributed.user_errors(f"{path}"):
-            config: dict[str, Any] = json.loads((path / "config.json").read_text())
-            resized: dict[str, Any] = (
-                {} if input_size is None or "img_size" not in config["model_args"] else {"img_size": input_size}
-            )
-            self.network = timm.create_model(f"local-dir:{path}", pretrained=True, **resized)
-            about: dict[str, Any] = self.network.pretrained_cfg  # type: ignore[assignment]
-            self.model_name, self.pool = config["architecture"], config.get("global_pool", "")
-            self.input_size = input_size or about["input_size"][-1]
-            self.mean, self.std, self.interpolation = tuple(about["mean"]), tuple(about["std"]), about["interpolation"]
-            self.crop_pct: float = about["crop_pct"]
-            self.embed_dim: int = self.network.num_features  # type: ignore[assignment]
-        self.eval()
-
-    def forward(self, imgs: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D)."""
-        features = self.network.forward_features(imgs)  # type: ignore[operator]
-        return self.network.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    if pool not in ("", "token", "avg"):
+        raise UserError(f"--pool {pool}: expected token or avg")
+    state = distributed.load(checkpoint) if checkpoint else {}
+    args = distributed.flags_of(state)
+    return _own(method).load_backbone(Source(checkpoint, model, input_size, key, pool, state, args))
 
 
-def load(args: argparse.Namespace) -> Any:
-    """The network of the flags in eval mode, as `load_backbone` of every method describes it.
+def timm_form(method: str, backbone: Backbone) -> TimmForm:
+    """An encoder as a network of timm's; raises UserError if timm has no such network."""
+    return _own(method).timm_form(backbone)
+
+
+def from_flags(args: argparse.Namespace) -> Backbone:
+    """The network of the flags, as `load_backbone` gives it; random weights are the same every time.
 
     Raises:
         UserError: the checkpoint or a flag does not fit.
@@ -72,17 +67,17 @@ def load(args: argparse.Namespace) -> Any:
         given = [f"--{name}" for name in ("model", "key", "pool") if getattr(args, name)]
         if given:
             raise UserError(f"{given[0]}: {args.checkpoint} is no checkpoint but a folder with a network of its own")
-        return TimmBackbone(args.checkpoint, args.input_size)
-    load_backbone = importlib.import_module(f"scripts.tools.encoders.{args.method}").load_backbone
-    if args.checkpoint != "random":
-        return load_backbone(args.checkpoint, args.model, args.input_size, args.key, args.pool)
-    if not args.model:
-        raise UserError("--model: must be given for random weights")
-    torch.manual_seed(0)
-    return load_backbone("", args.model, args.input_size, args.key, args.pool)
+        return load_folder(args.checkpoint, args.input_size)
+    checkpoint = args.checkpoint
+    if checkpoint == "random":
+        if not args.model:
+            raise UserError("--model: must be given for random weights")
+        torch.manual_seed(0)
+        checkpoint = ""
+    return load_backbone(args.method, checkpoint, args.model, args.input_size, args.key, args.pool)
 
 
-def eval_transform(backbone: Any) -> transforms.Compose:
+def eval_transform(backbone: Backbone) -> transforms.Compose:
     """The evaluation transform of a network: shorter side, centre crop, normalisation."""
     size, mode = backbone.input_size, transforms.InterpolationMode(backbone.interpolation)
     resize = transforms.Resize(int(size / backbone.crop_pct), interpolation=mode)

@@ -18,8 +18,12 @@ from a2mim.openmixup import extract_encoder, load_classifier, load_encoder, load
 from a2mim.openmixup import to_openmixup_state_dict as official
 from a2mim.optim import EMA, Weights
 from common.distributed import UserError
-from scripts.tools.encoders.a2mim import Backbone, _shape_by_name, _shape_of, load_backbone, timm_form
+from scripts.tools.encoders import load
+from scripts.tools.encoders.a2mim import _shape_by_name, _shape_of
+from scripts.tools.encoders.backbone import Backbone
 from tests.support.helpers import assert_close, golden_files, load_golden
+
+load_backbone, timm_form = partial(load.load_backbone, "a2mim"), partial(load.timm_form, "a2mim")
 
 NANO = ("vit_nano", "resnet_nano", "convnext_nano")
 
@@ -154,14 +158,14 @@ def test_another_input_size(name, tmp_path):
     assert backbone(images(48)).shape == (3, backbone.embed_dim)
     assert_timm_agrees(backbone)
     if name == "vit_nano":  # the flag's interpolation, not the zeros that training starts from
-        assert all(block.attn.relative_position_bias_table.any() for block in backbone.net.net.blocks)
+        assert all(block.attn.relative_position_bias_table.any() for block in backbone.network.net.blocks)
 
 
 def test_another_pooling(tmp_path):
     """The final norm follows the pooling; the head, which it was not trained for, stays behind."""
     encoder = official(pretraining("vit_nano"))
     mean = load_backbone(written(tmp_path, encoder), pool="avg")
-    assert torch.equal(mean.net.net.fc_norm.weight, encoder["backbone.ln1.weight"])
+    assert torch.equal(mean.network.net.fc_norm.weight, encoder["backbone.ln1.weight"])
     assert_timm_agrees(mean)
     token = load_backbone(written(tmp_path, official(classifier("vit_nano"))), pool="token")
     assert (token.pool, token.head) == ("token", None)

@@ -15,9 +15,11 @@ from cae.main_finetune import build_model
 from cae.main_linprobe import add_probe
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common.distributed import UserError
-from scripts.tools.encoders import cae as features
-from scripts.tools.encoders.cae import Backbone, load_backbone, timm_form
+from scripts.tools.encoders import load
+from scripts.tools.encoders.backbone import Backbone
 from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
+
+load_backbone, timm_form = partial(load.load_backbone, "cae"), partial(load.timm_form, "cae")
 
 
 def randomised(model: Any) -> Any:
@@ -242,7 +244,6 @@ def test_mistakes(tmp_path):
 
 def test_width_that_heads_do_not_divide__is_not_timms(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "odd", partial(VisionTransformer, embed_dim=20, depth=1, num_heads=3))
-    features._sizes.cache_clear()
     backbone = load_backbone("", "odd", 32)
     assert backbone(images()).shape == (3, 20)
     with pytest.raises(UserError, match="3 heads divide, not 20"):

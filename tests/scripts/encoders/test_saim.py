@@ -1,6 +1,7 @@
 """SAIM's encoders of any checkpoint: as the evaluations see them, and under timm's names."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import nn
 from common.distributed import UserError
 from saim import main_linprobe, models_saim
 from saim.models_vit import MODELS, VisionTransformer, load_encoder
-from scripts.tools.encoders import saim as features
-from scripts.tools.encoders.saim import load_backbone, timm_form
+from scripts.tools.encoders import load
+from scripts.tools.encoders.saim import ENCODERS
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.timm_forms import assert_timm_form, timm_model
+
+load_backbone, timm_form = partial(load.load_backbone, "saim"), partial(load.timm_form, "saim")
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 4}
 IMGS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -185,11 +188,11 @@ def test_other_files_are_refused(state, words, tmp_path: Path):
         load_backbone(str(tmp_path / "a.pth"))
 
 
-@pytest.mark.parametrize("name", features.ENCODERS)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_have_the_sizes_of_pre_training(name):
     with torch.device("meta"):
         whole = models_saim.MODELS[name](query_depth=1) if name != "vit_igpt_base" else models_saim.MODELS[name]()
-        encoder = MODELS[features.ENCODERS[name]](num_classes=0)
+        encoder = MODELS[ENCODERS[name]](num_classes=0)
     shapes = {key: x.shape for key, x in whole.state_dict().items()}
     assert all(shapes[key] == x.shape for key, x in encoder.state_dict().items())
     heads = [net.blocks[0].attn.num_heads for net in (whole, encoder)]  # type: ignore[union-attr]
@@ -197,4 +200,4 @@ def test_encoders_have_the_sizes_of_pre_training(name):
 
 
 def test_all_pre_training_models_have_an_encoder():
-    assert set(features.ENCODERS) == set(models_saim.MODELS)
+    assert set(ENCODERS) == set(models_saim.MODELS)

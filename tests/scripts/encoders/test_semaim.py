@@ -1,6 +1,7 @@
 """SemAIM's encoders of any checkpoint: as k-NN and the classifiers see them, and under timm's names."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 
 from common.distributed import UserError
-from scripts.tools.encoders import semaim as features
-from scripts.tools.encoders.semaim import load_backbone, timm_form
+from scripts.tools.encoders import load
+from scripts.tools.encoders.semaim import ENCODERS
 from semaim import main_knn, main_linprobe, models_semaim
 from semaim.models_vit import MODELS, VisionTransformer
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.timm_forms import assert_timm_form, timm_model
+
+load_backbone, timm_form = partial(load.load_backbone, "semaim"), partial(load.timm_form, "semaim")
 
 SIZES = {"img_size": 16, "patch_size": 4}
 IMGS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -94,8 +97,8 @@ def test_crop_is_that_of_the_evaluation(size, crop, tuned, tmp_path):
 
 
 def test_all_pre_training_models_have_an_encoder():
-    assert set(features.ENCODERS) == set(models_semaim.MODELS)
-    for name, encoder in features.ENCODERS.items():
+    assert set(ENCODERS) == set(models_semaim.MODELS)
+    for name, encoder in ENCODERS.items():
         with torch.device("meta"):
             whole, own = models_semaim.MODELS[name](query_depth=16 if "huge" in name else 1), MODELS[encoder]()
         heads = [net.blocks[0].attn.num_heads for net in (whole, own)]  # type: ignore[union-attr]

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from common.distributed import UserError
-from scripts.tools.encoders import udi as features
-from scripts.tools.encoders.udi import load_backbone, timm_form
+from scripts.tools.encoders import load
+from scripts.tools.encoders.backbone import grid_side
 from tests.support.helpers import assert_close, golden_files, load_golden
 from tests.support.timm_forms import assert_timm_form, timm_model
 from tests.support.udi_weights import NANO, pretrained
 from udi import main_finetune, main_knn, main_linprobe, models_finetune, models_udi
 from udi.backbone import build_backbone
 from udi.models_eval import build_evaluation_vit, build_proj_head, linear_head
+
+load_backbone, timm_form = partial(load.load_backbone, "udi"), partial(load.timm_form, "udi")
 
 IMGS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -247,4 +249,4 @@ def test_fine_tuned_positions_need_flags(tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="has neither positions nor flags"):
         load_backbone(str(tmp_path / "a.pth"))
-    assert features.grid_of({"a.relative_position_bias_table": torch.zeros(7 * 7 + 3, 2)}) == 4
+    assert grid_side({"a.relative_position_bias_table": torch.zeros(7 * 7 + 3, 2)}) == 4
