@@ -134,19 +134,12 @@ def left_over(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "checkpoint.pth")
 
 
-# The others cost the default suite more time than they tell.
-FIRST = (
-    "saim probed",
-    "semaim pretrained",
-    "cae tuned",
-    "a2mim pretrained vit",
-    "a2mim tuned resnet",
-    "udi pretrained",
-)
-ALL = [pytest.param(kind, marks=[] if kind in FIRST else pytest.mark.slow) for kind in KINDS]
+def kinds(*first: str) -> list[Any]:
+    """All kinds of checkpoints; those that are not named cost the default suite more time than they tell."""
+    return [pytest.param(kind, marks=[] if kind in first else pytest.mark.slow) for kind in KINDS]
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", kinds("saim probed", "cae tuned", "a2mim tuned resnet", "udi pretrained"))
 def test_timm_folder(kind, tmp_path, capsys):
     """timm alone gives the features, and the logits, of the checkpoint's own network."""
     method, path = written(tmp_path, kind)
@@ -171,7 +164,7 @@ def test_timm_folder(kind, tmp_path, capsys):
     assert config["interpolation"] == own.interpolation
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", kinds("saim probed", "semaim pretrained", "cae tuned", "udi tuned"))
 def test_safetensors_file(kind, tmp_path):
     """The method reads it back to the bit, with its sizes, without any flag."""
     method, path = written(tmp_path, kind)
@@ -203,7 +196,10 @@ def test_safetensors_file__is_a_checkpoint_to_the_mains(tmp_path):
     assert torch.equal(*(model.eval().forward_features(images()) for model in models))
 
 
-@pytest.mark.parametrize("kind", ["cae tuned", "a2mim pretrained vit", "a2mim tuned convnext", "udi pretrained"])
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("cae tuned", "a2mim tuned convnext")]
+
+
+@pytest.mark.parametrize("kind", ["a2mim pretrained vit", "udi pretrained", *OTHERS])
 def test_another_size_and_pooling(kind, tmp_path):
     method, path = written(tmp_path, kind)
     pool = "avg" if "pretrained" in kind else ""

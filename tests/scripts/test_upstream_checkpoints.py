@@ -27,7 +27,13 @@ from udi.backbone import load_backbone
 from udi.eval_finetuning.extract_backbone_weights_for_finetuning import raw_weights
 
 State = dict[str, Any]
-FAST = ("cae_tiny", "customized", "vit_tiny", "pretrain:vit_small,number_cls_token=2", "finetune:vit_small,use_cls") + (
+FAST = (
+    "cae_tiny",
+    "customized",
+    "vit_tiny(num_class_token=2)",
+    "semi_transfer:vit_tiny",
+    "pretrain:vit_small,number_cls_token=2",
+    "finetune:vit_small,use_cls",
     "a2mim/imagenet/r50_l3_sz224_init_8xb256_cos_ep100",
 )
 
@@ -226,20 +232,30 @@ def test_udi(tmp_path):
 RES, VIT = "--backbone resnet_nano --input_size 64", "--backbone vit_nano --patch_size 8 --input_size 32"
 
 
-@pytest.mark.parametrize(
-    "flags", [f"{RES} --mask_init 1e-6 --mask_layer 3", f"{VIT} --method simmim --mask_replace true"]
-)
-def test_a2mim_pretraining(flags, tmp_path):
+A2MIM_RUNS = (f"{RES} --mask_init 1e-6 --mask_layer 3", f"{VIT} --method simmim --mask_replace true")
+
+
+def a2mim_pretraining(flags: str) -> State:
     args = a2mim_pretrain.get_args_parser().parse_args(flags.split())
-    state: State = {"state_dict": to_openmixup_state_dict(a2mim_pretrain.build_model(args)), "args": vars(args)}
-    state["meta"] = {"exp_name": ""}
-    path = tmp_path / "a.pth"
+    weights = to_openmixup_state_dict(a2mim_pretrain.build_model(args))
+    return {"state_dict": weights, "args": vars(args), "meta": {"exp_name": ""}}
+
+
+@pytest.mark.parametrize("flags", A2MIM_RUNS)
+def test_a2mim_pretraining(flags, tmp_path):
+    state, path = a2mim_pretraining(flags), tmp_path / "a.pth"
     assert_same(rows_of("a2mim", path, state), "pre-training", encoder=True)
     weights = extract_encoder(state)
     rows = rows_of("a2mim", path, {"state_dict": weights, "author": "openmixup"}, flags)
     assert_same(rows, "encoder", encoder=True)
+
+
+@pytest.mark.parametrize("flags", [A2MIM_RUNS[0], pytest.param(A2MIM_RUNS[1], marks=pytest.mark.slow)])
+def test_a2mim_pretraining__without_flags(flags, tmp_path):
+    """It is taken for a ResNet-50's unless told otherwise."""
+    state = a2mim_pretraining(flags)
     del state["args"]
-    rows = rows_of("a2mim", path, state)  # a ResNet-50 unless told otherwise
+    rows = rows_of("a2mim", tmp_path / "a.pth", state)
     assert rows["encoder"].status == diff.UNEXPECTED
     assert any("missing" in name for name in rows)
 

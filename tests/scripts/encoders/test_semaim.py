@@ -56,8 +56,10 @@ def test_authors_networks(path, tmp_path, monkeypatch):
         assert_close(timm_model(timm_form(backbone))(ref["in/imgs"]), ref[f"out/{case}/logits"], **tol)
 
 
-@pytest.mark.parametrize("key", ["", "ema_state_dict"])
-@pytest.mark.parametrize("pool", ["token", "avg"])
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("avg", ""), ("token", "ema_state_dict"))]
+
+
+@pytest.mark.parametrize(("pool", "key"), [("token", ""), ("avg", "ema_state_dict"), *OTHERS])
 def test_features_are_those_of_knn(pool, key, pretrained):
     flags = ["--model", "vit_nano_patch16", "--input_size", "24", "--patch_size", "4"]
     flags += ["--pretrained_weights", pretrained, "--checkpoint_key", key or "state_dict"]
@@ -98,13 +100,20 @@ def test_crop_is_that_of_the_evaluation(size, crop, tuned, tmp_path):
 
 def test_all_pre_training_models_have_an_encoder():
     assert set(ENCODERS) == set(models_semaim.MODELS)
-    for name, encoder in ENCODERS.items():
-        with torch.device("meta"):
-            whole, own = models_semaim.MODELS[name](query_depth=16 if "huge" in name else 1), MODELS[encoder]()
-        heads = [net.blocks[0].attn.num_heads for net in (whole, own)]  # type: ignore[union-attr]
-        assert heads[0] == heads[1]
-        assert len(whole.blocks) == len(own.blocks)
-        assert whole.cls_token.shape == own.cls_token.shape
+
+
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("aim_large", "aim_huge")]
+
+
+@pytest.mark.parametrize("name", [*sorted(ENCODERS.keys() - {"aim_large", "aim_huge"}), *LARGE])
+def test_encoders_have_the_sizes_of_pre_training(name):
+    with torch.device("meta"):
+        whole = models_semaim.MODELS[name](query_depth=16 if "huge" in name else 1)
+        own = MODELS[ENCODERS[name]]()
+    heads = [net.blocks[0].attn.num_heads for net in (whole, own)]  # type: ignore[union-attr]
+    assert heads[0] == heads[1]
+    assert len(whole.blocks) == len(own.blocks)
+    assert whole.cls_token.shape == own.cls_token.shape
 
 
 def test_mistakes_are_told(pretrained):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.distributed import UserError
 from scripts.tools.encoders import load
@@ -53,8 +53,10 @@ def test_authors_two_class_tokens(path, tmp_path, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("key", ["", "student"])
-@pytest.mark.parametrize("size", [32, 48])
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in ((48, ""), (32, "student"))]
+
+
+@pytest.mark.parametrize(("size", "key"), [(32, ""), (48, "student"), *OTHERS])
 def test_features_are_those_of_knn(size, key, weights):
     flags = [*NANO, "--input_size", str(size), "--pretrained_weights", weights, "--checkpoint_key", key or "teacher"]
     model = main_knn.build_model(main_knn.get_args_parser().parse_args(flags)).eval()
@@ -182,9 +184,14 @@ def test_authors_fine_tuned_networks(path, tmp_path, monkeypatch):
 # ---- semi-supervised and transfer learning
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Tensor]:
+    """Weights of a pre-trained ViT."""
+    return load_backbone(pretrained(tmp_path_factory.mktemp("plain"))).weights()
+
+
 @pytest.mark.parametrize(("avgpool", "layers"), [(0, 0), (1, 0), (0, 1), (1, 3)])
-def test_evaluation_networks(avgpool, layers, tmp_path):
-    plain = load_backbone(pretrained(tmp_path)).weights()
+def test_evaluation_networks(avgpool, layers, plain, tmp_path):
     model = build_evaluation_vit(
         "vit_nano", 8, plain, 32, avgpool_patchtokens=avgpool, drop_rate=0.0, attn_drop_rate=0.0
     )
