@@ -15,7 +15,7 @@ import timm
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from common import distributed
@@ -99,8 +99,7 @@ def timm_network(name: str, classes: int, size: int, path: str | None, pretraine
         raise UserError(f"{name}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
     if not path:
         return model
-    state = distributed.load(path)
-    weights = state if all(isinstance(v, Tensor) for v in state.values()) else distributed.weights_of(state, path)
+    weights = distributed.weights_of(distributed.load(path), path, bare=True)
     if not classes:
         heads = model.pretrained_cfg["classifier"]  # one name, or several
         heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))

@@ -38,10 +38,10 @@ def resume_path(args: argparse.Namespace) -> str:
     path = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
     if not path or args.resume:
         return path
-    stored = distributed.load(path).get("args")
+    stored = distributed.flags_of(distributed.load(path))
     for flag in ("pretrained", "load_checkpoint"):
         given = getattr(args, flag)
-        began = stored.get(flag, given) if isinstance(stored, dict) else given
+        began = stored.get(flag, given)
         if given and Path(began).resolve() != Path(given).resolve():
             raise distributed.UserError(
                 f"--{flag} {given}: the run in --work_dir {args.output_dir} began with "

@@ -133,7 +133,8 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
     Raises:
         UserError: the file cannot be read or holds another encoder.
     """
-    loaded, others = load_encoder_weights(model, encoder_tensors(tensors(distributed.load(path))), path, resize_rel_pos)
+    weights = distributed.part_of(tensors(distributed.load(path)), "backbone.")
+    loaded, others = load_encoder_weights(model, weights, path, resize_rel_pos)
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     distributed.log(f"{path}: {distributed.load_report(len(loaded), sorted(set(net.state_dict()) - loaded), others)}")
     if isinstance(model, Classifier):
@@ -148,16 +149,10 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
 
 
-def encoder_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with backbone, without it; all if none does."""
-    encoder = {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
-    return encoder or found
-
-
 def load_encoder_weights(
     model: Model, found: dict[str, Tensor], path: str, resize_rel_pos: bool = False
 ) -> tuple[set[str], list[str]]:
-    """As `load_encoder`, from what `encoder_tensors` of the file at path gives, and without starting anything anew.
+    """As `load_encoder`, from the encoder's weights in the file at path, and without starting anything anew.
 
     Returns:
         names in the network of what was loaded, and names in the file of what was not.

@@ -49,11 +49,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def pretrain_flags(stored: Any, given: argparse.Namespace) -> argparse.Namespace:
-    """The flags of the pre-training run: main_pretrain.py's defaults, under those stored, under those given."""
+def pretrain_flags(state: dict[str, Any], given: argparse.Namespace) -> argparse.Namespace:
+    """The flags of a checkpoint's run: main_pretrain.py's defaults, under those stored, under those given."""
     flags = main_pretrain.get_args_parser().parse_args([])
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    for source in (stored, vars(given)):
+    for source in (distributed.flags_of(state), vars(given)):
         flags.__dict__.update({k: v for k, v in source.items() if v is not None})
     return flags
 
@@ -65,7 +64,7 @@ def load_model(path: str, args: argparse.Namespace) -> tuple[ContextAutoencoderV
         UserError: the file cannot be read, or is no pre-training checkpoint of this architecture.
     """
     state = distributed.load(path)
-    flags = pretrain_flags(state.get("args"), args)
+    flags = pretrain_flags(state, args)
     model = main_pretrain.build_model(flags)
     with distributed.user_errors(f"{path}: does not fit {flags.model}; check the flags of main_pretrain.py"):
         model.load_state_dict(distributed.weights_of(state, path))

@@ -253,9 +253,7 @@ def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's weights in a pre-training state dict of either revision, or all of any other, without prefixes."""
-    prefix = re.compile(r"^(module\.)?encoder\.")
-    encoder = {prefix.sub("", key): value for key, value in state.items() if prefix.match(key)}
-    return encoder or {key.removeprefix("module."): value for key, value in state.items()}
+    return distributed.part_of({key.removeprefix("module."): value for key, value in state.items()}, "encoder.")
 
 
 def rename_revision_a(state: dict[str, Tensor], *_) -> None:
@@ -332,8 +330,7 @@ def named_weights(
     Raises:
         distributed.UserError: neither holds weights.
     """
-    bare = state and all(isinstance(value, Tensor) for value in state.values())
-    weights = state if bare else distributed.weights_of(state, path, keys)
+    weights = distributed.weights_of(state, path, keys, bare=True)
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 

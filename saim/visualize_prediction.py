@@ -54,11 +54,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def model_flags(stored: Any, given: argparse.Namespace) -> argparse.Namespace:
-    """The flags of the pre-training run: main_pretrain.py's defaults, under those stored, under those given."""
+def model_flags(state: dict[str, Any], given: argparse.Namespace) -> argparse.Namespace:
+    """The flags of a checkpoint's run: main_pretrain.py's defaults, under those stored, under those given."""
     flags = main_pretrain.get_args_parser().parse_args([])
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    for source in (stored, vars(given)):
+    for source in (distributed.flags_of(state), vars(given)):
         flags.__dict__.update({k: v for k, v in source.items() if v is not None})
     return flags
 
@@ -71,7 +70,7 @@ def load_model(args: argparse.Namespace) -> tuple[SaimViT, argparse.Namespace]:
     """
     state = distributed.load(args.checkpoint)
     weights = distributed.weights_of(state, args.checkpoint)
-    flags = model_flags(state.get("args"), args)
+    flags = model_flags(state, args)
     if flags.model not in MODELS:
         raise distributed.UserError(f"{args.checkpoint}: holds {flags.model}, expected a pre-training checkpoint")
     model = main_pretrain.build_model(flags)

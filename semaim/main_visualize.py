@@ -160,10 +160,8 @@ def build_encoder(args: argparse.Namespace, path: str) -> tuple[AimViT, str]:
     """
     state: dict[str, Any] = distributed.load(path) if path else {}
     weights = distributed.weights_of(state, path, (args.checkpoint_key,)) if path else {}
-    stored = state.get("args")
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
     flags = {"model": state.get("model"), "input_size": None, "patch_size": None, "permutation_type": ""}
-    flags |= stored if isinstance(stored, dict) else {}
+    flags |= distributed.flags_of(state)
     flags |= {name: value for name, value in vars(args).items() if value is not None}
     name = flags["model"] if isinstance(flags["model"], str) else "aim_base"
     if name not in MODELS:

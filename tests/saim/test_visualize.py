@@ -217,7 +217,7 @@ def test_model_flags__given_over_stored_over_default():
     stored = {"model": "vit_igpt_base", "input_size": 16, "patch_size": 8, "gaussian_sigma": None}
     given = argparse.Namespace(patch_size=4, input_size=None)
     for form in (stored, argparse.Namespace(**stored)):
-        flags = visualize_prediction.model_flags(form, given)
+        flags = visualize_prediction.model_flags({"args": form}, given)
         assert (flags.model, flags.input_size, flags.patch_size, flags.loss_type) == ("vit_igpt_base", 16, 4, "L2")
 
 
