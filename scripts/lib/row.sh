@@ -16,15 +16,15 @@ fail() {
     exit 2
 }
 
-# value_of FLAG[|ALIAS] words...: the last value of a flag, as argparse reads it; empty without the flag
+# value_of VARIABLE FLAG[|ALIAS] words...: set a variable to a flag's last value, as argparse reads it, or to nothing
 value_of() {
-    local names="|$1|" previous="" value="" word
-    for word in "${@:2}"; do
+    local names="|$2|" previous="" value="" word
+    for word in "${@:3}"; do
         if [[ $names == *"|$previous|"* ]]; then value=$word; fi
         if [[ $word == *=* && $names == *"|${word%%=*}|"* ]]; then value=${word#*=}; fi
         previous=$word
     done
-    echo "$value"
+    printf -v "$1" %s "$value"
 }
 
 # show words...: print a command so that it can be pasted into a shell
@@ -64,15 +64,16 @@ needs() {
 launch() {
     local stage=$1 main=$2 images=$3 flags=("${@:4}") name=EXTRA_${1^^} processes=$((GPUS * NNODES))
     local batch_size="--batch_size|--batch_per_gpu|--batch_size_per_gpu" accum_iter="--accum_iter|--accum|--update_freq"
-    local extra batch accum step n works=""
+    local extra batch own_batch accum step n works=""
     is_chosen "$stage" || return 0
 
     read -rd '' -a extra <<<"${EXTRA:-} ${!name:-}" || true # read "fails" at the end of the text
-    batch=$(value_of "$batch_size" "${flags[@]}" "${extra[@]}")
+    value_of batch "$batch_size" "${flags[@]}" "${extra[@]}"
     [[ $batch =~ ^[1-9][0-9]*$ ]] || fail "$stage: --batch_size $batch: expected a whole number of at least 1"
-    accum=$(value_of "$accum_iter" "${extra[@]}")
+    value_of accum "$accum_iter" "${extra[@]}"
     if [[ -z $accum ]]; then
-        if [[ -z $(value_of "$batch_size" "${extra[@]}") ]] &&
+        value_of own_batch "$batch_size" "${extra[@]}"
+        if [[ -z $own_batch ]] &&
             ((processes * batch > images && images % processes == 0)); then
             batch=$((images / processes))
             flags+=(--batch_size "$batch")
@@ -121,7 +122,7 @@ execute() {
 
     # On the other nodes a file that is still being made is waited for: their processes start with the first node's.
     for flag in --finetune --pretrained --pretrained_weights; do
-        encoder=$(value_of "$flag" "$@")
+        value_of encoder "$flag" "$@"
         # A stage that has a checkpoint of its own continues from that.
         if is_first_node && [[ $encoder == "$OUT/"* && ! -f $encoder ]] && ! ls "$OUT/$stage/"*.pth &>/dev/null; then
             writer=${encoder#"$OUT/"}

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from scripts.tools import imagenette_table
-from tests.scripts.test_rows import refused, row
 from tests.support.commands import flags
 from tests.support.helpers import ROOT
+from tests.support.rows import refused, row
 from tests.support.runs import arguments, mistake
 
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
