@@ -130,7 +130,7 @@ def test_readme_commands__run_inside_the_method_folder(runs, folder):
 
 def test_files__have_upstreams_names(runs, folder):
     for stage, latest in LATEST.items():
-        numbered = {f"{NAMES[stage]}.0000.pth"} if stage == "pretrain" else set()
+        numbered = {f"{NAMES[stage]}.0001.pth"} if stage == "pretrain" else set()
         found = {path.name for path in (folder / stage).iterdir()} - {f"{latest}-previous.pth"}
         logs = {f"{NAMES[stage]}.log.txt", f"{NAMES[stage]}.progress.jsonl", "run.json"}
         assert found == {f"{latest}.pth"} | logs | numbered

@@ -152,7 +152,8 @@ def test_files_of_a_run(digits, tmp_path, capsys):
 
     run_main(main_pretrain, *flags(digits, tmp_path, "--use_ema_model", "--saveckp_freq", "2", "--experiment", "a"))
     numbered = sorted(path.name for path in tmp_path.glob("aim_nano.a.0*.pth"))
-    assert numbered == ["aim_nano.a.0000.pth", "aim_nano.a.0002.pth"]
+    assert numbered == ["aim_nano.a.0002.pth", "aim_nano.a.0003.pth"]  # every second one, and the last
+    assert [state_of(tmp_path, name)["epoch"] for name in numbered] == [2, 3]
     state = state_of(tmp_path, "aim_nano.a.temp.pth")
     assert {"epoch", "state_dict", "optimizer", "model", "loss_scaler", "ema_state_dict"} <= set(state)
     assert (state["epoch"], state["model"]) == (3, "aim_nano")
