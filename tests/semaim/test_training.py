@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from common import datasets, distributed, lr_decay
 from semaim import engine_finetune, engine_pretrain, main_finetune, main_knn, main_linprobe, main_pretrain
 from semaim.engine_pretrain import Guide
+from semaim.files import run_files
 from semaim.models_clip import load_teacher
 from semaim.models_semaim import AimViT, calculate_similarity
 from semaim.models_vit import VisionTransformer
 from tests.support.helpers import (
+    ROOT,
     assert_close,
     golden_files,
     load_golden,
@@ -528,10 +530,31 @@ def test_draws_depend_on_seed_and_step_alone():
     assert not torch.equal(runs[0], runs[2])
 
 
+def test_files_for_upstream__with_the_names_of_distributed_training(tmp_path):
+    """The README's line makes of our file one that upstream's strict load takes into a wrapped network."""
+    model = student()
+    args = main_pretrain.get_args_parser().parse_args(["--model", "aim_base"])
+    optimizer = main_pretrain.build_optimizer(args, model, 1e-3)
+    model(torch.rand(2, 3, 12, 12), attention_maps=torch.rand(2, 9))[0].backward()
+    optimizer.step()
+    files = run_files(args)
+    distributed.Checkpoint(str(tmp_path), args, model, files, optimizer=optimizer).save(distributed.Position(1))
+    line = re.findall(r'^python -c "(.*)"$', (ROOT / "semaim/README.md").read_text(), re.MULTILINE)[0]
+    exec(line.replace("OURS", str(tmp_path / files.latest)).replace("THEIRS", str(tmp_path / "theirs.pth")))
+    theirs = torch.load(tmp_path / "theirs.pth", weights_only=True)
+    wrapped = nn.Module()
+    wrapped.module = student()  # as DistributedDataParallel names it
+    wrapped.load_state_dict(theirs["state_dict"])
+    for name, value in model.state_dict().items():
+        assert torch.equal(wrapped.module.state_dict()[name], value), name
+    assert (theirs["model"], theirs["epoch"]) == ("aim_base", 1)
+    plain = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups], lr=1.0)
+    plain.load_state_dict(theirs["optimizer"])
+    assert [group["lr"] for group in plain.param_groups] == [1e-3, 1e-3]
+
+
 def test_optimizer_state_of_upstream_resumes(tmp_path):
     """A file as upstream writes it: the model's name under `model`, prefixed weights, an average without prefix."""
-    from semaim.files import run_files
-
     model = student()
     args = main_pretrain.get_args_parser().parse_args(["--model", "aim_base"])
     optimizer = main_pretrain.build_optimizer(args, model, 1e-3)
