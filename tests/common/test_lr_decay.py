@@ -1,5 +1,7 @@
 """Layer ids, the no-decay rule and the order of the groups."""
 
+import re
+
 import pytest
 from torch import nn
 
@@ -20,7 +22,7 @@ def test_layer_ids__cae(path):
 @golden_files("semaim", "layer_decay", ".json")
 def test_layer_ids__semaim(path):
     for case, ref in load_golden(path).items():
-        decay = float(case.rsplit("ld", 1)[1])
+        decay = float(re.findall(r"\.ld(\d+(?:\.\d+)?)", case)[0])
         depth = 1 + max(int(n.split(".")[1]) for n in ref["param"] if n.startswith("blocks."))
         for name, expected in ref["param"].items():
             scale = decay ** (depth + 1 - vit_layer_id(name, depth))

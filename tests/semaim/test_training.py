@@ -244,10 +244,12 @@ def test_ema_decay_ends_at_its_end():
 @golden_files("semaim", "layer_decay", ".json")
 def test_layer_decay_groups_in_upstreams_order(path):
     for case, ref in load_golden(path).items():
-        name, pool, decay = re.fullmatch(r"(\w+)\.(\w+)\.ld([\d.]+)", case).groups()  # type: ignore[union-attr]
+        # Such as vit_base_patch16.cls.ld0.75, or with the weight decay behind it: ....wd0.05
+        form = r"(\w+)\.(\w+)\.ld(\d+(?:\.\d+)?)(?:\.wd(\d+(?:\.\d+)?))?"
+        name, pool, decay, own_decay = re.fullmatch(form, case).groups()  # type: ignore[union-attr]
         with torch.device("meta"):
             model = main_finetune.MODELS[name](global_pool=pool == "global_pool")
-        weight_decay = max(own["weight_decay"] for own in ref["param"].values())
+        weight_decay = float(own_decay or max(own["weight_decay"] for own in ref["param"].values()))
         depth, skip = len(model.blocks), model.no_weight_decay()
         groups = lr_decay.layer_decay_groups(model, weight_decay, float(decay), depth, skip)
         names = {id(p): n for n, p in model.named_parameters()}
