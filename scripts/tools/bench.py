@@ -31,8 +31,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
-from scripts.tools.doctor import NETWORK, amount, memory_available
-from scripts.tools.measured_run import resident_bytes
+from common.distributed.metrics import resident_bytes
+from scripts.tools.doctor import NETWORK
+from scripts.tools.machine import amount, memory_available
 
 # The authors' formulation as keyword arguments of build_model(args, ...): what a method's speed-up is measured against.
 REFERENCE: dict[str, dict[str, Any]] = {"saim": {"attn_impl": "mask"}, "semaim": {"attn_impl": "authors"}}

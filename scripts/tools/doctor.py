@@ -2,17 +2,19 @@
 
 Usage: python scripts/tools/doctor.py METHOD [--stage STAGE] [flags of main_<stage>.py]
 
-Reports versions, devices and launcher; the images; images per update and learning rate beside the paper's; memory,
-speed and duration, from a few steps of the run itself, in processes like its own; space for its checkpoints, and what
-it would continue. Nothing is written to the run's folders. Exit status: 0, also with warnings; 1 if the run would fail;
-2 for a mistake in this script's own flags.
+Reports versions, devices and launcher; the images; images per update and learning rate beside the published ones;
+memory, speed and duration; space for the checkpoints, and what the run would continue. For that it starts the command
+itself, in as many processes as planned if this machine has room for them, with its output in a temporary folder, reads
+progress.jsonl, ends it by SIGTERM after some seconds of training, and evaluates the checkpoint that it left. Nothing is
+written to the run's folders. Exit status: 0, also with warnings; 1 if the run would fail; 2 for a mistake in the flags
+of this program.
 """
 
 import argparse
 import contextlib
 import datetime
+import functools
 import io
-import json
 import os
 import random
 import re
@@ -24,48 +26,56 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from packaging.requirements import Requirement
-from torchvision.datasets.folder import default_loader
 
 from common import datasets, distributed
-from common.distributed import check_ranges
 from common.distributed.process import LAUNCHERS
+from scripts.tools.machine import amount, cores, duration, memory_available
+from scripts.tools.measured_run import (
+    Launch,
+    Measurement,
+    Plan,
+    accumulated,
+    batch_size,
+    epoch_steps,
+    measure,
+    speed_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED_RUN = ROOT / "scripts" / "tools" / "measured_run.py"
-SAMPLED = 200  # images that are read by default
 PACKAGES = ("torch", "torchvision", "timm", "numpy")  # whose versions are shown; all requirements are compared
 NETWORK = ("model", "arch", "backbone")  # flags that name it
+SAVES = ("save_freq", "saveckp_freq", "save_ckpt_freq", "save_every")  # epochs between the numbered checkpoints
+SMALLER = "halve --batch_size and double --accum_iter, which keeps the images per update"
 # Flags that do not belong to a recipe, or of which the report has more to say.
 NO_RECIPE = {"data_path", "dataset", "train_split", "val_split", "bad_images", "num_workers", "pin_mem", "device"}
 NO_RECIPE |= {"output_dir", "log_dir", "resume", "start_epoch", "seed", "world_size", "local_rank", "dist_url"}
 NO_RECIPE |= {"dist_on_itp", "dist_eval", "batch_size", "batch_size_per_gpu", "accum_iter", "update_freq", "config"}
 NO_RECIPE |= {"compile", "finetune", "pretrained", "pretrained_weights", "teacher_path", "discrete_vae_weight_path"}
-NO_RECIPE |= {"save_freq", "saveckp_freq", "save_ckpt_freq", "save_every", "exp_name", "experiment", "cfg_options"}
+NO_RECIPE |= {*SAVES, "exp_name", "experiment", "cfg_options"}
 NO_RECIPE |= {"save_recon_every", "recon_iters_per_epoch", "print_config", "work_dir", "auto_resume"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    usage = "%(prog)s METHOD [--stage STAGE] [flags of METHOD/main_STAGE.py]"
-    p = argparse.ArgumentParser("doctor", allow_abbrev=False, usage=usage)
-    p.add_argument("method", choices=sorted(path.parent.name for path in ROOT.glob("*/main_pretrain.py")))
-    p.add_argument("--stage", default="pretrain", help="finetune, linprobe, ...: that of main_<stage>.py")
-    p.add_argument("--processes", type=int, help="of the planned run, on all nodes; default: of this launch, else 1")
-    p.add_argument("--check_images", default=str(SAMPLED), help="how many images to read: a number, or all")
-    p.add_argument("--no_measure", action="store_true", help="make all that the run makes, but train nothing")
-    p.add_argument("--seconds", default=30.0, type=float, help="of training that are measured, after warming up")
+    p = distributed.new_parser("doctor")
+    p.usage = "%(prog)s METHOD [--stage STAGE] [flags of METHOD/main_STAGE.py]"
+    methods = sorted(path.parent.name for path in ROOT.glob("*/main_pretrain.py"))
+    p.add_argument("method", choices=methods, help="folder of the method whose run is checked")
+    p.add_argument("--stage", default="pretrain", help="which program runs: main_<stage>.py of the method's folder")
+    p.add_argument("--processes", type=int, help="processes of the planned run on all nodes; by default this launch's")
+    p.add_argument("--check_images", default="200", help="how many images are read one by one: a number, or all")
+    p.add_argument("--no_measure", action="store_true", help="start the run, but end it before its first step")
+    p.add_argument("--seconds", default=30.0, type=float, help="seconds of training to measure after warming up")
     return p
 
 
@@ -101,19 +111,6 @@ class Report:
         return 1 if self.failures else 0
 
 
-def amount(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    for unit, length in (("days", 172800), ("h", 7200), ("min", 120)):
-        if seconds >= length:
-            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.1f} {unit}"
-    return f"{seconds:.3g} s"
-
-
 # ---- the planned run
 
 
@@ -127,7 +124,7 @@ def parsed(script: Path, flags: list[str]) -> tuple[argparse.Namespace, dict[str
 
     def take(_main: Any, args: Any) -> None:
         args = args() if callable(args) else args
-        check_ranges(args)
+        distributed.check_ranges(args)
         found.append(args)
 
     run, argv, errors = distributed.run, sys.argv, io.StringIO()
@@ -138,22 +135,12 @@ def parsed(script: Path, flags: list[str]) -> tuple[argparse.Namespace, dict[str
     except distributed.UserError as error:
         raise Refused(f"{script.name}: {error}") from error
     except SystemExit as end:
-        if not end.code:  # --print_config
+        if not end.code:  # --help, --print_config
             raise
         raise Refused(errors.getvalue().strip().splitlines()[-1]) from end
     finally:
         distributed.run, sys.argv = run, argv
     return found[0], names
-
-
-def batch_size(args: argparse.Namespace) -> int:
-    """Images per process and micro-step."""
-    return getattr(args, "batch_size", None) or args.batch_size_per_gpu
-
-
-def accumulated(args: argparse.Namespace) -> int:
-    """Micro-steps per update."""
-    return getattr(args, "accum_iter", None) or getattr(args, "update_freq", 1)
 
 
 def network(args: argparse.Namespace) -> str:
@@ -164,27 +151,33 @@ def network(args: argparse.Namespace) -> str:
 
 @dataclass
 class Row:
-    """A published row: its script, the flags of a stage and its images per update."""
+    """A published row: its script and the flags of a stage."""
 
     script: str
     args: argparse.Namespace
-    images: int
+
+    @property
+    def images(self) -> int:
+        """Images per update; the scripts make up for one process."""
+        return batch_size(self.args) * accumulated(self.args)
+
+
+@functools.cache
+def row_commands(script: Path) -> list[list[str]]:
+    """The commands that a row's script would run, as words."""
+    env = {**os.environ, "GPUS": "1", "NNODES": "1", "EXTRA": "", "DATA": "data", "OUT": "/out"}
+    shown = subprocess.run(["bash", script, "--dry_run"], cwd=ROOT, env=env, capture_output=True, text=True)
+    lines = shown.stdout.replace("\\\n", " ").splitlines() if not shown.returncode else []
+    return [words for words in map(shlex.split, lines) if len(words) > 1]
 
 
 def paper_row(method: str, stage: str, args: argparse.Namespace) -> Row | None:
     """The row of the papers' tables whose flags for this stage are most like the run's, by the rows' own scripts."""
     main, best = f"{method}/main_{stage}.py", None
-    for script in sorted((ROOT / "scripts").glob("*e.sh")):
-        if f" {main} " not in script.read_text():
-            continue
-        env = {**os.environ, "GPUS": "1", "NNODES": "1", "EXTRA": "", "DATA": "data", "OUT": "/out"}
-        shown = subprocess.run(["bash", script, "--dry_run"], cwd=ROOT, env=env, capture_output=True, text=True)
-        for command in shown.stdout.replace("\\\n", " ").splitlines():
-            words = shlex.split(command)
-            if shown.returncode or len(words) < 2 or not words[1].endswith(main):
-                continue
-            row = Row(script.name, parsed(ROOT / main, words[2:])[0], 0)
-            row.images = batch_size(row.args) * accumulated(row.args)
+    scripts = (path for path in sorted((ROOT / "scripts").glob("*e.sh")) if f" {main} " in path.read_text())
+    for script, words in ((path, words) for path in scripts for words in row_commands(path)):
+        if words[1].endswith(main):
+            row = Row(script.name, parsed(ROOT / main, words[2:])[0])
             equal = sum(getattr(args, k, None) == v for k, v in vars(row.args).items())
             likeness = (network(row.args) == network(args), equal)
             if best is None or likeness > best[0]:
@@ -192,50 +185,33 @@ def paper_row(method: str, stage: str, args: argparse.Namespace) -> Row | None:
     return best[1] if best else None
 
 
+def make_plan(own: argparse.Namespace, words: list[str]) -> Plan:
+    """The plan of a command line; raises Refused where the main refuses it."""
+    script = ROOT / own.method / f"main_{own.stage}.py"
+    args, names = parsed(script, words)
+    if not hasattr(args, "epochs"):
+        raise distributed.UserError(f"--stage {own.stage}: trains nothing")
+    folder = names["output_dir"](args) if callable(names.get("output_dir")) else args.output_dir
+    if "results_folder" in names and not folder:  # UDI's evaluations write beside the weights unless told
+        folder = str(Path(args.finetune or args.pretrained_weights).parent / names["results_folder"](args))
+    return Plan(own, script, words, args, names["get_args_parser"](), folder)
+
+
 # ---- machine and launcher
-
-
-def memory_available() -> tuple[float, float]:
-    """Bytes of this machine's memory that are free, and all of them; a container's limit counts."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        return total, total
-    values = dict(line.split(":", 1) for line in info.read_text().splitlines())
-    total, free = (int(values[name].split()[0]) * 1024.0 for name in ("MemTotal", "MemAvailable"))
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            most, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
-            total, free = min(total, most), min(free, most - now)
-    return free, total
-
-
-def cores() -> int:
-    """Processor cores that this process may use; a container's quota counts."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, round(int(quota) / int(period))))
-    return count
 
 
 def check_versions(report: Report) -> None:
     """Installed packages against requirements.txt."""
     versions, lines = {}, (ROOT / "requirements.txt").read_text().splitlines()
     for requirement in (Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()):
+        name, remedy = requirement.name, "pip install -r requirements.txt"
         try:
-            versions[requirement.name] = metadata.version(requirement.name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            report.warn(f"{requirement} is not installed", "pip install -r requirements.txt")
+            report.warn(f"{requirement} is not installed", remedy)
             continue
-        if not requirement.specifier.contains(versions[requirement.name].split("+")[0], prereleases=True):
-            problem = (
-                f"{requirement.name} {versions[requirement.name]} is installed, requirements.txt has {requirement}"
-            )
-            report.warn(problem, "pip install -r requirements.txt")
+        if not requirement.specifier.contains(versions[name].split("+")[0], prereleases=True):
+            report.warn(f"{name} {versions[name]} is installed, requirements.txt has {requirement}", remedy)
     shown = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
     report.line("versions", f"python {sys.version.split()[0]}, {shown}")
 
@@ -263,23 +239,11 @@ def check_devices(report: Report, args: argparse.Namespace) -> str:
         report.warn(f"torch ({cuda}) sees no GPU, but driver {driver[0]} does", "install torch for this driver")
     free, total = memory_available()
     report.line("memory", f"{amount(total)}, {amount(free)} available")
-    name = "CUDA" if on_gpu else "CPU"
-    report.line("cores", f"{cores()}; the run takes the {name}")
+    report.line("cores", f"{cores()}; the run takes the {'CUDA' if on_gpu else 'CPU'}")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * cores():
         problem = f"other programs are running (load {os.getloadavg()[0]:.1f} on {cores()} cores)"
         report.warn(problem, "end them before you trust the times below")
     return "cuda" if on_gpu else "cpu"
-
-
-@dataclass
-class Launch:
-    """Processes of the run: planned, and here; whether this script was started as one of them."""
-
-    planned: int
-    here: int
-    launched: bool
-    env: dict[str, str] = field(default_factory=dict)
-    rank: int = 0
 
 
 def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Namespace, device: str) -> Launch:
@@ -293,9 +257,8 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     if launched and own.processes not in (None, world):
         raise distributed.UserError(f"--processes {own.processes}: this is a launch of {world}")
     if kind:
-        report.line(
-            "launcher", f"{kind}: process {rank} of {world}, by {', '.join(f'{n}={env[n]}' for n in names or ())}"
-        )
+        values = ", ".join(f"{name}={env[name]}" for name in names or ())
+        report.line("launcher", f"{kind}: process {rank} of {world}, by {values}")
     else:
         report.line("launcher", "none: python starts one process, torchrun several")
         for stray in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
@@ -314,101 +277,41 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     more = f"; measured with {here}: this machine has {room} {units}" if here < planned else ""
     report.line("processes", f"{planned}{more}")
     if device == "cuda" and planned == 1 and room > 1:
-        report.warn(
-            f"one process uses one of {room} GPUs", f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
-        )
+        remedy = f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
+        report.warn(f"one process uses one of {room} GPUs", remedy)
     # ---- threads
     local, workers = min(here, room), args.num_workers
     set_to = env.get("OMP_NUM_THREADS", "")
     threads = int(set_to) if set_to.isdecimal() else 1 if here > 1 else cores()
-    report.line(
-        "threads", f"OMP_NUM_THREADS={set_to or f'not set, which means {threads}'}; {workers} loader processes each"
-    )
+    shown = set_to or f"not set, which means {threads}"
+    report.line("threads", f"OMP_NUM_THREADS={shown}; {workers} loader processes each")
     if device == "cpu" and threads * local > cores():
         problem = f"{local} x {threads} threads on {cores()} cores"
         report.warn(problem, f"OMP_NUM_THREADS={max(1, cores() // local)}")
     elif device == "cpu" and threads * local <= cores() // 2:
         problem = f"{local} x {threads} threads use half of {cores()} cores or less"
         report.warn(problem, f"OMP_NUM_THREADS={cores() // local}")
+    fitting = f"--num_workers {max(1, cores() // local)}"
     if workers * local > max(cores(), 1):
-        problem = f"--num_workers {workers}: {workers * local} loader processes on {cores()} cores"
-        report.warn(problem, f"--num_workers {max(1, cores() // local)}")
+        report.warn(f"--num_workers {workers}: {workers * local} loader processes on {cores()} cores", fitting)
     if workers == 0 and device == "cuda":
-        report.warn("--num_workers 0: the GPU waits for every image", f"--num_workers {max(1, cores() // local)}")
-    return Launch(planned, here, launched, env, rank)
+        report.warn("--num_workers 0: the GPU waits for every image", fitting)
+    return Launch(planned, here, launched, env, rank, device == "cuda")
 
 
-# ---- the measurement
-
-
-@dataclass
-class Epoch:
-    """Training steps of an epoch, or the part of it that was measured."""
-
-    asked: list[float] = field(default_factory=list)  # times at which a batch was asked for, the last in vain
-    marks: list[int] = field(default_factory=list)  # their numbers
-    got: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)  # seconds that the process had computed by then
-    last: list[bool] = field(default_factory=list)  # whether the step completes an update
-    warm: list[bool] = field(default_factory=list)
-    gap: float | None = None  # seconds from here to the next epoch
-
-
-@dataclass
-class Measurement:
-    """What a measured run wrote, and how it ended."""
-
-    status: int
-    output: str
-    events: list[dict[str, Any]]
-    started: float
-
-    def first(self, event: str, **values: Any) -> dict[str, Any]:
-        """The first event of a kind; empty if there is none."""
-        fits = (e for e in self.events if e["event"] == event and all(e[k] == v for k, v in values.items()))
-        return next(fits, {})
-
-    def all(self, event: str) -> list[dict[str, Any]]:
-        return [e for e in self.events if e["event"] == event]
-
-
-def measure(script: Path, flags: list[str], launch: Launch, seconds: float, folder: Path) -> Measurement:
-    """Run the first steps of a main as planned; its files, and what is measured, go to a temporary folder."""
-    order = json.dumps({"folder": str(folder), "seconds": seconds})
-    command = [sys.executable]
-    if launch.here > 1 and not launch.launched:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launch.here)]
-    command += [str(MEASURED_RUN), order, str(script), *flags]
-    started, out = time.perf_counter(), folder / "output.txt"
-    with open(out, "w") as file:
-        child = subprocess.Popen(command, env=launch.env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            status = child.wait()
-        finally:  # also of Ctrl-C
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-    events, lines = [], folder / f"events-{launch.rank}.jsonl"
-    for line in lines.read_text().splitlines() if lines.exists() else []:
-        with contextlib.suppress(ValueError):  # torn where the process was killed
-            events.append(json.loads(line))
-    return Measurement(status, out.read_text(errors="replace"), events, started)
-
-
-def explain(report: Report, run: Measurement, script: Path) -> None:
+def explain(report: Report, plan: Plan, run: Measurement) -> None:
     """Say why a measured run failed."""
-    told = re.findall(rf"^(?:\[rank \d+\] )?({re.escape(script.name)}: .*)", run.output, re.MULTILINE)
-    killed = run.status in (-9, 137) or "Signal 9 (SIGKILL)" in run.output
-    batch = "halve --batch_size and double --accum_iter, which keeps the images per update"
+    said = re.findall(rf"^(?:\[rank \d+\] )?({re.escape(plan.script.name)}: .*)", run.output, re.MULTILINE)
     if re.search(r"Bus error|Signal 7 \(SIGBUS\)|unable to (write|open|mmap) .*shm", run.output) or run.status == -7:
         free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
         remedy = "give the container more (docker --shm-size), or lower --num_workers"
         report.fail(f"the loader's shared memory is full ({amount(free)} free in /dev/shm)", remedy)
     elif re.search(r"OutOfMemoryError|CUDA out of memory", run.output):
-        report.fail("the GPU's memory is too small", f"{batch}; or --amp_dtype bf16")
-    elif killed or re.search(r"can't allocate memory|MemoryError|Cannot allocate memory", run.output):
-        report.fail(f"the memory of this machine is too small ({amount(memory_available()[1])})", batch)
-    elif told:
-        report.fail(told[-1])
+        report.fail("the GPU's memory is too small", f"{SMALLER}; or --amp_dtype bf16")
+    elif run.status == -9 or re.search(r"can't allocate memory|MemoryError|Cannot allocate memory", run.output):
+        report.fail(f"the memory of this machine is too small ({amount(memory_available()[1])})", SMALLER)
+    elif said:
+        report.fail(said[-1])
     else:
         tail = [line for line in run.output.strip().splitlines() if line.strip()][-12:]
         last = next((x for x in reversed(tail) if re.match(r"\w*(Error|Exception)\b", x)), f"status {run.status}")
@@ -419,19 +322,40 @@ def explain(report: Report, run: Measurement, script: Path) -> None:
 # ---- images
 
 
-def check_images(report: Report, path: Path, name: str, how_many: str, size: int, skips: bool) -> None:
-    """Read images of a list that a loader has: are they readable, how large are they?"""
-    paths = [line.partition("\t")[2] for line in path.read_text().splitlines()]
+def image_sets(args: argparse.Namespace, labelled: bool, count: int) -> dict[str, Any]:
+    """Training and validation images as the run reads them, by "train" and "val"; what is not found is left out.
+
+    Args:
+        count: of the training images, as the run says it; 0: unknown.
+    """
+
+    def found(train: bool, **form: bool) -> Any:
+        split = getattr(args, "train_split" if train else "val_split", "")
+        path = args.data_path if train else getattr(args, "eval_data_path", None) or args.data_path
+        with contextlib.suppress(distributed.UserError):
+            name, skip = getattr(args, "dataset", ""), getattr(args, "output_dir", "")
+            return datasets.image_dataset(path, train, labelled, name, split, batch_size(args), skip=skip, **form)
+
+    for form in ({}, {"lists": True}, {"direct": True}):
+        sets = {"train": found(True, **form), "val": found(False, **form)}
+        if sets["train"] is not None and count in (0, len(sets["train"])):
+            return {name: images for name, images in sets.items() if images is not None}
+    return {}
+
+
+def check_images(report: Report, paths: list[str], name: str, how_many: str, size: int, skips: bool) -> None:
+    """Read images: are they readable, how large are they?"""
     count = len(paths) if how_many == "all" else min(int(how_many), len(paths))
     if not count:
         return
     chosen = paths if count == len(paths) else random.Random(0).sample(paths, count)
     with ThreadPoolExecutor(cores()) as pool:
-        results = list(pool.map(read_image, chosen))
+        results = list(pool.map(size_of, chosen))
     bad = [f"{path}: {result}" for path, result in zip(chosen, results, strict=True) if isinstance(result, str)]
     sides = [min(result) for result in results if not isinstance(result, str)]
     which = "all" if count == len(paths) else f"{count} of {len(paths)}, sampled"
-    report.line(f"{name} images", f"{which}: {count - len(bad)} readable" + shorter_sides(sides))
+    shown = f"; shorter side {min(sides)} to {max(sides)} pixels, median {statistics.median(sides):g}" if sides else ""
+    report.line(f"{name} images", f"{which}: {count - len(bad)} readable{shown}")
     if bad:
         others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         problem = f"{len(bad)} unreadable: {'; '.join(bad[:3])}{others}"
@@ -444,68 +368,67 @@ def check_images(report: Report, path: Path, name: str, how_many: str, size: int
         report.warn(problem, "a smaller --input_size (UDI: --global_size), with a smaller --patch_size, costs less")
 
 
-def shorter_sides(sides: list[int]) -> str:
-    return f"; shorter side {min(sides)} to {max(sides)} pixels, median {statistics.median(sides):g}" if sides else ""
-
-
-def read_image(path: str) -> tuple[int, int] | str:
+def size_of(path: str) -> tuple[int, int] | str:
     """Width and height, or why it cannot be read."""
     try:
-        return default_loader(path).size
+        return datasets.read_image(path).size
     except Exception as error:  # Pillow raises many types for damaged files
         return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def check_data(
-    report: Report,
-    run: Measurement,
-    own: argparse.Namespace,
-    args: argparse.Namespace,
-    launch: Launch,
-    folder: Path,
-) -> None:
-    """The images of the run's loaders."""
-    size = getattr(args, "input_size", 0) or getattr(args, "global_size", 0)
-    for loader in run.all("loader"):
-        name, samples = loader["name"], folder / f"{loader['name']}.txt"
-        text = f"{loader['images']} images"
-        if samples.exists():
-            counts = sorted(Counter(line.split("\t")[0] for line in samples.read_text().splitlines()).values())
-            if loader["classes"]:
-                each = f"{counts[0]} to {counts[-1]} each (median {statistics.median(counts):g})"
-                text += f" in {len(counts)} classes, {each}"
-            else:
-                text += " without classes"
-        report.line(name, f"{text}, {loader['kind']} {loader['root']}".rstrip())
-        if name == "train" and loader["images"] < loader["batch_size"] * launch.planned:
-            problem = (
-                f"{loader['images']} images do not fill a batch of {loader['batch_size']} on {launch.planned} processes"
-            )
-            report.fail(problem, "a smaller --batch_size, or fewer processes")
-        elif name == "train" and loader["drop_last"]:
-            used = loader["steps"] * loader["batch_size"] * run.first("start").get("world_size", 1)
-            lost = 1 - used / loader["images"]
-            if lost > 0.05:
-                problem = f"an epoch leaves out {lost:.0%} of the images, which fill no batch"
-                report.warn(problem, f"a --batch_size that divides {loader['images']} better")
-        if name == "train" and own.stage == "pretrain":
-            check_layout(report, loader, args)
-        if samples.exists():
-            check_images(report, samples, name, own.check_images, size, args.bad_images == "skip")
-        else:
+def check_data(report: Report, plan: Plan, run: Measurement) -> None:
+    """The images of the run, and what its batches leave out."""
+    args, pretrains = plan.args, plan.own.stage in ("pretrain", "tokenizer")
+    sets = image_sets(args, not pretrains, run.said[0])
+    for name, found in sets.items() if not pretrains else list(sets.items())[:1]:
+        samples = getattr(found, "samples", None)
+        text = f"{len(found)} images"
+        if samples is not None:
+            counts = sorted(Counter(target for _, target in samples).values())
+            each = f"{counts[0]} to {counts[-1]} each (median {statistics.median(counts):g})"
+            text += f" in {len(counts)} classes, {each}" if getattr(found, "classes", None) else " without classes"
+        report.line(name, f"{text}, {type(found).__name__} {getattr(found, 'root', '')}".rstrip())
+        if samples is None:
             report.line(f"{name} images", "not read one by one: the data set has no list of files")
-    for problem in run.first("done").get("bad", [])[:3]:
+            continue
+        size = getattr(args, "input_size", 0) or getattr(args, "global_size", 0)
+        check_images(
+            report, [path for path, _ in samples], name, plan.own.check_images, size, args.bad_images == "skip"
+        )
+    if "train" not in sets:
+        report.line("train", f"{run.said[0] or 'unknown'} images, not read one by one")
+    elif pretrains:
+        check_layout(report, args, sets["train"])
+    check_batches(report, plan, run, run.said[0] or len(sets.get("train", ())))
+    for problem in re.findall(r"\] (.*: unreadable image \(.*\)): skipped", run.output)[:3]:
         report.warn(problem, "delete or replace it")
 
 
-def check_layout(report: Report, loader: dict[str, Any], args: argparse.Namespace) -> None:
+def check_batches(report: Report, plan: Plan, run: Measurement, images: int) -> None:
+    """Whether an epoch has enough batches, and uses its images."""
+    size, accum, processes = batch_size(plan.args), accumulated(plan.args), plan.launch.planned
+    steps = epoch_steps(plan, run)
+    if images and images < size * processes:
+        problem = f"{images} images do not fill a batch of {size} on {processes} processes"
+        report.fail(problem, "a smaller --batch_size, or fewer processes")
+    elif steps:
+        if steps < accum:
+            problem = f"an epoch has {steps} batches, fewer than the {accum} of an update"
+            report.fail(problem, f"a smaller --accum_iter, at most {steps}")
+        lost = 1 - steps * size * processes / images
+        if lost > 0.05:
+            problem = f"an epoch leaves out {lost:.0%} of the images, which fill no batch"
+            report.warn(problem, f"a --batch_size that divides {images} better")
+
+
+def check_layout(report: Report, args: argparse.Namespace, train: Any) -> None:
     """Images for pre-training need no classes; so folders may be taken for classes that are none."""
-    root = Path(loader["root"])
-    if loader["kind"] == "ClassFolders":
-        nested = [p for p in sorted(root.iterdir()) if p.is_dir() and any((p / s).is_dir() for s in ("train", "val"))]
-        if nested:
-            problem = f"{nested[0]} is taken for a class, but holds train/ or val/"
-            report.warn(problem, f"--data_path {nested[0]}")
+    root = Path(getattr(train, "root", ""))
+    if getattr(train, "classes", None) and root.is_dir():
+        inside = sorted(path for path in root.iterdir() if path.is_dir())
+        nested = [path for path in inside if (path / "train").is_dir() or (path / "val").is_dir()]
+        for folder in nested[:1]:
+            report.warn(f"{folder} is taken for a class, but holds train/ or val/", f"--data_path {folder}")
     if not args.dataset:
         try:
             val = len(datasets.image_dataset(args.data_path, train=False))
@@ -517,349 +440,187 @@ def check_layout(report: Report, loader: dict[str, Any], args: argparse.Namespac
 # ---- recipe
 
 
-def check_recipe(
-    report: Report,
-    run: Measurement,
-    own: argparse.Namespace,
-    args: argparse.Namespace,
-    launch: Launch,
-    parser: argparse.ArgumentParser,
-) -> None:
-    """Images per update, learning rate and warm-up beside the paper's."""
-    step, accum = batch_size(args), accumulated(args)
-    images = step * accum * launch.planned
-    report.line(
-        "per update", f"{images} images = --batch_size {step} x --accum_iter {accum} x {launch.planned} processes"
-    )
+def check_recipe(report: Report, plan: Plan, run: Measurement) -> None:
+    """Images per update, learning rate and warm-up beside the published ones."""
+    args, own = plan.args, plan.own
+    size, accum, processes = batch_size(args), accumulated(args), plan.launch.planned
+    images, step = size * accum * processes, size * processes
+    report.line("per update", f"{images} images = --batch_size {size} x --accum_iter {accum} x {processes} processes")
     row = paper_row(own.method, own.stage, args)
     same = row is not None and network(row.args) == network(args)
     if row is not None:
         like = "" if same else f"; no row has {network(args)}, this is the most similar one"
-        report.line("paper", f"{row.images} images per update (scripts/{row.script}{like})")
-        total = run.first("loader", name="train").get("images", 0)
-        if same and images != row.images:
-            fits = row.images % (step * launch.planned) == 0
-            other = (
-                f"--accum_iter {row.images // (step * launch.planned)}"
-                if fits
-                else f"--batch_size that divides {row.images}"
-            )
-            if total >= row.images:
-                report.warn(f"{images} images per update, the paper has {row.images}", f"{other} keeps the paper's")
-    help_of_lr = next((a.help or "" for a in parser._actions if a.dest == "lr"), "")
-    check_rate(report, run, args, help_of_lr, images, row)
+        report.line("published", f"{row.images} images per update (scripts/{row.script}{like})")
+        if same and images != row.images and run.said[0] >= row.images:
+            other = f"--accum_iter {row.images // step}"
+            other = other if row.images % step == 0 else f"--batch_size that divides {row.images}"
+            problem = f"{images} images per update, the published row has {row.images}"
+            report.warn(problem, f"{other} keeps the published number")
+    check_rate(report, plan, run, images, row)
     if row is not None and same:
         theirs = vars(row.args)
-        differing = [
+        other = [
             f"{k} {v} ({theirs[k]})" for k, v in vars(args).items() if theirs.get(k, v) != v and k not in NO_RECIPE
         ]
-        shown = ", ".join(differing[:12]) + (", ..." if len(differing) > 12 else "")
-        report.line("other flags", f"differ from the paper's in {shown}" if differing else "as the paper's")
-    start = run.first("start")
-    warmup, epochs = start.get("args", {}).get("warmup_epochs"), start.get("epochs")
-    if warmup is not None and epochs:
-        theirs = (
-            f"; paper {row.args.warmup_epochs} of {row.args.epochs}"
-            if row is not None and hasattr(row.args, "warmup_epochs")
-            else ""
-        )
-        report.line("warm-up", f"{warmup:g} of {epochs} epochs{theirs}")
-        if warmup > 0.25 * epochs:
-            share = row.args.warmup_epochs / row.args.epochs if theirs and row is not None else 0.05
-            report.warn(
-                f"the warm-up takes {warmup / epochs:.0%} of the run", f"--warmup_epochs {round(share * epochs)}"
-            )
-
-
-def check_rate(
-    report: Report, run: Measurement, args: argparse.Namespace, help_of_lr: str, images: int, row: Row | None
-) -> None:
-    """The learning rate that the main computed; of other numbers of processes, by its rule."""
-    told = re.search(r"(\d+) per update.*?, lr ([-+.\de]+)", run.output)
-    if told is None:
+        shown = ", ".join(other[:12]) + (", ..." if len(other) > 12 else "")
+        report.line("other flags", f"differ from the published in {shown}" if other else "as published")
+    warmup = getattr(args, "warmup_epochs", None)
+    if warmup is None:
         return
-    rate, given = float(told[2]), getattr(args, "lr", None)
-    if given is None or "absolute" not in help_of_lr:
-        rule = f"--blr {args.blr:g} x {images} / 256" if given is None else f"--lr {given:g} {help_of_lr}"
-        report.line("learning rate", f"{rate * images / int(told[1]):.2e}: {rule}")
+    usual = getattr(row.args, "warmup_epochs", None) if row is not None else None
+    theirs = f"; published {usual} of {row.args.epochs}" if usual is not None and row is not None else ""
+    report.line("warm-up", f"{warmup:g} of {args.epochs} epochs{theirs}")
+    if warmup > 0.25 * args.epochs:
+        share = usual / row.args.epochs if usual is not None and row is not None else 0.05
+        problem = f"the warm-up takes {warmup / args.epochs:.0%} of the run"
+        report.warn(problem, f"--warmup_epochs {round(share * args.epochs)}")
+
+
+def check_rate(report: Report, plan: Plan, run: Measurement, images: int, row: Row | None) -> None:
+    """The learning rate that the main computed; of another number of images per update, by its rule."""
+    (_, measured, rate), given = run.said, getattr(plan.args, "lr", None)
+    if not rate:
+        return
+    flag, value = ("--blr", plan.args.blr) if given is None else ("--lr", given)
+    help_of_lr = next((action.help or "" for action in plan.parser._actions if action.dest == "lr"), "")
+    # It grows with the images where the main says so, or has made another value of it.
+    if given is None or re.search(r"per \d+ images", help_of_lr) or abs(rate / given - 1) > 0.01:
+        rule = f"{flag} {value:g} x {images} / {measured * value / rate:.0f}"
+        report.line("learning rate", f"{rate * images / measured:.2e}: {rule}")
         return
     report.line("learning rate", f"{rate:.2e}: --lr, absolute")
     if row is not None and images != row.images and getattr(row.args, "lr", None) == given and given:
-        problem = (
-            f"--lr {given:g} is absolute and the paper's for {row.images} images per update, this run has {images}"
-        )
+        problem = f"--lr {given:g} is absolute and published for {row.images} images per update, this run has {images}"
         report.warn(problem, f"--lr {given * images / row.images:.3g} is in proportion")
 
 
 # ---- speed and memory
 
 
-@dataclass
-class Speed:
-    """What steps and epochs take, in seconds."""
-
-    step: float  # a micro-step, in the mean
-    low: float  # of the middle 80 % of steps
-    high: float
-    count: int  # measured steps
-    wait: float  # for images, per step
-    computed: float  # by the process, all threads, per step
-    rest: float  # of an epoch: saving, evaluation, its first images
-    start: float  # until the first epoch begins
-
-
-def epochs_of(run: Measurement) -> list[Epoch]:
-    """The epochs that were seen, in order."""
-    epochs: list[Epoch] = []
-    mark = 0
-    for event in run.events:
-        if event["event"] == "begin":
-            if epochs and epochs[-1].asked:
-                epochs[-1].gap = event["time"] - epochs[-1].asked[-1]
-            epochs.append(Epoch())
-        elif event["event"] == "ask":
-            epoch = epochs[-1]
-            epoch.asked.append(event["asked"])
-            epoch.cpu.append(event["cpu"])
-            epoch.marks.append(mark)
-            mark += 1
-            if event["more"]:
-                epoch.got.append(event["got"])
-                epoch.last.append(event["last"])
-                epoch.warm.append(event["warm"])
-    return epochs
-
-
-def evaluation_excess(run: Measurement) -> float:
-    """Seconds by which whole evaluations after an epoch take longer than what was seen of them, in the mean."""
-    excess, begun = [], []
-    for event in run.events:
-        if event["event"] == "evaluation":
-            begun = [event["time"]]
-            batches = event["batches"]
-        elif event["event"] == "evaluated" and event["done"] is not None:
-            begun.append(event["time"])
-        elif event["event"] == "evaluated":
-            pace = [b - a for a, b in zip(begun[1:], [*begun[2:], event["time"]], strict=True)]
-            done = len(begun) - 1
-            if done > 1 and batches > done:  # the last one that was asked for was not evaluated
-                excess.append((batches - done + 1) * statistics.median(pace[:-1]))
-            elif pace:
-                excess.append(0.0)
-    epochs = len([e for e in epochs_of(run) if e.gap is not None])
-    return sum(excess) / epochs if epochs else 0.0
-
-
-def speed_of(run: Measurement, args: argparse.Namespace) -> Speed | None:
-    """The pace of the run in the long term; None if nothing was measured."""
-    epochs = epochs_of(run)
-    device = run.first("device").get("seconds", [])
-    steps: list[tuple[float, float, bool, bool]] = []  # seconds, of them waiting, completes an update, opens an epoch
-    computed = []
-    for epoch in epochs:
-        for i, (asked, got, last, warm) in enumerate(zip(epoch.asked, epoch.got, epoch.last, epoch.warm, strict=False)):
-            if not warm or i + 1 >= len(epoch.asked):
-                continue
-            ends = epoch.asked[i + 1]
-            # On a GPU between marks among the kernels: the host runs ahead of them.
-            took = device[epoch.marks[i + 1]] - device[epoch.marks[i]] if device else ends - asked
-            steps.append((took, got - asked, last, i == 0 and epoch is not epochs[0]))
-            computed.append(epoch.cpu[i + 1] - epoch.cpu[i])
-    if not steps:
-        return None
-    inner = [s for s in steps if not s[3]] or steps
-    wait = statistics.fmean(s[1] for s in inner)
-    took = [s[0] if device else s[0] - s[1] for s in inner]
-    accum = accumulated(args)
-
-    def typical(values: list[tuple[float, float, bool, bool]], times: list[float]) -> float:
-        """Per micro-step: those that complete an update take longer."""
-        last = [t for t, s in zip(times, values, strict=True) if s[2]]
-        others = [t for t, s in zip(times, values, strict=True) if not s[2]]
-        if not last or not others or accum == 1:
-            return statistics.median(last or others)
-        return (statistics.median(last) + (accum - 1) * statistics.median(others)) / accum
-
-    if device and wait > 0.05 * statistics.fmean(took):
-        step = statistics.fmean(took)  # batches come in bursts
-    else:
-        step = typical(inner, took) + (0 if device else wait)
-    whole = sorted(s[0] for s in inner)
-    low, high = whole[len(whole) // 10], whole[-1 - len(whole) // 10]
-    gaps = [epoch.gap for epoch in epochs if epoch.gap is not None]
-    first = [s[1] for s in steps if s[3]]
-    rest = (statistics.median(gaps) if gaps else 0.0) + (statistics.median(first) if first else 0.0)
-    rest += evaluation_excess(run)
-    begin = run.first("begin")
-    started = begin["time"] - run.started if begin else 0.0
-    return Speed(step, low, high, len(inner), wait, statistics.median(computed), rest, started)
-
-
-def check_speed(report: Report, run: Measurement, args: argparse.Namespace, launch: Launch) -> None:
-    """Steps, epochs, the whole run; the loader beside the step."""
-    speed = speed_of(run, args)
+def check_speed(report: Report, plan: Plan, run: Measurement) -> None:
+    """Steps, epochs, the whole run; what holds them up."""
+    args, launch = plan.args, plan.launch
+    speed = speed_of(run, accumulated(args))
     if speed is None:
         report.line("speed", "no training steps were measured")
         return
-    size, loader, start = batch_size(args), run.first("loader", name="train"), run.first("start")
-    rate = size / speed.step * launch.here
+    rate, busy = run.images / speed.step, 1 - speed.wait / speed.step
     report.line(
         "step",
         f"{speed.step:.4g} s ({speed.count} measured, the middle 80 % {speed.low:.4g} to {speed.high:.4g} s), "
         f"{rate:.4g} images/s with {launch.here} process{'es' * (launch.here > 1)}",
     )
-    own = speed.step - speed.wait
-    if loader["device"] == "cpu" and speed.computed < 0.7 * own:
-        problem = f"other programs held the cores: the process computed {speed.computed / own:.0%} of the time"
+    if not launch.on_gpu and run.computed < 0.7 * busy:
+        problem = f"other programs held the cores: the process computed {run.computed / busy:.0%} of the time"
         report.warn(problem, "repeat this when they have ended")
-    elif speed.high - speed.low > 0.3 * speed.step and speed.wait < 0.1 * speed.step:
+    elif speed.high - speed.low > 0.3 * speed.step and busy > 0.9:
         report.warn("steps take unequally long", "repeat this when nothing else runs, or with --seconds 120")
     # ---- loader
-    alone = run.first("alone").get("images_per_second")
-    if alone:
-        need = size / max(1e-9, own)
-        text = f"{alone:.4g} images/s alone with --num_workers {args.num_workers}; training could take {need:.4g}"
-        report.line("loader", f"{text} and waits {speed.wait / speed.step:.0%} of the time")
-    if speed.wait > 0.1 * speed.step:
-        spare = max(1, cores() // launch.here)
-        if args.num_workers < spare:
-            remedy = f"--num_workers {spare}"
-        else:
-            remedy = (
-                f"shrink the images once to about {2 * (getattr(args, 'input_size', 0) or 224)} pixels, or more cores"
-            )
-        report.warn(f"training waits for images {speed.wait / speed.step:.0%} of the time", remedy)
+    report.line("loader", f"training waits for images {1 - busy:.0%} of the time with --num_workers {args.num_workers}")
+    if busy < 0.9:
+        spare, side = max(1, cores() // launch.here), 2 * (getattr(args, "input_size", 0) or 224)
+        remedy = f"--num_workers {spare}" if args.num_workers < spare else ""
+        remedy = remedy or f"shrink the images once to about {side} pixels, or more cores"
+        report.warn(f"training waits for images {1 - busy:.0%} of the time", remedy)
     # ---- duration
-    steps = loader["steps"]
-    if launch.here != launch.planned:
-        steps = max(1, round(steps * launch.here / launch.planned))
+    steps = epoch_steps(plan, run)
     epoch = steps * speed.step + speed.rest
-    done = run.first("resume")
-    left = start["epochs"] - done.get("epoch", 0) - done.get("images", 0) / max(1, loader["images"])
-    text = f"{duration(epoch)} ({steps} steps, {duration(speed.rest)} for saving and evaluation)"
-    report.line("epoch", text)
-    continued = f", {left:.4g} of them left" if done.get("epoch") or done.get("images") else ""
-    total = speed.start + left * epoch
-    report.line("whole run", f"{duration(total)} for {start['epochs']} epochs{continued}")
+    report.line("epoch", f"{duration(epoch)} ({steps} steps, {duration(speed.rest)} for saving and evaluation)")
+    if run.evaluation:
+        report.line("evaluation", duration(run.evaluation))
+    if run.problem:
+        report.warn(f"the evaluation of its checkpoint ended: {run.problem}", "see what --eval says of a checkpoint")
+    left = args.epochs - run.resumed[1] - run.resumed[2] / max(1, run.said[0])
+    continued = f", {left:.4g} of them left" if left < args.epochs else ""
+    report.line("whole run", f"{duration(run.begun + left * epoch)} for {args.epochs} epochs{continued}")
     if launch.here != launch.planned:
         how = f"extrapolated from {launch.here} to {launch.planned} processes on machines like this one"
         report.line("", f"{how}: {rate * launch.planned / launch.here:.4g} images/s, without the exchange of gradients")
 
 
-def check_memory(report: Report, run: Measurement, args: argparse.Namespace, launch: Launch) -> None:
+def check_memory(report: Report, plan: Plan, run: Measurement) -> None:
     """Peaks per process, and whether they fit."""
-    memory = run.first("memory")
-    if not memory:
-        return
-    host = max(rank["host"] for rank in memory["ranks"])
-    workers = max(run.first("full").get("workers", 0), memory["workers"])
-    report.line("memory", f"{amount(host)} per process at the peak, {amount(workers)} more in its loader processes")
-    free, total = memory_available()
-    need = (host + workers) * launch.here
+    report.line(
+        "memory", f"{amount(run.host)} per process at the peak, {amount(run.workers)} more in its loader processes"
+    )
+    launch, free = plan.launch, memory_available()[0]
+    need = (run.host + run.workers) * launch.here
     if need > 0.9 * free:
-        remedy = "halve --batch_size and double --accum_iter, or lower --num_workers"
-        report.warn(f"{amount(need)} of {amount(free)} available memory would be used", remedy)
-    if "allocated" in memory["ranks"][0]:
-        allocated, reserved = (max(rank[name] for rank in memory["ranks"]) for name in ("allocated", "reserved"))
-        in_use, card = memory["ranks"][0]["in_use"], memory["ranks"][0]["total"]
-        report.line(
-            "GPU memory", f"{amount(allocated)} per process at the peak, {amount(reserved)} reserved, of {amount(card)}"
+        report.warn(
+            f"{amount(need)} of {amount(free)} available memory would be used", f"{SMALLER}, or lower --num_workers"
         )
+    if launch.on_gpu and run.lines:
+        in_use, card = run.device
+        report.line("GPU memory", f"{amount(run.lines[-1]['memory'])} per process at the peak, of {amount(card)}")
         if in_use > 0.95 * card:
-            remedy = "halve --batch_size and double --accum_iter to be safe"
-            report.warn(f"{amount(in_use)} of the GPU's {amount(card)} are in use", remedy)
-    batch, shm = run.first("batch").get("bytes", 0), Path("/dev/shm")
-    ahead = 2 * args.num_workers * batch * launch.here
-    if shm.exists() and ahead > 0.8 * shutil.disk_usage(shm).free:
-        problem = f"batches made ahead need {amount(ahead)} of /dev/shm, {amount(shutil.disk_usage(shm).free)} are free"
-        report.warn(problem, "give the container more (docker --shm-size), or lower --num_workers")
+            report.warn(f"{amount(in_use)} of the GPU's {amount(card)} are in use", f"{SMALLER}, to be safe")
 
 
 # ---- files
 
 
-def numbered(files: dict[str, Any], first: int, epochs: int) -> int:
-    """Numbered checkpoints that the run leaves."""
-    every, phase = files["every"], files["phase"]
-    count = sum(bool(every) and ((e + phase) % every == 0 or e + 1 == epochs) for e in range(first, epochs))
-    return count if files["keep_all"] else min(1, count)
+def numbered(plan: Plan, first: int) -> int:
+    """Numbered checkpoints that the run keeps from an epoch on, at most."""
+    unused = [action.dest for action in distributed.flag_groups(plan.parser).unused._group_actions]
+    name = next((name for name in SAVES if hasattr(plan.args, name) and name not in unused), "")
+    every, epochs = getattr(plan.args, name, 0), plan.args.epochs or 0
+    count = sum(bool(every) and (epoch % every == 0 or epoch + 1 == epochs) for epoch in range(first, epochs))
+    return min(1, count) if name == "save_every" else count  # A2MIM's authors keep the last one
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or what exists of its path."""
-    return next(p for p in (folder, *folder.parents) if p.exists())
-
-
-def check_files(report: Report, run: Measurement) -> None:
+def check_files(report: Report, plan: Plan, run: Measurement) -> None:
     """Space for checkpoints, and what would be continued."""
-    files, resumed, start = run.first("files"), run.first("resume"), run.first("start")
-    if not start:
-        report.line("folder", files["folder"] or "none")
-        return
-    if not files["folder"]:
+    args, planned = plan.args, plan.folder
+    if not planned:
         report.line("folder", "none: the run writes nothing")
         report.warn("neither checkpoints nor logs are written", "--output_dir DIR")
         return
-    folder = Path(files["folder"]).absolute()
+    folder = Path(planned).absolute()
     report.line("folder", folder)
-    parent = existing(folder)
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        report.fail(f"--output_dir {files['folder']}: cannot be written", f"make {parent} writable, or name another")
+        report.fail(f"--output_dir {planned}: cannot be written", f"make {parent} writable, or name another")
     # ---- what is there
-    if resumed.get("path"):
-        at = f"epoch {resumed['epoch']} of {start['epochs']}"
-        at += f", {resumed['images']} images of it done" if resumed["images"] else ""
-        report.line("continues", f"{resumed['path']}, {at}")
-        check_continued(report, resumed, start)
+    path, first, done = run.resumed
+    if path:
+        inside = f", {done} images of it done" if done else ""
+        report.line("continues", f"{path}, epoch {first} of {args.epochs}{inside}")
+        check_continued(report, path, first, args)
     elif folder.is_dir() and any(folder.iterdir()):
         some = ", ".join(sorted(p.name for p in folder.iterdir())[:4])
         report.warn(f"{folder} is not empty ({some}), but nothing in it is continued", "name a new --output_dir")
     # ---- space
-    saves = [save for save in run.all("save") if save.get("files")]
-    failed = next((save["error"] for save in run.all("save") if "error" in save), "")
+    failed = re.search(r": (.*: cannot be written \(.*\))", run.output)
     if failed:
-        report.warn(f"no checkpoint could be measured: {failed}", "TMPDIR=<folder with more space>")
-    if not saves:
+        report.warn(f"no checkpoint could be measured: {failed[1]}", "TMPDIR=<folder with more space>")
+    if not run.checkpoint:
         report.line("checkpoints", "size not measured")
         return
-    size, count = max(save["bytes"] for save in saves), numbered(files, resumed["epoch"], start["epochs"])
-    seconds = statistics.median(save["seconds"] / save["files"] for save in saves)
+    size, count, free = run.checkpoint, numbered(plan, first), shutil.disk_usage(parent).free
     need = size * (count + 3)  # the latest, the one before, and one that is being written
-    free = shutil.disk_usage(parent).free
-    text = f"{amount(size)} each, written in {duration(seconds)}; {count} numbered ones, the latest and the one before"
-    report.line("checkpoints", text)
+    text = f"{amount(size)} each, written in {duration(run.saving)}"
+    report.line("checkpoints", f"{text}; {count} numbered ones, the latest and the one before")
     report.line("space", f"{amount(need)} at most, {amount(free)} free")
     if need > free:
         flag = "the flag of the interval between numbered checkpoints (--save_freq or the like)"
-        report.warn(
-            f"{folder} has {amount(free)}, the run needs up to {amount(need)}", f"another --output_dir, or raise {flag}"
-        )
+        problem = f"{folder} has {amount(free)}, the run needs up to {amount(need)}"
+        report.warn(problem, f"another --output_dir, or raise {flag}")
     elif need > 0.8 * free:
-        report.warn(
-            f"the checkpoints fill {need / free:.0%} of the free space", "make room, or name another --output_dir"
-        )
+        problem = f"the checkpoints fill {need / free:.0%} of the free space"
+        report.warn(problem, "make room, or name another --output_dir")
 
 
-def check_continued(report: Report, resumed: dict[str, Any], start: dict[str, Any]) -> None:
+def check_continued(report: Report, path: str, epoch: int, args: argparse.Namespace) -> None:
     """Whether the run in the folder is complete, and had these flags."""
-    if resumed["epoch"] >= start["epochs"]:
+    if args.epochs and epoch >= args.epochs:
         remedy = "more --epochs, or a new --output_dir"
-        report.warn(f"it has all of its {start['epochs']} epochs: the run would end at once", remedy)
-    stored = distributed.load(resumed["path"]).get("args")
+        report.warn(f"it has all of its {args.epochs} epochs: the run would end at once", remedy)
+    stored = distributed.load(path).get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    skipped = {
-        "output_dir",
-        "log_dir",
-        "resume",
-        "data_path",
-        "num_workers",
-        "device",
-        "world_size",
-        "local_rank",
-        "bad_images",
-    }
+    skipped = {"output_dir", "log_dir", "resume", "data_path", "num_workers", "device", "world_size", "local_rank"}
+    skipped |= {"bad_images"}
     changed = [
-        f"{k} {v} (was {stored[k]})" for k, v in start["args"].items() if stored.get(k, v) != v and k not in skipped
+        f"{k} {v} (was {stored[k]})" for k, v in vars(args).items() if stored.get(k, v) != v and k not in skipped
     ]
     if changed:
         problem = f"it continues a run with other flags: {', '.join(changed[:8])}"
@@ -883,60 +644,37 @@ def check_own_flags(own: argparse.Namespace) -> None:
         raise distributed.UserError(f"--check_images {own.check_images}: expected a number of images, or all")
 
 
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that goes even if this script is ended."""
-
-    def end(signum: int, _frame: Any) -> NoReturn:
-        sys.exit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with tempfile.TemporaryDirectory(prefix="doctor-", ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def examine(own: argparse.Namespace, flags: list[str]) -> int:
+def examine(own: argparse.Namespace, words: list[str]) -> int:
     """Print the report; returns the exit status."""
     check_own_flags(own)
-    report, script = Report(), ROOT / own.method / f"main_{own.stage}.py"
-    print(f"{own.method}/{script.name} {shlex.join(flags)}")
+    report = Report()
+    print(f"{own.method}/main_{own.stage}.py {shlex.join(words)}")
     try:
-        args, names = parsed(script, flags)
+        plan = make_plan(own, words)
     except Refused as refusal:
         report.section("Flags")
         report.fail(str(refusal))
         return report.end()
-    if not hasattr(args, "epochs"):
-        raise distributed.UserError(f"--stage {own.stage}: trains nothing")
     report.section("Machine")
     check_versions(report)
-    device = check_devices(report, args)
+    device = check_devices(report, plan.args)
     report.section("Launch")
-    launch = check_launcher(report, own, args, device)
-    with temporary_folder() as folder:
-        begun = datetime.datetime.now().strftime("%H:%M:%S")
-        print(f"\n[{begun}] {'making' if own.no_measure else 'measuring'} the run ...", file=sys.stderr, flush=True)
-        run = measure(script, flags, launch, 0.0 if own.no_measure else own.seconds, folder)
-        if launch.rank:
-            return 0 if run.first("done") else 1
-        if run.all("loader"):
-            report.section("Data")
-            check_data(report, run, own, args, launch, folder)
-    report.section("Recipe")
-    check_recipe(report, run, own, args, launch, names["get_args_parser"]())
-    if not run.first("done"):
-        report.section("Run")
-        explain(report, run, script)
+    plan.launch = check_launcher(report, own, plan.args, device)
+    now, what = datetime.datetime.now().strftime("%H:%M:%S"), "starting" if own.no_measure else "measuring"
+    print(f"\n[{now}] {what} the run ...", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and remove the folder
+    with tempfile.TemporaryDirectory(prefix="doctor-", ignore_cleanup_errors=True) as folder:
+        run = measure(plan, Path(folder))
+    if plan.launch.rank:
+        return 0 if run.is_complete else 1
+    sections = {"Data": check_data, "Recipe": check_recipe}
+    if not run.is_complete:
+        sections["Run"] = explain
     elif not own.no_measure:
-        report.section("Speed and memory")
-        check_speed(report, run, args, launch)
-        check_memory(report, run, args, launch)
-    if run.first("files"):
-        report.section("Files")
-        check_files(report, run)
+        sections |= {"Speed": check_speed, "Memory": check_memory}
+    for title, check in {**sections, "Files": check_files}.items():
+        report.section(title)
+        check(report, plan, run)
     return report.end()
 
 

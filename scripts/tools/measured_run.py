@@ -1,356 +1,329 @@
-"""The first steps of a run, written down for doctor.py.
+"""A run of a main as it is planned, watched for some seconds of training; what it shows of speed, memory and files.
 
-The doctor starts it with the words ORDER MAIN [flags of MAIN].
-
-MAIN runs as it is, with its flags. But its checkpoints and logs go to a folder of the measurement, unreadable images
-are skipped, and once enough steps were measured its epoch ends, as if the images had: what it does then is measured,
-too.
-ORDER: JSON of `Order`. Events go to <folder>/events-<rank>.jsonl, one JSON object a line.
+The real command is started with its files in a temporary folder; what it says of itself is in its output and in
+progress.jsonl. When enough was seen it gets SIGTERM, saves and ends.
 """
 
+import argparse
 import contextlib
-import dataclasses
 import json
-import multiprocessing
-import resource
-import runpy
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: import from this checkout, whatever is installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from common import datasets, distributed
+from common import distributed
+from common.distributed.metrics import FIRST_STEPS
+from common.distributed.process import LAUNCHERS
+from scripts.tools.machine import session_bytes, usage
 
-clock = time.perf_counter  # on Linux and macOS one clock of all processes
 MIN_STEPS = 4  # that are measured, however long they take
-MIN_EVALUATION = 4  # batches of an evaluation that are measured
-FEW_UPDATES = 64  # runs of fewer updates keep their --accum_iter: their schedules have no entries beyond
+POLL = 0.2  # seconds between two looks at a run
+GRACE = 20  # seconds that processes have to end when one has failed
 
 
-@dataclasses.dataclass
-class Order:
-    folder: str
-    seconds: float = 30.0  # of training that are measured, after warming up; 0 ends the run before its first step
+# ---- the plan
 
 
-class Measured(BaseException):
-    """Ends the run: everything is measured."""
+def batch_size(args: argparse.Namespace) -> int:
+    """Images per process and micro-step."""
+    return getattr(args, "batch_size", None) or args.batch_size_per_gpu
 
 
-def resident_bytes(peak: bool = False) -> int:
-    """Memory of this process now, or its peak (Linux: since it was last reset)."""
-    status = Path("/proc/self/status")
-    if not status.exists():  # macOS tells bytes, and the peak only
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+def accumulated(args: argparse.Namespace) -> int:
+    """Micro-steps per update."""
+    return getattr(args, "accum_iter", None) or getattr(args, "update_freq", 1)
 
 
-def workers_bytes() -> int:
-    """Memory of the loader's processes; what they share with others counts in part."""
-    total = 0
-    for worker in multiprocessing.active_children():
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+@dataclass
+class Launch:
+    """Processes of the run: planned, and on this machine; whether this program was started as one of them."""
+
+    planned: int = 1
+    here: int = 1
+    launched: bool = False
+    env: dict[str, str] = field(default_factory=dict)
+    rank: int = 0
+    on_gpu: bool = False
 
 
-class Recorder:
-    """What is known about the run so far; collective where the run is."""
+@dataclass
+class Plan:
+    """The run that is planned: its main, flags as words and parsed, processes and folder."""
 
-    def __init__(self, order: Order):
-        self.order = order
-        self.file: Any = None
-        self.updater: Any = None
-        self.train: Any = None  # the training loader
-        self.epochs = 0  # of the run as it was asked for
-        self.alone: float | None = None  # images/s of the loader without training
-        self.steps = self.updates = 0
-        self.warm: tuple[float, int, int] | None = None  # time, steps and updates when warming up was over
-        self.begun = self.worked = 0.0
-        self.ended = False
-        self.device_events: list[Any] = []
-
-    def write(self, event: str, **values: Any) -> None:
-        if self.file is None:
-            self.file = open(Path(self.order.folder) / f"events-{distributed.rank()}.jsonl", "a")  # noqa: SIM115
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        told = {"event": event, "time": clock(), "cpu": time.process_time(), **values}
-        self.file.write(json.dumps(told) + "\n")
-        self.file.flush()
-
-    # ---- what the run is
-
-    def loader(self, loader: datasets.Loader, dataset: Any) -> None:
-        """A loader was made."""
-        name = "train" if loader.train else "val"
-        if loader.train:
-            self.train = loader
-        samples = getattr(dataset, "samples", None)
-        classes = getattr(dataset, "classes", None)
-        if samples and distributed.is_main():
-            with open(Path(self.order.folder) / f"{name}.txt", "w") as file:
-                file.writelines(f"{target}\t{path}\n" for path, target in samples)
-        self.write(
-            "loader",
-            name=name,
-            images=loader.images,
-            steps=len(loader),
-            batch_size=loader.batch_size,
-            num_workers=loader.loader.num_workers,
-            drop_last=loader.drop_last,
-            accum_iter=loader.accum_iter,
-            classes=len(classes) if classes else 0,
-            root=str(getattr(dataset, "root", "")),
-            kind=type(dataset).__name__,
-            device=str(loader.device),
-        )
-
-    def start(self, args: Any, epoch: int) -> None:
-        """Everything is made, the loop over epochs is next."""
-        plain = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | bool | None)}
-        self.epochs = args.epochs
-        self.write("start", args=plain, epochs=args.epochs, world_size=distributed.world_size())
-        if epoch >= args.epochs or not self.order.seconds:
-            raise Measured
-        args.epochs += 1_000_000  # a short run goes on until enough is measured; `clamp` keeps its schedules
-        args.output_dir = str(Path(self.order.folder) / "run")  # pictures
-        if "udi.files" in sys.modules:
-            sys.modules["udi.files"].TextLog.write = lambda self, line: distributed.log(line)
-
-    def clamp(self, epoch: int) -> int:
-        """The epoch that schedules are asked for."""
-        return min(epoch, self.epochs - 1) if self.epochs else epoch
-
-    # ---- what it does
-
-    def mark(self) -> float:
-        """Now; on a GPU also a mark between its kernels, for `finish`."""
-        if self.train is not None and self.train.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.device_events.append(event)
-        return clock()
-
-    def memory(self) -> dict[str, int]:
-        """Peaks of this process, in bytes."""
-        peaks = {"host": resident_bytes(peak=True)}
-        if self.train is not None and self.train.device.type == "cuda":
-            device = self.train.device
-            peaks["allocated"] = torch.cuda.max_memory_allocated(device)
-            peaks["reserved"] = torch.cuda.max_memory_reserved(device)
-            free, total = torch.cuda.mem_get_info(device)
-            peaks["in_use"], peaks["total"] = total - free, total
-        return peaks
-
-    def loader_alone(self, loader: datasets.Loader) -> float:
-        """Images/s of this process's loader when nothing is trained; in an order of images that training does not
-        begin with, so that it does not find them in memory."""
-        source, workers = loader.loader, max(1, loader.loader.num_workers)
-        limit = min(20.0, self.order.seconds)
-        begun, times, images, epoch = clock(), [], [], 10**6
-        while True:
-            loader.sampler.epoch, loader.sampler.first = epoch, 0
-            for _, targets, _ in source:
-                times.append(clock())
-                images.append(len(targets))
-                if len(times) >= 5 * workers and times[-1] - begun > limit / 4 or times[-1] - begun > limit:
-                    if len(times) >= 2 * workers:  # the first wave includes the workers' start
-                        return sum(images[workers:]) / max(1e-9, times[-1] - times[workers - 1])
-                    return sum(images) / max(1e-9, times[-1] - begun)
-            epoch += 1
-
-    def is_warm(self, loader: datasets.Loader, now: float) -> bool:
-        """Whether the steps from here on are like all later ones: the optimizer has its state, the allocator its
-        blocks, and no batches are left that were loaded ahead while the run began."""
-        if self.steps < 3 or self.updates < 2:
-            return now - self.worked > 4 * self.order.seconds and self.steps >= 2
-        ahead = 2 * loader.loader.num_workers  # batches
-        if self.steps >= ahead + 2 or not self.alone:
-            return True
-        images = ahead * loader.batch_size
-        faster = self.alone > 1.5 * self.steps * loader.batch_size / (now - self.worked)
-        return faster and now - self.begun > 3 * images / self.alone
-
-    def is_full(self, loader: datasets.Loader) -> bool:
-        """Whether enough steps were measured. Collective, after each step."""
-        now, full = clock(), False
-        if self.steps == 1:
-            self.accumulate_less(loader, now - self.begun)
-        if self.warm is None:
-            if self.is_warm(loader, now):
-                self.warm = now, self.steps, self.updates
-        else:
-            since, steps, updates = self.warm
-            seconds, steps, updates = now - since, self.steps - steps, self.updates - updates
-            full = seconds > self.order.seconds and steps >= MIN_STEPS and updates >= 2
-            full = full or (seconds > 4 * self.order.seconds and steps >= 2)
-        return distributed.agree(full)[1]
-
-    def accumulate_less(self, loader: datasets.Loader, step: float) -> None:
-        """Two micro-steps per update have all that many have: where updates are slow, measure those."""
-        if self.updater is None:
-            return
-        accum = self.updater.accum_iter
-        enough = self.epochs * (len(loader) // accum) >= FEW_UPDATES
-        slow = 4 * accum * step > self.order.seconds
-        if distributed.agree(accum > 2 and enough and slow)[1]:
-            loader.accum_iter = self.updater.accum_iter = 2
-
-    def finish(self) -> None:
-        """Write what only the end tells. Collective."""
-        if self.device_events:
-            torch.cuda.synchronize()
-            first = self.device_events[0]
-            self.write("device", seconds=[first.elapsed_time(event) / 1e3 for event in self.device_events])
-        self.write("memory", ranks=distributed.gather(self.memory()), workers=workers_bytes())
-        self.write("done", bad=self.train.bad if self.train is not None else [])
+    own: argparse.Namespace  # flags of this program
+    script: Path
+    words: list[str]
+    args: argparse.Namespace
+    parser: argparse.ArgumentParser
+    folder: str = ""
+    launch: Launch = field(default_factory=Launch)
 
 
-def hook(recorder: Recorder) -> None:
-    """Let the run tell the recorder what it does."""
-    loader_init, batches = datasets.Loader.__init__, datasets.Loader.batches
-    checkpoint = distributed.Checkpoint
-    checkpoint_init, write, resume, run_log = (
-        checkpoint.__init__,
-        checkpoint._write,
-        checkpoint.resume,
-        checkpoint.run_log,
-    )
-    log_init, updater_init, run = distributed.EpochLog.__init__, distributed.Updater.__init__, distributed.run
-    folder = Path(recorder.order.folder)
+# ---- the measurement
 
-    def make_loader(self, dataset, *args, **kwargs):
-        loader_init(self, dataset, *args, **kwargs)
-        recorder.loader(self, dataset)
 
-    def make_updater(self, *args, **kwargs):
-        updater_init(self, *args, **kwargs)
-        recorder.updater = self
+@dataclass
+class Part:
+    """Consecutive steps of an epoch: those of a line of progress.jsonl, or of the lines of an update."""
 
-    def make_log(self, *args, **kwargs):
-        log_init(self, *args, **kwargs)
-        self.epoch = recorder.clamp(self.epoch)
+    steps: int
+    seconds: float
+    wait: float  # seconds of them, for images
+    opens: bool = False  # begins an epoch, other than the first
 
-    def make_checkpoint(self, into, args, model, files=None, **parts):
-        files = files or distributed.Files()
-        names = ("latest", "numbered", "keep_all", "every", "phase", "log")
-        recorder.write("files", folder=into, **{name: getattr(files, name) for name in names})
-        events = str(folder / "events") if files.events else ""
-        files = dataclasses.replace(files, events=events)
-        checkpoint_init(self, str(folder / "run") if into else "", args, model, files, **parts)
 
-    def write_checkpoint(self, *args):
-        inodes = {path.stat().st_ino for path in self.folder.iterdir()}
-        begun = clock()
-        try:
-            write(self, *args)
-        except distributed.UserError as error:
-            recorder.write("save", seconds=clock() - begun, error=str(error))
-            return
-        new = [p.stat() for p in self.folder.glob("*.pth*") if p.stat().st_ino not in inodes]
-        recorder.write("save", seconds=clock() - begun, files=len(new), bytes=max((s.st_size for s in new), default=0))
+@dataclass
+class Measurement:
+    """What was seen of a run, and how it ended."""
 
-    def restore(self, path, *args):
-        position = resume(self, path, *args)
-        recorder.write("resume", path=path, epoch=position.epoch, images=position.images)
-        return position
+    status: int = 0
+    output: str = ""
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of progress.jsonl
+    images: int = 1  # per step of all processes
+    accum: int = 1  # micro-steps per update
+    ahead: int = 0  # batches that the loader makes before they are needed
+    begun: float = 0.0  # seconds until training began
+    computed: float = 1.0  # cores that the first process used while it trained
+    host: int = 0  # bytes of a process at its peak
+    workers: int = 0  # bytes of its loader processes
+    device: tuple[int, int] = (0, 0)  # bytes in use on the GPU, and all of them
+    checkpoint: int = 0  # bytes; 0: none was written
+    saving: float = 0.0  # seconds
+    evaluation: float = 0.0  # seconds; 0: not measured
+    problem: str = ""  # with which the evaluation ended
 
-    def open_log(self, epoch, *args, **kwargs):
-        logs = run_log(self, epoch, *args, **kwargs)
-        recorder.start(self.args, epoch)
-        return logs
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ended by itself, or because it was told to, if only without room for its checkpoint."""
+        full = bool(self.lines) and "cannot be written" in self.output
+        return full or self.status in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
 
-    def train(self, epoch, start):
-        recorder.write("begin", epoch=epoch)
-        if recorder.ended:
-            raise Measured
-        if recorder.alone is None and self.sampler is not None:
-            recorder.alone = recorder.loader_alone(self)
-            recorder.write("alone", images_per_second=recorder.alone)
-        inner: Any = batches(self, epoch, start)
-        recorder.begun = clock()
-        recorder.worked = recorder.worked or recorder.begun
-        step = start
-        while True:
-            asked = recorder.mark()
-            batch = None if recorder.ended else next(inner, None)
-            got = clock()
-            if not recorder.steps and batch is not None:
-                tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
-                recorder.write("batch", bytes=sum(x.numel() * x.element_size() for x in tensors))
-            last = recorder.updater is None or recorder.updater.is_last(step)
-            warm = recorder.warm is not None
-            recorder.write("ask", asked=asked, got=got, more=batch is not None, last=last, warm=warm)
-            if batch is None:
-                inner.close()
-                return
-            yield batch
-            step += 1
-            recorder.steps += 1
-            recorder.updates += last
-            if recorder.is_full(self):
-                recorder.write("full", workers=workers_bytes())
-                recorder.ended = True
+    @property
+    def said(self) -> tuple[int, int, float]:
+        """Images, images per update and learning rate, as every main says them; 0 where it does not."""
+        text = r"(?:(\d+) (?:\w+ )?images, )?(\d+) per update(?:[^\n]*?, lr ([-+.\de]+))?"
+        images, update, rate = (match := re.search(text, self.output)) and match.groups() or (None, None, None)
+        return int(images or 0), int(update or 0), float(rate or 0)
 
-    def evaluate(self):
-        limit = max(MIN_EVALUATION, recorder.steps // 2)
-        recorder.write("evaluation", batches=len(self), batch_size=self.batch_size)
-        for done, batch in enumerate(batches(self)):
-            recorder.write("evaluated", done=done)
-            if done == limit:  # all ranks see equally many, or an incomplete batch less
+    @property
+    def resumed(self) -> tuple[str, int, int]:
+        """The checkpoint that was continued, its epoch and how many images of it were done; '' and 0 without one."""
+        found = re.search(r"resumed (.*): epoch (\d+), (\d+) images", self.output)
+        return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
+
+    def parts(self) -> tuple[list[Part], list[float]]:
+        """The steps in parts, and the seconds between epochs."""
+        parts, gaps, before = [], [], {"epoch": None, "step": 0}
+        for i, line in enumerate(self.lines):
+            opens = line["epoch"] != before["epoch"]
+            steps = 1 if i < FIRST_STEPS else line["step"] - (0 if opens else before["step"])
+            seconds, wait = steps * self.images / line["images_per_second"], steps * line["data"]
+            if not opens and i < FIRST_STEPS and before["step"] % self.accum:  # the update goes on
+                parts[-1] = Part(
+                    parts[-1].steps + 1, parts[-1].seconds + seconds, parts[-1].wait + wait, parts[-1].opens
+                )
+            else:
+                parts.append(Part(steps, seconds, wait, opens and i > 0))
+            if opens and i:
+                gaps.append(line["seconds"] - seconds - before["seconds"])
+            before = line
+        return parts, gaps
+
+    def warm(self) -> list[Part]:
+        """The steps that are like all later ones: the optimizer has its state, the allocator its blocks, and no batches
+        are left that were loaded ahead while the run began. On a GPU single steps say nothing, the host runs ahead."""
+        parts, done = self.parts()[0], 0
+        cold = max(FIRST_STEPS if self.device[1] else 3, self.ahead + 2)
+        for first, part in enumerate(parts):
+            if done >= cold:
+                return parts[first:]
+            done += part.steps
+        return []
+
+    def is_full(self, seconds: float) -> bool:
+        """Whether enough was seen to end the run."""
+        warm, parts = self.warm(), self.parts()[0]
+        enough = sum(p.seconds for p in warm) > seconds and sum(p.steps for p in warm) >= MIN_STEPS
+        return enough or sum(p.seconds for p in parts) > 4 * seconds and len(parts) >= MIN_STEPS
+
+
+def start(command: list[str], launch: Launch, out: Path) -> list[subprocess.Popen]:
+    """The processes of a run, as torchrun would start them, each at the head of a session; rank 0 prints into `out`."""
+    ranks: list[dict[str, str]] = [{}]
+    if launch.here > 1 and not launch.launched:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free.getsockname()[1]}"}
+        shared |= {"WORLD_SIZE": f"{launch.here}", "OMP_NUM_THREADS": launch.env.get("OMP_NUM_THREADS", "1")}
+        ranks = [{"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", **shared} for rank in range(launch.here)]
+    processes = []
+    for rank in ranks:
+        with open(out, "a") as file:
+            env, error = launch.env | rank, subprocess.STDOUT
+            processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=error, start_new_session=True))
+        with contextlib.suppress(OSError):  # where memory runs out, the system is to end these processes and no others
+            Path(f"/proc/{processes[-1].pid}/oom_score_adj").write_text("1000")
+    return processes
+
+
+def watch(run: Measurement, processes: list[subprocess.Popen], on_gpu: bool, is_enough: Callable[[], bool]) -> None:
+    """Note what processes hold until they end, or until it is enough: then they are told to end."""
+    told, failed, sampled = False, 0.0, 0.0
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(POLL)
+            now = time.monotonic()
+            run.host = max(run.host, *(usage(process.pid)[0] for process in processes), 0)
+            if on_gpu:
+                free, total = torch.cuda.mem_get_info()
+                run.device = max(run.device[0], total - free), total
+            if now - sampled > 20 * POLL:  # takes longer
+                run.workers, sampled = max(run.workers, session_bytes(processes[0].pid)), now
+            if not told and processes[0].poll() is None and is_enough():
+                processes[0].send_signal(signal.SIGTERM)  # the other processes learn of it
+                told = True
+            failed = failed or (now if any(process.poll() for process in processes) else 0.0)
+            if failed and now - failed > GRACE:
                 break
-            yield batch
-        recorder.write("evaluated", done=None)
-
-    def any_batches(self, epoch=0, start=0):
-        return train(self, epoch, start) if self.train else evaluate(self)
-
-    def prepared(args):
-        args = args() if callable(args) else args
-        if hasattr(args, "bad_images"):
-            args.bad_images = "skip"
-        if 0 < getattr(args, "freeze_last_layer", 0) < args.epochs:
-            args.freeze_last_layer = 0  # from that epoch on the optimizer has state of all parameters
-        return args
-
-    def run_main(main, args):
-        run(main, lambda: prepared(args))
-
-    for owner, name, method in (
-        (datasets.Loader, "__init__", make_loader),
-        (datasets.Loader, "batches", any_batches),
-        (checkpoint, "__init__", make_checkpoint),
-        (checkpoint, "_write", write_checkpoint),
-        (checkpoint, "resume", restore),
-        (checkpoint, "run_log", open_log),
-        (distributed.EpochLog, "__init__", make_log),
-        (distributed.Updater, "__init__", make_updater),
-        (distributed, "run", run_main),
-    ):
-        setattr(owner, name, method)
+        run.status = min((process.returncode for process in processes if process.returncode), default=0)
+    finally:  # also of Ctrl-C
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def main() -> None:
-    order, script = Order(**json.loads(sys.argv[1])), sys.argv[2]
-    with contextlib.suppress(OSError):  # where memory runs out, the system is to end this process and no other
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    recorder = Recorder(order)
-    hook(recorder)
-    sys.argv = sys.argv[2:]
-    with contextlib.suppress(Measured):
-        runpy.run_path(script, run_name="__main__")
-    recorder.finish()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def changed(plan: Plan, accum: int, folder: Path) -> list[str]:
+    """Flags that keep a run out of its folders, and with which its updates come soon."""
+    args, words = plan.args, ["--output_dir", f"{folder / 'run'}", "--bad_images", "skip"]
+    if getattr(args, "log_dir", ""):
+        words += ["--log_dir", f"{folder / 'events'}"]
+    if accumulated(args) > accum:
+        words += ["--accum_iter" if hasattr(args, "accum_iter") else "--update_freq", f"{accum}"]
+    if 0 < getattr(args, "freeze_last_layer", 0) < args.epochs:
+        words += ["--freeze_last_layer", "0"]  # after these epochs the optimizer has the state of all parameters
+    return words
 
 
-if __name__ == "__main__":
-    main()
+def measure(plan: Plan, folder: Path) -> Measurement:
+    """Start the run with its files in `folder`, continuing what it would, and end it when enough of it was seen."""
+    args, launch, seconds = plan.args, plan.launch, 0.0 if plan.own.no_measure else plan.own.seconds
+    # On a CPU updates may take minutes; two micro-steps show what more of them take.
+    accum = accumulated(args) if launch.on_gpu else min(2, accumulated(args))
+    run = Measurement(images=batch_size(args) * launch.here, accum=accum, ahead=2 * args.num_workers)
+    files, out, begun = folder / "run", folder / "output.txt", time.time()
+    files.mkdir()
+    for checkpoint in Path(plan.folder).glob("*.pth") if plan.folder else ():
+        (files / checkpoint.name).symlink_to(checkpoint.resolve())
+    seen: list[tuple[float, float]] = []  # the time, and how long the first process has computed by then
+
+    def is_enough() -> bool:
+        run.output = out.read_text(errors="replace").replace(f"{files}", plan.folder)
+        for progress in files.rglob("*progress.jsonl"):
+            with contextlib.suppress(ValueError):  # the last line is being written
+                run.lines = [json.loads(line) for line in progress.read_text().splitlines()]
+        if not run.lines:
+            return not seconds and run.said[1] > 0
+        seen.append((time.time(), usage(processes[0].pid)[1]))
+        run.begun = run.begun or seen[0][0] - begun - run.lines[-1]["seconds"]
+        return run.is_full(seconds)
+
+    command = [sys.executable, f"{plan.script}", *plan.words, *changed(plan, run.accum, folder)]
+    processes = start(command, launch, out)
+    watch(run, processes, launch.on_gpu, is_enough)
+    if len(seen) > 1 and seen[-1][0] - seen[0][0] > 1:
+        run.computed = (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
+    is_enough()  # reads the rest
+    written = [path for path in files.rglob("*.pth") if not path.is_symlink()]
+    if seconds and run.lines and written and run.is_complete:
+        newest = max(written, key=lambda path: path.stat().st_mtime)
+        chosen = dict(distributed.load(f"{newest}")["args"])  # with the values that the main has chosen itself
+        vars(args).update(
+            {flag: chosen[flag] for flag, value in vars(args).items() if value is None and flag in chosen}
+        )
+        run.checkpoint = newest.stat().st_size
+        # From the last step's line until the file got its name.
+        run.saving = newest.stat().st_ctime - max(path.stat().st_mtime for path in files.rglob("*progress.jsonl"))
+        flag = next((flag for flag in ("eval", "evaluate") if hasattr(args, flag)), "")
+        if flag and not launch.rank:
+            evaluate(run, [*command, f"--{flag}", "--resume", f"{newest}"], launch, seconds, folder / "evaluation.txt")
+    return run
+
+
+def evaluate(run: Measurement, command: list[str], launch: Launch, seconds: float, out: Path) -> None:
+    """Evaluate the checkpoint that a run left, in one process, for its memory and its time."""
+    alone = {name: value for name, value in launch.env.items() if not any(name in names for names in LAUNCHERS)}
+    test, begun = Measurement(), time.monotonic()
+    report = r"Test:\s+\[\d+/(\d+)\].*time: ([.\d]+)"
+
+    def is_enough() -> bool:
+        spent = time.monotonic() - begun - run.begun
+        return spent > max(60, 4 * seconds) or spent > seconds and bool(re.search(report, out.read_text()))
+
+    watch(test, start(command, replace(launch, here=1, env=alone), out), launch.on_gpu, is_enough)
+    test.output = out.read_text(errors="replace")
+    run.host, run.workers = max(run.host, test.host), max(run.workers, test.workers)
+    run.device = max(run.device, test.device)
+    for batches, step in re.findall(report, test.output)[-1:]:
+        run.evaluation = int(batches) * float(step) / launch.here
+    if not test.is_complete:
+        run.problem = (test.output.strip().splitlines() or [f"status {test.status}"])[-1]
+
+
+# ---- the prediction
+
+
+def epoch_steps(plan: Plan, run: Measurement) -> int:
+    """Micro-steps of an epoch of the planned run; 0 if none was seen."""
+    return max(1, round(run.lines[0]["steps"] * plan.launch.here / plan.launch.planned)) if run.lines else 0
+
+
+@dataclass
+class Speed:
+    """What steps and epochs take, in seconds."""
+
+    step: float  # a micro-step, in the mean
+    low: float  # of the middle 80 % of steps
+    high: float
+    count: int  # measured steps
+    wait: float  # for images, per step
+    rest: float  # of an epoch: saving, evaluation, its first images
+
+
+def speed_of(run: Measurement, accum: int) -> Speed | None:
+    """The pace of the run in the long term, with `accum` micro-steps per update; None if nothing was measured."""
+    (parts, gaps), warm = run.parts(), run.warm()
+    if sum(part.steps for part in warm) < MIN_STEPS:
+        warm = parts[len(parts) // 2 :]
+    if not warm:
+        return None
+    inner = [part for part in warm if part.steps > run.accum or not part.opens] or warm
+    count = sum(part.steps for part in inner)
+    wait = sum(part.wait for part in inner) / count
+    # Other programs disturb some steps: the slowest and fastest tenth is left out. Waiting is uneven, all of it counts.
+    each = sorted((part.seconds - part.wait) / part.steps for part in inner for _ in range(part.steps))
+    cut = count // 10
+    low, high = each[cut] + wait, each[-1 - cut] + wait
+    step = statistics.fmean(each[cut : count - cut]) + wait
+    # An update takes longer than a micro-step without one, and the run was measured with more of them.
+    kinds: dict[bool, list[float]] = {True: [], False: []}  # seconds of micro-steps with and without an update
+    for line in run.lines[2:FIRST_STEPS]:
+        kinds[line["step"] % run.accum == 0].append(run.images / line["images_per_second"] - line["data"])
+    if all(kinds.values()) and not run.device[1]:
+        update = statistics.median(kinds[True]) - statistics.median(kinds[False])
+        step -= update * (1 / run.accum - 1 / accum)
+    opening = [part.wait for part in warm if part.steps <= run.accum and part.opens]
+    # Where no epoch ended meanwhile: a run with evaluations saves before and after them.
+    rest = statistics.median(gaps) if gaps else run.evaluation + run.saving * (2 if run.evaluation else 1)
+    return Speed(step, low, high, count, wait, rest + (statistics.median(opening) if opening else 0.0))

@@ -1,0 +1,71 @@
+"""What this machine has, what processes use of it, and both in words."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def memory_available() -> tuple[float, float]:
+    """Bytes of this machine's memory that are free, and all of them; a container's limit counts."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return total, total
+    values = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    total, free = (int(values[name].split()[0]) * 1024.0 for name in ("MemTotal", "MemAvailable"))
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            most, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
+            total, free = min(total, most), min(free, most - now)
+    return free, total
+
+
+def cores() -> int:
+    """Processor cores that this process may use; a container's quota counts."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    return count
+
+
+def _numbers(file: str) -> dict[str, int]:
+    """Lines `name: number ...` of a file in /proc; none where it does not exist."""
+    with contextlib.suppress(OSError):
+        lines = (line.replace(":", " ").split() for line in Path(file).read_text().splitlines())
+        return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
+    return {}
+
+
+def usage(pid: int) -> tuple[int, float]:
+    """Peak of a process's memory in bytes and the seconds that it has computed; zeros where /proc does not say them."""
+    with contextlib.suppress(OSError, IndexError):
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]
+        return 1024 * _numbers(f"/proc/{pid}/status").get("VmHWM", 0), sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return 0, 0.0
+
+
+def session_bytes(leader: int) -> int:
+    """Memory of the processes that a leader of a session started; what they share with others counts in part."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            if stat.parent.name != f"{leader}" and stat.read_text().rpartition(") ")[2].split()[3] == f"{leader}":
+                total += 1024 * _numbers(f"{stat.parent}/smaps_rollup").get("Pss", 0)
+    return total
