@@ -1,6 +1,6 @@
 """Images and batches: files (of folders), images (data sets), transforms, loader (repeatable batches)."""
 
-from common.datasets.files import ENDINGS, ListedImages, UnlabelledImages, read_image, to_rgb
+from common.datasets.files import ENDINGS, ImageFiles, ListedImages, read_image, to_rgb
 from common.datasets.images import check_classes, image_dataset
 from common.datasets.loader import (
     Loader,

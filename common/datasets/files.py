@@ -160,14 +160,6 @@ class ListedImages(ImageFiles):
         super().__init__(path, samples, list(range(max(label for _, label in samples) + 1)))
 
 
-class ClassFolders(ImageFiles):
-    """The images of <root>/<class>/, in the order of torchvision's ImageFolder."""
-
-
-class UnlabelledImages(ImageFiles):
-    """All images below a folder, class 0."""
-
-
 def split_folder(data_path: Path, name: str) -> Path:
     """The folder of a split, train or val, in whatever case it is written; that name if there is none."""
     others = [e.name for e in os.scandir(data_path) if e.is_dir() and e.name.lower() == name and e.name != name]
@@ -192,7 +184,7 @@ def read_folder(root: Path, labelled: bool, skip: str = "") -> tuple[ImageFiles,
         raise UserError(f"{root}: {what}, {expected}")
     if not labelled and (loose or not classes):
         listing = Listing(skip)
-        dataset: ImageFiles = UnlabelledImages(root, [(path, 0) for path in listing.below(root)])
+        dataset = ImageFiles(root, [(path, 0) for path in listing.below(root)])
     else:
         samples = []
         for index, name in enumerate(classes):
@@ -203,7 +195,7 @@ def read_folder(root: Path, labelled: bool, skip: str = "") -> tuple[ImageFiles,
             if labelled:
                 listing.seen.clear()
         listing.left_out["images beside the class folders"] += len(loose)
-        dataset = ClassFolders(root, samples, classes)
+        dataset = ImageFiles(root, samples, classes)
     if not dataset.samples:
         raise UserError(f"{root}: has no class folders and no images, {expected}; {listing.summary() or 'it is empty'}")
     return dataset, listing.summary()

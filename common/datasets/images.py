@@ -5,7 +5,7 @@ from typing import Any
 
 from timm.data.dataset_factory import create_dataset
 
-from common.datasets.files import ClassFolders, ListedImages, read_folder, split_folder
+from common.datasets.files import ListedImages, read_folder, split_folder
 from common.distributed import UserError, log, on_main_first
 
 TIMM_READERS = ("torch", "wds", "hfds", "hfids", "tfds")
@@ -79,7 +79,7 @@ def check_classes(train: Any, val: Any, nb_classes: int) -> list[str]:
     for images, found in zip(("training", "validation"), classes, strict=True):
         if found and len(found) > nb_classes:
             raise UserError(f"--nb_classes {nb_classes}: the {images} images have {len(found)} classes")
-    if classes[0] and classes[1] and classes[0] != classes[1] and isinstance(val, ClassFolders):
+    if classes[0] and classes[1] and classes[0] != classes[1] and isinstance(classes[1][0], str):
         odd = sorted(set(classes[0]) ^ set(classes[1]))
         raise UserError(f"{val.root}: its class folders differ from the training ones, first {odd[0]}")
     names = classes[0] or classes[1] or []

@@ -48,16 +48,12 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     """Add the flags that say where images come from."""
     group = flag_groups(parser).data
     group.add_argument("--data_path", default="../imagenet", type=str, help="folder with train/ and val/")
-    group.add_argument(
-        "--dataset",
-        default="",
-        help="data set of timm's in --data_path (torch/cifar10, wds/..., hfds/...); default: folders",
-    )
+    timm = "data set of timm's in --data_path (torch/cifar10, wds/..., hfds/...); default: folders"
+    group.add_argument("--dataset", default="", help=timm)
     group.add_argument("--train_split", default="train", help="name of that data set's training split")
     group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
-    group.add_argument(
-        "--bad_images", default="stop", choices=["stop", "skip"], help="what to do at an image that cannot be read"
-    )
+    unreadable = "what to do at an image that cannot be read"
+    group.add_argument("--bad_images", default="stop", choices=["stop", "skip"], help=unreadable)
     group.add_argument("--num_workers", default=4, type=int, help="loader processes per training process")
     group.add_argument("--pin_mem", action="store_true", help="copy images to the GPU through pinned memory")
     if pin_mem:
@@ -171,8 +167,7 @@ class Loader:
     """Batches (images, targets) on the device, for training or evaluation.
 
     Training: order and augmentation of an epoch depend on (seed, epoch, index) alone, not on workers or history.
-    Evaluation: in order; each image exactly once over all ranks, rank r of R taking
-    images r, r + R, ...
+    Evaluation: in order, each image once over all ranks; rank r of R takes images r, r + R, ...
     Args:
         batch_size: per process.
         bad_images: "stop" raises on an unreadable image; "skip" takes the next one (training) or leaves it out
@@ -266,10 +261,6 @@ class Loader:
         self._labels = torch.tensor([names.index(name) for name in self.classes])
         log(f"{len(self.classes)} of the checkpoint's {len(names)} classes are here, matched by name")
 
-    def _full(self, step: int) -> int:
-        """Images that training batch `step` must have."""
-        return self.batch_size if self.drop_last else min(self.batch_size, len(self.sampler) - step * self.batch_size)
-
     def start(self, position: Position) -> tuple[int, dict[str, list[float]]]:
         """The batch at which a run continues, and the meters there; none where the steps of the epoch changed."""
         step, rest = divmod(position.images, self.batch_size * world_size())
@@ -303,7 +294,9 @@ class Loader:
                 self.loader.dataset.base.set_epoch(epoch)
         self._running[:] = [iter(self.loader)]
         for step, (images, targets, problems) in enumerate(self._running[0], start):
-            fatal = bool(problems) and (self.bad_images == "stop" or (self.train and len(targets) < self._full(step)))
+            rest = self.batch_size if self.drop_last else len(self.sampler) - step * self.batch_size
+            is_full = len(targets) >= min(self.batch_size, rest)
+            fatal = bool(problems) and (self.bad_images == "stop" or (self.train and not is_full))
             if self.train:
                 signum, anywhere = agree(fatal)
                 if signum and step % self.accum_iter == 0:

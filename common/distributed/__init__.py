@@ -11,7 +11,6 @@ from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import (
     agree,
     all_sum,
-    barrier,
     gather,
     gather_to_main,
     init,

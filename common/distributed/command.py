@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
@@ -78,27 +78,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if said else super()._get_help_string(action)
 
 
-class FlagGroups(NamedTuple):
-    """The argument groups of a program's flags, in the order in which --help shows them."""
-
-    data: argparse._ArgumentGroup
-    model: argparse._ArgumentGroup
-    optimizer: argparse._ArgumentGroup
-    augmentation: argparse._ArgumentGroup
-    output: argparse._ArgumentGroup
-    process: argparse._ArgumentGroup
-    unused: argparse._ArgumentGroup
-
-
-TITLES = (
-    "images",
-    "network and loss",
-    "optimizer and schedule",
-    "augmentation and regularization",
-    "output and evaluation",
-    "device, precision and resuming",
-    "without effect, accepted so that the authors' command lines work",
-)
+# The argument groups of a program's flags by name, in the order in which --help shows their titles.
+GROUPS = {
+    "data": "images",
+    "model": "network and loss",
+    "optimizer": "optimizer and schedule",
+    "augmentation": "augmentation and regularization",
+    "output": "output and evaluation",
+    "process": "device, precision and resuming",
+    "unused": "without effect, accepted so that the authors' command lines work",
+}
 
 
 def new_parser(title: str) -> argparse.ArgumentParser:
@@ -107,45 +96,32 @@ def new_parser(title: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(title, allow_abbrev=False, usage=usage, formatter_class=_Help)
 
 
-def flag_groups(parser: argparse.ArgumentParser) -> FlagGroups:
-    """The argument groups of a parser; the first call makes them. Groups without flags are not shown."""
+def flag_groups(parser: argparse.ArgumentParser) -> SimpleNamespace:
+    """The argument groups of a parser by their names in `GROUPS`; the first call makes them."""
     known = {group.title: group for group in parser._action_groups}
-    return FlagGroups(*(known.get(title) or parser.add_argument_group(title) for title in TITLES))
+    groups = {name: known.get(title) or parser.add_argument_group(title) for name, title in GROUPS.items()}
+    return SimpleNamespace(**groups)
 
 
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say on what a program runs."""
-    groups = flag_groups(parser)
-    groups.process.add_argument(
-        "--device", default="auto", help="auto (CUDA if present, else cpu), cpu, cuda or cuda:N"
-    )
-    launched = "the launcher's environment decides"
-    groups.unused.add_argument("--local_rank", "--local-rank", default=-1, type=int, help=launched)
-    groups.unused.add_argument("--dist_on_itp", action="store_true", help="OpenMPI is recognised by its environment")
-    groups.unused.add_argument("--dist_url", default="env://", help=launched)
+    g, launched = flag_groups(parser), "the launcher's environment decides"
+    g.process.add_argument("--device", default="auto", help="auto (CUDA if present, else cpu), cpu, cuda or cuda:N")
+    g.unused.add_argument("--local_rank", "--local-rank", default=-1, type=int, help=launched)
+    g.unused.add_argument("--dist_on_itp", action="store_true", help="OpenMPI is recognised by its environment")
+    g.unused.add_argument("--dist_url", default="env://", help=launched)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say on what a training program runs, and how it resumes."""
     add_launch_flags(parser)
-    group = flag_groups(parser).process
-    group.add_argument(
-        "--amp_dtype",
-        default="auto",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        help="precision of forward passes; auto: fp32 on a CPU, on a GPU bf16 where it has it, else fp16",
-    )
-    group.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    group.add_argument("--seed", default=0, type=int, help="seed of all random draws")
-    group.add_argument(
-        "--resume", default="", help="checkpoint to continue from; by default the latest one in --output_dir, if any"
-    )
-    group.add_argument(
-        "--start_epoch",
-        default=0,
-        type=int,
-        help="epoch to start at when the checkpoint does not say it, counted from 0",
-    )
-    flag_groups(parser).unused.add_argument(
-        "--world_size", default=1, type=int, help="the launcher's environment decides"
-    )
+    g = flag_groups(parser)
+    precision = "precision of forward passes; auto: fp32 on a CPU, on a GPU bf16 where it has it, else fp16"
+    g.process.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help=precision)
+    g.process.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    g.process.add_argument("--seed", default=0, type=int, help="seed of all random draws")
+    latest = "checkpoint to continue from; by default the latest one in --output_dir, if any"
+    g.process.add_argument("--resume", default="", help=latest)
+    first = "epoch to start at when the checkpoint does not say it, counted from 0"
+    g.process.add_argument("--start_epoch", default=0, type=int, help=first)
+    g.unused.add_argument("--world_size", default=1, type=int, help="the launcher's environment decides")

@@ -29,11 +29,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def log(*words) -> None:
     """Print a time-stamped line on rank 0."""
     if is_main():
@@ -44,12 +39,12 @@ def log(*words) -> None:
 def on_main_first() -> Iterator[None]:
     """Let rank 0 go first (a download, say), then the others."""
     if not is_main():
-        barrier()
+        dist.barrier()
     try:
         yield
     finally:
-        if is_main():
-            barrier()
+        if is_main() and world_size() > 1:
+            dist.barrier()
 
 
 def main_does(action: Callable[[], None]) -> None:

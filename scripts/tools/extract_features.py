@@ -58,7 +58,7 @@ class Numbered(Dataset):
 
     def __init__(self, base: Any):
         self.base = base
-        self.labelled = not isinstance(base, datasets.UnlabelledImages)
+        self.labelled = not isinstance(base, datasets.ImageFiles) or bool(base.classes)
         if hasattr(base, "samples"):
             self.samples = base.samples  # names the unreadable ones
 
