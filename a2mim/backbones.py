@@ -107,7 +107,6 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "convnext_tiny": partial(convnext, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
     "convnext_small": partial(convnext, depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
     "convnext_base": partial(convnext, depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
-    # fine-tuned only
     "mae_vit_base": partial(plain_vit, embed_dim=768, depth=12, num_heads=12),
     "mae_vit_large": partial(plain_vit, embed_dim=1024, depth=24, num_heads=16),
     "deit_small": partial(plain_vit, embed_dim=384, depth=12, num_heads=6, global_pool="token", qkv_bias=False),
@@ -117,6 +116,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet_nano": partial(resnet, depth=18, base_channels=16, block_counts=(1, 1, 1, 1)),
     "convnext_nano": partial(convnext, depths=(1, 1, 2, 1), dims=(24, 48, 96, 192)),
 }
+FINE_TUNED = ("mae_vit_base", "mae_vit_large", "deit_small")  # not pre-trained here
 
 
 def is_vit(net: Backbone) -> bool:

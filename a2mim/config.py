@@ -59,23 +59,40 @@ def literal(text: str) -> Any:
         raise ValueError(f"{text}: is no Python literal") from error
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the configuration and what upstream's tools/train.py takes besides."""
-    p = parser
-    p.add_argument("config", nargs="?", default="", help="file of literal assignments, name = value, of these flags")
+def new_parser(title: str) -> argparse.ArgumentParser:
+    """A parser of a script that takes a configuration, with what the authors' tools/train.py takes besides."""
+    p = distributed.new_parser(title)
+    p.usage = "%(prog)s [CONFIG] [flags], listed by --help"
+    g = distributed.flag_groups(p)
+    p.add_argument(
+        "config", nargs="?", default="", help="file of literal assignments, name = value, of the flags below"
+    )
     p.add_argument("--print_config", action="store_true", help="print the values of all flags as such a file, and exit")
-    p.add_argument("--cfg-options", nargs="+", default=[], metavar="NAME=VALUE", help="flags in upstream's form")
-    p.add_argument("--work_dir", "--output_dir", dest="output_dir", default=None, help="default: by the configuration")
-    p.add_argument("--resume_from", dest="resume", default=argparse.SUPPRESS, help="as --resume")
-    p.add_argument("--auto_resume", action="store_true", help="no effect: what is in --work_dir is always continued")
-    p.add_argument("--pretrained", default="", help="checkpoint with the encoder to start from")
-    p.add_argument("--load_checkpoint", default="", help="checkpoint with the whole network to start from")
-    p.add_argument("--deterministic", action="store_true", help="deterministic kernels on GPUs")
-    p.add_argument("--diff-seed", action="store_true", help="no effect: random draws differ between processes")
-    p.add_argument("--launcher", default="none", help="no effect: the environment tells the launcher")
+    p.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="flags that win over the others, of a dotted name the last part",
+    )
+    g.output.add_argument(
+        "--work_dir",
+        "--output_dir",
+        dest="output_dir",
+        default=None,
+        help="folder of the run's files; by default work_dirs/ and the path of the configuration",
+    )
+    g.process.add_argument("--resume_from", dest="resume", default=argparse.SUPPRESS, help="another name of --resume")
+    g.unused.add_argument("--auto_resume", action="store_true", help="a run in --work_dir is always continued")
+    g.model.add_argument("--pretrained", default="", help="checkpoint with the encoder to start from")
+    g.model.add_argument("--load_checkpoint", default="", help="checkpoint with the whole network to start from")
+    g.process.add_argument("--deterministic", action="store_true", help="use deterministic kernels on GPUs")
+    g.unused.add_argument("--diff-seed", action="store_true", help="random draws always differ between processes")
+    g.unused.add_argument("--launcher", default="none", help="the launcher is recognised by its environment")
     for flag in ("--gpus", "--gpu-id", "--port"):
-        p.add_argument(flag, type=int, help="no effect: the launcher decides")
-    p.add_argument("--gpu_ids", type=int, nargs="+", help="no effect: the launcher decides")
+        g.unused.add_argument(flag, type=int, help="the launcher decides")
+    g.unused.add_argument("--gpu_ids", type=int, nargs="+", help="the launcher decides")
+    return p
 
 
 def read(path: str) -> dict[str, Any]:
@@ -95,12 +112,13 @@ def read(path: str) -> dict[str, Any]:
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         try:
-            assert isinstance(node, ast.Assign)
-            assert isinstance(target, ast.Name)
-            values[target.id] = ast.literal_eval(node.value)
-        except (AssertionError, ValueError, TypeError) as error:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    values[name] = ast.literal_eval(value)
+                case _:
+                    raise ValueError("no assignment to one name")
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}: line {node.lineno}: expected name = value, a number, text, list ...") from error
     return values
 
@@ -196,8 +214,9 @@ def work_dir(config: str, pretrained: str = "") -> str:
 def to_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """The values of all flags that have an effect, as a configuration file."""
     shown: dict[str, str] = {}  # name by destination
+    unused = distributed.flag_groups(parser).unused._group_actions
     for action in parser._actions:
-        effective = not (action.help or "").startswith("no effect") and action.default is not argparse.SUPPRESS
+        effective = action not in unused and action.default is not argparse.SUPPRESS
         if action.option_strings and effective and action.dest not in NOT_IN_FILES:
             shown.setdefault(action.dest, action.option_strings[0].lstrip("-"))
     return "".join(f"{name} = {getattr(args, dest)!r}\n" for dest, name in shown.items())

@@ -1,4 +1,4 @@
-"""Names of a run's files, what its checkpoints hold, as upstream's, and which of them a run continues."""
+"""Names of the files of a run, what its checkpoints hold (both as upstream), and which of them a run continues."""
 
 import argparse
 from pathlib import Path

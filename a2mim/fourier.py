@@ -1,4 +1,4 @@
-"""What a network's layers pass on: amplitudes by frequency, and variance over space, of every residual block's output.
+"""A2MIM Fig. A3, A4: amplitudes by frequency of the output of every residual block, and its variance over space.
 
 Legend: B images, C channels, h w sides of a feature map, N = hw tokens.
 """

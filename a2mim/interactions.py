@@ -1,5 +1,6 @@
-"""Multi-order interactions between cells of an image: how much two of them matter together, by the size of the context.
+"""A2MIM Fig. 1, 5, A1, A2: interactions of two cells of an image, how much they matter together, by order.
 
+The order m is the number of other cells that are shown, the context S.
 I_ij^(m) = mean over contexts S of m cells of v(S+i+j) - v(S+i) - v(S+j) + v(S), v being a classifier's reward.
 
 Legend: n = G² cells, P pairs, C contexts per pair, m order, M masks, K classes.

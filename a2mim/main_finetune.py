@@ -22,59 +22,90 @@ from common import datasets, distributed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("A2MIM fine-tuning", allow_abbrev=False, usage="%(prog)s [CONFIG] [flags], see --help")
-    config.add_flags(p)
-    p.add_argument("--method", default="finetune", choices=["finetune", "linear"], help="for tools/train.py")
-    p.add_argument("--epochs", default=100, type=int)
-    p.add_argument("--batch_per_gpu", "--batch_size", dest="batch_size", default=128, type=int, help="and micro-step")
-    p.add_argument("--accum", "--accum_iter", dest="accum_iter", default=1, type=int, help="micro-steps per update")
+    p = config.new_parser("A2MIM fine-tuning")
+    g = distributed.flag_groups(p)
+    g.model.add_argument(
+        "--method",
+        default="finetune",
+        choices=["finetune", "linear"],
+        help="of a configuration: which script it is for",
+    )
     # ---- model
-    p.add_argument("--backbone", default="resnet50", help=", ".join(BACKBONES))
-    p.add_argument("--patch_size", default=16, type=int, help="of a ViT, in pixels")
-    p.add_argument("--drop_path", default=0.0, type=float, help="stochastic depth")
-    p.add_argument("--nb_classes", default=1000, type=int)
-    p.add_argument("--resize_rel_pos", action="store_true", help="of another grid in --pretrained; default: start at 0")
-    p.add_argument("--fp32_encoder", default=False, type=boolean, nargs="?", const=True, help="autocast: the head only")
-    p.add_argument("--ema", default=0.0, type=float, help="momentum of the weights' average; 0 has none")
-    p.add_argument("--ema_warmup_iters", default=0, type=int, help="iterations in which it grows from 0.9 of that")
-    p.add_argument("--ema_update_interval", default=1, type=int, help="iterations between its updates")
+    g.model.add_argument("--backbone", default="resnet50", help=", ".join(BACKBONES))
+    g.model.add_argument("--patch_size", default=16, type=int, help="side of a patch of a ViT in pixels")
+    g.model.add_argument("--drop_path", default=0.0, type=float, help="stochastic depth, probability at the last block")
+    g.model.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    g.model.add_argument(
+        "--resize_rel_pos",
+        action="store_true",
+        help="resize relative positions of --pretrained to the grid of this run; by default they start at 0 then",
+    )
+    g.process.add_argument(
+        "--fp32_encoder",
+        default=False,
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="mixed precision of the last layer alone, as the authors' programs compute",
+    )
+    g.optimizer.add_argument(
+        "--ema", default=0.0, type=float, help="momentum of a moving average of the weights; 0: none"
+    )
+    g.optimizer.add_argument(
+        "--ema_warmup_iters", default=0, type=int, help="iterations in which that momentum grows from 0.9 of itself"
+    )
+    g.optimizer.add_argument(
+        "--ema_update_interval", default=1, type=int, help="iterations between updates of the moving average"
+    )
     # ---- optimizer
-    p.add_argument("--opt", default="adamw", choices=optim.OPTIMIZERS)
-    p.add_argument("--lr", default=1e-2, type=float, help="absolute")
-    p.add_argument("--weight_decay", default=0.05, type=float)
-    p.add_argument("--betas", default=[0.9, 0.999], type=float, nargs=2)
-    p.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
-    p.add_argument("--momentum", default=0.9, type=float, help="of SGD")
-    p.add_argument("--paramwise", default=[], type=config.patterns, help="options of parameters whose name matches")
-    p.add_argument("--layer_decay", default=None, type=float, help="factor on the learning rate per layer; ViT: 0.65")
-    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm; ViTs: 5")
-    p.add_argument("--amp", default=True, type=boolean, help="false: float32; --amp_dtype bf16 or fp16 wins")
-    p.add_argument("--sync_bn", default=False, type=boolean, help="batch statistics over all processes")
-    # ---- schedule, by iteration
-    p.add_argument("--sched", default="CosineAnnealing", choices=optim.POLICIES)
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=0, type=int)
-    p.add_argument("--warmup_ratio", default=1e-5, type=float, help="of the learning rate, where the warm-up starts")
-    p.add_argument("--by_epoch", default=False, type=boolean, help="CosineAnnealing: constant within an epoch")
-    p.add_argument("--steps", default=[], type=int, nargs="*", help="step: epochs at which the rate falls")
-    p.add_argument("--gamma", default=0.1, type=float, help="step: factor by which it falls")
+    optim.add_flags(p)
+    g.optimizer.add_argument(
+        "--layer_decay",
+        default=None,
+        type=float,
+        help="factor on the learning rate per layer, by default 1; authors' ViTs 0.65",
+    )
+    p.set_defaults(lr=1e-2, warmup_ratio=1e-5)  # authors' ViTs: 1e-2; their ResNets: LAMB, 8e-3 (A3) or 5e-3 (A2)
     # ---- augmentation and loss
-    p.add_argument("--aug", default="swin", choices=["swin", "rsb", "plain"], help="rsb: RandAugment of --ra_level")
-    p.add_argument("--train_size", "--input_size", dest="train_size", default=224, type=int, help="in pixels")
-    p.add_argument("--ra_level", default=7, type=int, help="magnitude, 0 to 10")
-    p.add_argument("--val_resize", default=256, type=int, help="shorter side before the crop")
-    p.add_argument("--val_crop", default=224, type=int)
-    p.add_argument("--repeated_aug", default=False, type=boolean, help="each image thrice, a third of them per epoch")
-    p.add_argument("--bce", default=False, type=boolean, help="binary cross entropy")
-    p.add_argument("--smoothing", default=0.1, type=float, help="of labels, without --bce")
-    p.add_argument("--mixup", default=0.0, type=float, help="alpha of Mixup; 0: off")
-    p.add_argument("--cutmix", default=0.0, type=float, help="alpha of CutMix; 0: off")
+    g.augmentation.add_argument(
+        "--aug",
+        default="swin",
+        choices=["swin", "rsb", "plain"],
+        help="swin: timm's with random erasing; rsb: RandAugment of --ra_level; plain: crop and flip",
+    )
+    g.augmentation.add_argument(
+        "--train_size",
+        "--input_size",
+        dest="train_size",
+        default=224,
+        type=int,
+        help="side of training images in pixels",
+    )
+    g.augmentation.add_argument("--ra_level", default=7, type=int, help="rsb: magnitude of RandAugment, 0 to 10")
+    g.augmentation.add_argument(
+        "--val_resize",
+        default=256,
+        type=int,
+        help="shorter side of validation images in pixels, before the central crop",
+    )
+    g.augmentation.add_argument("--val_crop", default=224, type=int, help="side of the central crop in pixels")
+    g.augmentation.add_argument(
+        "--repeated_aug", default=False, type=boolean, help="each image three times, a third of the images per epoch"
+    )
+    g.augmentation.add_argument("--bce", default=False, type=boolean, help="binary cross entropy of every class (RSB)")
+    g.augmentation.add_argument("--smoothing", default=0.1, type=float, help="label smoothing, without --bce")
+    g.augmentation.add_argument(
+        "--mixup", default=0.0, type=float, help="alpha of Mixup, 0: off; authors: 0.8, RSB 0.1"
+    )
+    g.augmentation.add_argument("--cutmix", default=0.0, type=float, help="alpha of CutMix, 0: off; authors: 1")
     # ---- data, files, process
     datasets.add_flags(p)
-    p.add_argument("--save_every", default=10, type=int, help="epochs between the numbered checkpoints")
-    p.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
-    distributed.add_flags(p)
     p.set_defaults(data_path="data/ImageNet")
+    g.output.add_argument(
+        "--save_every", default=10, type=int, help="epochs between numbered checkpoints, of which the newest is kept"
+    )
+    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    distributed.add_flags(p)
     return p
 
 

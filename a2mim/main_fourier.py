@@ -1,4 +1,4 @@
-"""What an encoder's layers pass on: relative log amplitude by frequency (fourier), variance over space (variance).
+"""A2MIM Fig. A3, A4: features of every layer, their relative log amplitude by frequency (fourier), their variance.
 
 The encoder is one of a2mim/backbones.py, from a pre-training, encoder-only or fine-tuned checkpoint, or timm's. Files
 in <save_path>/<exp_name>/<model_name>/<name>/:
@@ -44,33 +44,42 @@ DEAD = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Fourier analysis", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--exp_name", choices=EXPERIMENTS, help="default: both, in one pass")
-    p.add_argument("--summary", nargs="+", default=[], metavar="FILE", help="*_latents.pt to draw together")
+    p = distributed.new_parser("Fourier analysis")
+    g = distributed.flag_groups(p)
+    g.output.add_argument("--exp_name", choices=EXPERIMENTS, help="what to measure; by default both, in one pass")
+    g.output.add_argument(
+        "--summary", nargs="+", default=[], metavar="FILE", help="draw *_latents.pt of several encoders"
+    )
     # ---- encoder
-    p.add_argument(
+    g.model.add_argument(
         "--model_name", default="deit_small_patch16_224", help=f"{', '.join(BACKBONES)}, or a name of timm's"
     )
-    p.add_argument("--patch_size", default=16, type=int, help="of a ViT of this method's, in pixels")
-    p.add_argument("--pretrained_path", help="its weights: a checkpoint of this method's or of OpenMixup, or timm's")
-    p.add_argument("--num_classes", type=int, help="no effect: the encoder alone is looked at")
-    p.add_argument("--rand_init", action="store_true", help="take random weights, whatever --pretrained_path says")
+    g.model.add_argument(
+        "--patch_size", default=16, type=int, help="side of a patch in pixels, of ViTs of a2mim/backbones.py"
+    )
+    g.model.add_argument(
+        "--pretrained_path", help="checkpoint with the weights: of this method, of OpenMixup, or of timm's"
+    )
+    g.unused.add_argument("--num_classes", type=int, help="the encoder alone is looked at")
+    g.model.add_argument(
+        "--rand_init", action="store_true", help="take random weights, whatever --pretrained_path says"
+    )
     # ---- images
-    p.add_argument("--test_dir", help="folder with val/<class>/<image>, <class>/<image> or <image>")
-    p.add_argument("--test_list", help="file with lines '<image in test_dir> <class>'")
-    p.add_argument("--scale_size", default=256, type=int, help="shorter side in pixels, before the central crop")
-    p.add_argument("--img_size", default=224, type=int, help="of the crop, in pixels")
-    p.add_argument("--batch_size", default=256, type=int)
-    p.add_argument("--batches", default=26, type=int, help="full ones to look at")
-    p.add_argument("--num_workers", default=4, type=int)
+    g.data.add_argument("--test_dir", help="folder with val/<class>/<image>, <class>/<image> or <image>")
+    g.data.add_argument("--test_list", help="file with lines '<image in test_dir> <class>'")
+    g.data.add_argument("--scale_size", default=256, type=int, help="shorter side in pixels, before the central crop")
+    g.data.add_argument("--img_size", default=224, type=int, help="side of the central crop in pixels")
+    g.data.add_argument("--batch_size", default=256, type=int, help="images per batch")
+    g.data.add_argument("--batches", default=26, type=int, help="number of full batches to look at")
+    g.data.add_argument("--num_workers", default=4, type=int, help="loader processes")
     # ---- files, process
-    p.add_argument("--save_path", help="folder of all results; default: report")
-    p.add_argument("--name", help="of this encoder; default: the checkpoint's, without .pth")
-    p.add_argument("--overwrite", action="store_true", help="measure again what is there already")
-    p.add_argument("--seed", default=0, type=int, help="of random weights")
+    g.output.add_argument("--save_path", help="folder of all results; default: report")
+    g.output.add_argument("--name", help="name of this encoder in the results; default: file name of the checkpoint")
+    g.output.add_argument("--overwrite", action="store_true", help="measure again what is there already")
+    g.process.add_argument("--seed", default=0, type=int, help="seed of random weights")
     distributed.add_launch_flags(p)
     for name in DEAD:
-        p.add_argument(f"--{name}", nargs="*", help="no effect, as upstream")
+        g.unused.add_argument(f"--{name}", nargs="*", help="the authors' program does not read it either")
     return p
 
 

@@ -1,4 +1,4 @@
-"""The representation bottleneck of a classifier: how strongly cells of an image interact, by the size of their context.
+"""A2MIM Fig. 1, 5, A1, A2: how strongly cells of an image interact in a classifier, by the size of their context.
 
 Five stages, each of which skips what it finds done: sampler (choose images), pairs (draw pairs of cells and contexts),
 logits (evaluate the network), compute (interactions), draw (strength J by order). All is kept in
@@ -46,53 +46,83 @@ ARCHS = {
     "convmixer": "convmixer_768_32",
     "poolformer": "poolformer_s24",
 }
-# upstream config_cifar10.yaml and config_imagenet.yaml
+# A2MIM@ccca6dc analysis_tools/representation_bottleneck: config_cifar10.yaml and config_imagenet.yaml
 CIFAR = {"pairs": 200, "contexts": 100, "images": 50, "image_size": 32}
 IMAGENET = {"pairs": 50, "contexts": 50, "images": 500, "image_size": 224}
 RATIOS = [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Interactions", allow_abbrev=False, usage="%(prog)s [flags], listed by --help")
-    p.add_argument("--stage", default="all", choices=[*STAGES, "all"])
+    p = distributed.new_parser("Interactions")
+    g = distributed.flag_groups(p)
+    g.output.add_argument("--stage", default="all", choices=[*STAGES, "all"], help="the part of the study to compute")
     # ---- network
-    p.add_argument("--arch", default="vit", help=f"{', '.join(ARCHS)}, or a name of timm's")
-    p.add_argument(
-        "--backbone", default="", choices=["", *BACKBONES], help="or a network of this method's main_finetune.py"
+    g.model.add_argument("--arch", default="vit", help=f"network: {', '.join(ARCHS)}, or a name of timm's")
+    g.model.add_argument(
+        "--backbone", default="", choices=["", *BACKBONES], help="network of main_finetune.py, in place of --arch"
     )
-    p.add_argument("--patch_size", default=16, type=int, help="of a ViT of --backbone, in pixels")
-    p.add_argument("--checkpoint_path", help="its weights: of main_finetune.py or OpenMixup, or of timm's names")
-    p.add_argument("--checkpoint_name", help="file in --checkpoint_path, where that is a folder")
-    p.add_argument("--pretrained", default=False, type=boolean, nargs="?", const=True, help="timm's own weights")
-    p.add_argument("--class_number", type=int, help="default: as many as the data set has")
+    g.model.add_argument("--patch_size", default=16, type=int, help="side of a patch in pixels, of a ViT of --backbone")
+    g.model.add_argument(
+        "--checkpoint_path", help="weights of the network: of main_finetune.py or OpenMixup, or with timm's names"
+    )
+    g.model.add_argument("--checkpoint_name", help="file in --checkpoint_path, where that is a folder")
+    g.model.add_argument(
+        "--pretrained",
+        default=False,
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="weights that timm downloads for --arch",
+    )
+    g.model.add_argument("--class_number", type=int, help="number of classes, by default that of the images")
     # ---- images
-    p.add_argument("--dataset", default="cifar10", help="cifar10, imagenet, or a timm data set: torch/cifar10, ...")
-    p.add_argument(
-        "--data_path", default="./data", help="folder with val/<class>/<image> or <class>/<image>, or timm's"
+    g.data.add_argument(
+        "--dataset", default="cifar10", help="cifar10, imagenet, or a data set of timm's: torch/cifar10, ..."
     )
-    p.add_argument("--image_size", type=int, help="side in pixels; default 224, CIFAR 32")
-    p.add_argument("--images", type=int, help="how many; default 500, CIFAR 50, or all if there are fewer")
-    p.add_argument("--chosen_class", default="random", choices=["random"])
+    g.data.add_argument(
+        "--data_path",
+        default="./data",
+        help="folder with val/<class>/<image> or <class>/<image>, or of timm's data set",
+    )
+    g.data.add_argument("--image_size", type=int, help="side of the images in pixels; default 224, CIFAR 32")
+    g.data.add_argument("--images", type=int, help="number of images; default 500, CIFAR 50, or all if there are fewer")
+    g.data.add_argument(
+        "--chosen_class", default="random", choices=["random"], help="images are drawn from all classes"
+    )
     # ---- interactions
-    p.add_argument("--grid_size", default=16, type=int, help="G: cells per side; the paper's ImageNet figures have 14")
-    p.add_argument("--pairs", type=int, help="of cells, per image; default 50, CIFAR 200")
-    p.add_argument("--contexts", type=int, help="per pair and order; default 50, CIFAR 100")
-    p.add_argument("--stride", default=2, type=int, help="largest distance of a pair's cells in rows and columns")
-    p.add_argument(
-        "--ratios", default=RATIOS, nargs="+", type=float, help="orders, as shares of the G*G - 2 other cells"
+    g.data.add_argument(
+        "--grid_size",
+        default=16,
+        type=int,
+        help="G: cells per side of an image; authors' configuration for ImageNet: 14",
     )
-    p.add_argument("--softmax_type", default="modified", choices=REWARDS, help="reward: log p, logit of p, or logit")
-    p.add_argument("--inter_type", default="pixel", choices=["pixel"])
-    p.add_argument("--out_type", default="gt", choices=["gt"], help="the reward is the true class's")
+    g.data.add_argument("--pairs", type=int, help="pairs of cells per image; default 50, CIFAR 200")
+    g.data.add_argument("--contexts", type=int, help="contexts per pair and order; default 50, CIFAR 100")
+    g.data.add_argument(
+        "--stride", default=2, type=int, help="largest distance of the two cells of a pair, in rows and in columns"
+    )
+    g.data.add_argument(
+        "--ratios", default=RATIOS, nargs="+", type=float, help="orders, as shares of the G*G - 2 cells outside a pair"
+    )
+    g.model.add_argument(
+        "--softmax_type",
+        default="modified",
+        choices=REWARDS,
+        help="reward of a class: log p, log p / (1 - p), or logit",
+    )
+    g.data.add_argument("--inter_type", default="pixel", choices=["pixel"], help="what interacts: cells of pixels")
+    g.model.add_argument("--out_type", default="gt", choices=["gt"], help="whose reward counts: the true class's")
     # ---- files, process
-    p.add_argument("--output_dir", default="results", help="folder of all results")
-    p.add_argument("--output_dirname", default="result", help="how the name of this one's folder begins")
-    p.add_argument("--save_name", default="default", help="name of the curve's files")
-    p.add_argument("--cal_batch", default=100, type=int, help="masked images per forward pass")
-    p.add_argument("--allow_tf32", action="store_true", help="faster on a GPU; differences of rewards lose digits")
-    p.add_argument("--gpu_id", type=int, help="same as --device cuda:<gpu_id>, where there is CUDA")
-    p.add_argument("--no_cuda", action="store_true", help="same as --device cpu")
-    p.add_argument("--seed", default=0, type=int)
+    g.output.add_argument("--output_dir", default="results", help="folder of all results")
+    g.output.add_argument("--output_dirname", default="result", help="beginning of the name of the folder in it")
+    g.output.add_argument("--save_name", default="default", help="name of the files of the curve")
+    g.process.add_argument("--cal_batch", default=100, type=int, help="masked images per forward pass")
+    g.process.add_argument(
+        "--allow_tf32", action="store_true", help="faster matrix products on GPUs; differences of rewards lose digits"
+    )
+    g.process.add_argument("--gpu_id", type=int, help="the same as --device cuda:<gpu_id>, where there is CUDA")
+    g.process.add_argument("--no_cuda", action="store_true", help="the same as --device cpu")
+    g.process.add_argument("--seed", default=0, type=int, help="seed of all random draws")
     distributed.add_launch_flags(p)
     return p
 
@@ -294,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
     found = len(getattr(images, "classes", ()))
     classes: int = args.class_number or found
     if not classes:
-        raise UserError(f"--class_number: is needed, as --dataset {args.dataset} does not tell")
+        raise UserError(f"--class_number: is needed, as --dataset {args.dataset} does not say it")
     if found and found != classes:
         raise UserError(f"--class_number {classes}: the images have {found} classes")
     # ---- study

@@ -16,7 +16,7 @@ from common import distributed
 def get_args_parser() -> argparse.ArgumentParser:
     p = main_finetune.get_args_parser()
     p.prog = "A2MIM linear probe"
-    p.set_defaults(
+    p.set_defaults(  # authors' configs/openmixup/finetune/imagenet/r50_linear_sz224_4xb64_step_ep100.py
         method="linear",
         batch_size=64,
         opt="sgd",
@@ -32,7 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def build_model(args: argparse.Namespace) -> Classifier:
-    """The network of the flags; a ViT's class token is told from after the pre-trained norm.
+    """The network of the flags; of a ViT the last layer sees the class token after the pre-trained norm.
 
     Raises:
         distributed.UserError: values that do not fit together.

@@ -1,4 +1,4 @@
-"""A2MIM and SimMIM pre-training. Recipes of the paper's rows: configs/openmixup/pretrain, scripts/a2mim_*, simmim_*."""
+"""A2MIM and SimMIM pre-training. Published recipes: configs/openmixup/pretrain and scripts/a2mim_*, simmim_*."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 
 from a2mim import config, data, optim, training
-from a2mim.backbones import BACKBONES, insertion_stride
+from a2mim.backbones import BACKBONES, FINE_TUNED, insertion_stride
 from a2mim.config import boolean
 from a2mim.engine_pretrain import train_one_epoch
 from a2mim.files import resume_path, run_files
@@ -24,62 +24,135 @@ TITLES = {"a2mim": "A2MIM", "simmim": "SimMIM"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("A2MIM pre-training", allow_abbrev=False, usage="%(prog)s [CONFIG] [flags], see --help")
-    config.add_flags(p)
-    p.add_argument("--method", default="a2mim", choices=TITLES, help="simmim: L1 loss of masked pixels")
-    p.add_argument("--epochs", default=300, type=int)
-    p.add_argument("--batch_per_gpu", "--batch_size", dest="batch_size", default=256, type=int, help="and micro-step")
-    p.add_argument("--accum", "--accum_iter", dest="accum_iter", default=1, type=int, help="micro-steps per update")
+    p = config.new_parser("A2MIM pre-training")
+    g = distributed.flag_groups(p)
     # ---- model
-    p.add_argument("--backbone", default="resnet50", help=", ".join(b for b in BACKBONES if "mae" not in b))
-    p.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    p.add_argument("--patch_size", default=16, type=int, help="of a ViT, in pixels")
-    p.add_argument("--drop_path", default=0.0, type=float, help="stochastic depth; the ViTs' recipes: 0.1")
-    p.add_argument("--mask_layer", default=0, type=int, help="depth of the mask token; A2MIM on CNNs: 3")
-    p.add_argument("--mask_token", default="learnable", choices=MASK_TOKENS)
-    p.add_argument("--mask_init", default=0.0, type=float, help="scale of masked features at the start; 0: none")
-    p.add_argument("--mask_replace", default=False, type=boolean, help="masked features give way to the token")
+    g.model.add_argument(
+        "--method",
+        default="a2mim",
+        choices=TITLES,
+        help="simmim: no loss but L1 of masked pixels, decoder named as SimMIM's",
+    )
+    g.model.add_argument("--backbone", default="resnet50", help=", ".join(b for b in BACKBONES if b not in FINE_TUNED))
+    g.model.add_argument("--input_size", default=224, type=int, help="side of the images in pixels")
+    g.model.add_argument("--patch_size", default=16, type=int, help="side of a patch of a ViT in pixels")
+    g.model.add_argument(
+        "--drop_path",
+        default=0.0,
+        type=float,
+        help="stochastic depth, probability at the last block; authors' ViTs: 0.1",
+    )
+    g.model.add_argument(
+        "--mask_layer",
+        default=0,
+        type=int,
+        help="depth of the mask token: k is the output of part k of [stem, layer1, layer2, layer3] of a CNN, of "
+        "[patches, positions, block 0, ...] of a ViT; authors' A2MIM: ViT 0, CNN 3; SimMIM 0",
+    )
+    g.model.add_argument(
+        "--mask_token",
+        default="learnable",
+        choices=MASK_TOKENS,
+        help="learnt; zero or randn, frozen; mean of the batch's or of each image's features; or none",
+    )
+    g.model.add_argument(
+        "--mask_init",
+        default=0.0,
+        type=float,
+        help="where a learnt factor on masked features starts, 0: no such factor; authors' recipes named init: 1e-6",
+    )
+    g.model.add_argument(
+        "--mask_replace",
+        default=False,
+        type=boolean,
+        help="true: the token replaces masked features (SimMIM), false: it is added to them (A2MIM)",
+    )
     # ---- masks and loss
-    p.add_argument("--mask_patch_size", default=32, type=int, help="side of a masked block in pixels")
-    p.add_argument("--model_patch_size", default=0, type=int, help="stride of the masked features; 0: computed")
-    p.add_argument("--mask_ratio", default=0.6, type=float)
-    p.add_argument("--mask_color", default="mean", choices=["mean", "zero"], help="fill masked pixels, or keep them")
-    p.add_argument("--crop_scale", default=[0.8, 1.0], type=float, nargs=2, help="share of the image in a crop")
-    p.add_argument("--loss", default="l1", choices=[name.removesuffix("_loss") for name in PIXEL_LOSSES])
-    p.add_argument("--focal_alpha", default=0.2, type=float)
-    p.add_argument("--focal_gamma", default=1.0, type=float)
-    p.add_argument("--unmask_weight", default=0.0, type=float, help="of visible pixels in the loss")
-    p.add_argument("--fft_weight", default=0.0, type=float, help="of the spectrum's loss")
-    p.add_argument("--fft_focal", default=True, type=boolean, help="focal frequency loss")
-    p.add_argument("--fft_unmask_weight", default=0.0, type=float, help="share of predictions at visible pixels")
-    p.add_argument("--fft_unmask_replace", default="mixed", choices=["mixed", "target", "prediction", "mean"])
-    p.add_argument("--fft_reweight", default=False, type=boolean, help="without --fft_focal: losses weigh themselves")
+    g.model.add_argument("--mask_patch_size", default=32, type=int, help="side of a masked block in pixels")
+    g.model.add_argument(
+        "--model_patch_size",
+        default=0,
+        type=int,
+        help="pixels per side of a feature at --mask_layer; 0: computed, else checked",
+    )
+    g.model.add_argument(
+        "--mask_ratio", default=0.6, type=float, help="share of the blocks that are masked, rounded up"
+    )
+    g.model.add_argument(
+        "--mask_color",
+        default="mean",
+        choices=["mean", "zero"],
+        help="mean: masked pixels take the image's mean colour (A2MIM); zero: images stay as they are (SimMIM)",
+    )
+    g.augmentation.add_argument(
+        "--crop_scale",
+        default=[0.8, 1.0],
+        type=float,
+        nargs=2,
+        help="smallest and largest share of an image in a crop; authors' ViTs and SimMIM: 0.67 1",
+    )
+    losses = [name.removesuffix("_loss") for name in PIXEL_LOSSES]
+    g.model.add_argument("--loss", default="l1", choices=losses, help="loss of a pixel; authors' CNNs: focal_l1")
+    g.model.add_argument(
+        "--focal_alpha", default=0.2, type=float, help="focal losses: growth of a pixel's weight with its error"
+    )
+    g.model.add_argument("--focal_gamma", default=1.0, type=float, help="focal losses: power of a pixel's weight")
+    g.model.add_argument(
+        "--unmask_weight",
+        default=0.0,
+        type=float,
+        help="weight of visible pixels in the loss of pixels, masked ones have 1",
+    )
+    g.model.add_argument(
+        "--fft_weight", default=0.0, type=float, help="weight of the Fourier loss; authors' ViTs 0.1, ResNet-50 0.5"
+    )
+    g.model.add_argument(
+        "--fft_focal",
+        default=True,
+        type=boolean,
+        help="Fourier loss: true: focal, of the batch's mean; false: --loss of the moduli of every image",
+    )
+    g.model.add_argument(
+        "--fft_unmask_weight", default=0.0, type=float, help="Fourier loss: share of the prediction at visible pixels"
+    )
+    g.model.add_argument(
+        "--fft_unmask_replace",
+        default="mixed",
+        choices=["mixed", "target", "prediction", "mean"],
+        help="Fourier loss: what the rest of visible pixels is; mixed: half target, half prediction",
+    )
+    g.model.add_argument(
+        "--fft_reweight",
+        default=False,
+        type=boolean,
+        help="Fourier loss that is not focal: multiplied by its own value",
+    )
     # ---- optimizer
-    p.add_argument("--opt", default="adamw", choices=optim.OPTIMIZERS)
-    p.add_argument("--lr", default=1.2e-3, type=float, help="absolute; the recipes have 2048 images per update")
-    p.add_argument("--weight_decay", default=0.05, type=float)
-    p.add_argument("--betas", default=[0.9, 0.999], type=float, nargs=2)
-    p.add_argument("--eps", default=1e-8, type=float)
-    p.add_argument("--momentum", default=0.9, type=float, help="of SGD")
-    p.add_argument("--paramwise", default=[], type=config.patterns, help="options of parameters whose name matches")
-    p.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm; ViTs: 5")
-    p.add_argument("--amp", default=True, type=boolean, help="false: float32; --amp_dtype bf16 or fp16 wins")
-    p.add_argument("--sync_bn", default=True, type=boolean, help="batch statistics over all processes")
-    # ---- schedule, by iteration
-    p.add_argument("--sched", default="StepFixCosineAnnealing", choices=optim.POLICIES)
-    p.add_argument("--min_lr", default=0.0, type=float)
-    p.add_argument("--warmup_epochs", default=10, type=int)
-    p.add_argument("--warmup_ratio", default=1e-6, type=float, help="of the learning rate, where the warm-up starts")
-    p.add_argument("--by_epoch", default=False, type=boolean, help="CosineAnnealing: constant within an epoch")
-    p.add_argument("--steps", default=[], type=int, nargs="*", help="step: epochs at which the rate falls")
-    p.add_argument("--gamma", default=0.1, type=float, help="step: factor by which it falls")
+    optim.add_flags(p)
+    p.set_defaults(  # authors' configurations of CNNs; their ViTs: 4e-4, step at epoch 700 of 800, clip 5
+        epochs=300,
+        batch_size=256,
+        lr=1.2e-3,
+        sched="StepFixCosineAnnealing",
+        warmup_epochs=10,
+        sync_bn=True,
+    )
     # ---- data, files, process
     datasets.add_flags(p)
-    p.add_argument("--save_every", default=10, type=int, help="epochs between the numbered checkpoints")
-    p.add_argument("--save_recon_every", default=0, type=int, help="iterations between pictures; 0 draws none")
-    p.add_argument("--recon_iters_per_epoch", default=0, type=int, help="in which that is counted; 0: of this run")
-    distributed.add_flags(p)
     p.set_defaults(data_path="data/ImageNet")
+    g.output.add_argument(
+        "--save_every", default=10, type=int, help="epochs between numbered checkpoints, of which the newest is kept"
+    )
+    g.output.add_argument(
+        "--save_recon_every", default=0, type=int, help="iterations between pictures of reconstructions; 0: none"
+    )
+    g.output.add_argument(
+        "--recon_iters_per_epoch",
+        default=0,
+        type=int,
+        help="iterations per epoch of the run that --save_recon_every was chosen for; 0: this one",
+    )
+    distributed.add_flags(p)
     return p
 
 
@@ -122,7 +195,7 @@ def build_masking(args: argparse.Namespace) -> BlockwiseMaskGenerator:
     """The mask generator of the flags, on the grid of the masked features."""
     if args.backbone not in BACKBONES:
         raise distributed.UserError(f"--backbone {args.backbone}: expected one of {', '.join(BACKBONES)}")
-    if args.backbone.startswith(("mae_", "deit_")):
+    if args.backbone in FINE_TUNED:
         raise distributed.UserError(f"--backbone {args.backbone}: is for fine-tuning only")
     with distributed.user_errors(f"--backbone {args.backbone}"):
         stride = insertion_stride(args.backbone, args.mask_layer, args.patch_size)
@@ -186,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
     position = checkpoint.resume(resume, args.start_epoch)
     tags = {name: f"train/{name}" for name in ("loss", "loss_spatial", "loss_freq", "lr", "grad_norm")}
 
-    # The interval is told in iterations of --recon_iters_per_epoch; this run's epochs may have others.
+    # The interval counts iterations of a run with --recon_iters_per_epoch; the epochs of this one may be longer.
     every = -(-args.save_recon_every * len(loader) // (args.recon_iters_per_epoch or len(loader)))
 
     def draw(iteration: int, out: dict[str, Any]) -> None:

@@ -25,8 +25,9 @@ PER_PICTURE = 4  # images, as during pre-training
 def get_args_parser() -> argparse.ArgumentParser:
     p = main_pretrain.get_args_parser()
     p.prog = "A2MIM pictures"
-    p.add_argument("--images", nargs="+", default=[], help="image files; default: validation images of --data_path")
-    p.add_argument("--num_images", default=8, type=int, help="of --data_path, spread over it")
+    g = distributed.flag_groups(p).data
+    g.add_argument("--images", nargs="+", default=[], help="image files; default: validation images of --data_path")
+    g.add_argument("--num_images", default=8, type=int, help="number of images of --data_path, spread over it")
     return p
 
 

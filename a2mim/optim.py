@@ -10,11 +10,82 @@ import torch
 from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
-from a2mim import openmixup
+from a2mim import config, openmixup
 from common import distributed, lr_sched
 
 OPTIMIZERS = ("adamw", "lamb", "sgd")
 POLICIES = ("step", "CosineAnnealing", "StepFixCosineAnnealing")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of optimizer, schedule and run length; each main sets the defaults of its recipes."""
+    g = distributed.flag_groups(parser).optimizer
+    g.add_argument("--epochs", default=100, type=int, help="length of the run")
+    g.add_argument(
+        "--batch_per_gpu",
+        "--batch_size",
+        dest="batch_size",
+        default=128,
+        type=int,
+        help="images per process and micro-step",
+    )
+    g.add_argument(
+        "--accum",
+        "--accum_iter",
+        dest="accum_iter",
+        default=1,
+        type=int,
+        help="micro-steps per update, whose gradients are averaged",
+    )
+    g.add_argument(
+        "--opt", default="adamw", choices=OPTIMIZERS, help="lamb: as in RSB, clips the gradient norm at 1, eps 1e-6"
+    )
+    g.add_argument(
+        "--lr", default=1e-3, type=float, help="learning rate, not scaled by the number of images per update"
+    )
+    g.add_argument("--weight_decay", default=0.05, type=float, help="weight decay, where --paramwise has no other")
+    g.add_argument(
+        "--betas", default=[0.9, 0.999], type=float, nargs=2, help="decay rates of both moments (AdamW, LAMB)"
+    )
+    g.add_argument("--eps", default=1e-8, type=float, help="added to the denominator (AdamW)")
+    g.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD")
+    g.add_argument(
+        "--paramwise",
+        default=[],
+        type=config.patterns,
+        help="options of parameters whose name in OpenMixup contains a pattern, later ones win: "
+        '[("pattern", {"weight_decay": 0.0, "lr_mult": 0.1}), ...]',
+    )
+    g.add_argument(
+        "--clip_grad", default=None, type=float, help="largest norm of the gradient, by default any; authors' ViTs: 5"
+    )
+    g.add_argument(
+        "--sched",
+        default="CosineAnnealing",
+        choices=POLICIES,
+        help="the learning rate falls at --steps, or by a cosine from the first iteration or the end of the warm-up on",
+    )
+    g.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end of a cosine, of all parameters")
+    g.add_argument("--warmup_epochs", default=0, type=int, help="epochs in which the learning rate grows linearly")
+    g.add_argument(
+        "--warmup_ratio",
+        default=1e-6,
+        type=float,
+        help="share of the learning rate at which the warm-up starts (StepFixCosineAnnealing: at 0)",
+    )
+    g.add_argument("--by_epoch", default=False, type=config.boolean, help="CosineAnnealing: constant within an epoch")
+    g.add_argument("--steps", default=[], type=int, nargs="*", help="step: epochs at which the learning rate falls")
+    g.add_argument("--gamma", default=0.1, type=float, help="step: factor by which the learning rate falls each time")
+    p = distributed.flag_groups(parser).process
+    p.add_argument(
+        "--amp", default=True, type=config.boolean, help="mixed precision; false: float32, unless --amp_dtype is given"
+    )
+    p.add_argument(
+        "--sync_bn",
+        default=False,
+        type=config.boolean,
+        help="batch norms take the statistics of all processes together",
+    )
 
 
 # ---- parameter options
@@ -47,7 +118,9 @@ def param_options(
     Args:
         optimizer_cfg: lr, weight_decay, paramwise_options {pattern: {"weight_decay", "lr_mult", "lr"}}, and for layer
             decay: layer_decay and model_type (vit or convnext).
-        n_blocks: of the ViT, or of the ConvNeXt's third stage.
+        n_blocks: of the ViT, or of the third stage of a ConvNeXt; only layer decay needs it.
+    Raises:
+        ValueError: layer decay without n_blocks.
     """
     lr, weight_decay = optimizer_cfg["lr"], optimizer_cfg.get("weight_decay", 0.0)
     for pattern, options in (optimizer_cfg.get("paramwise_options") or {}).items():
@@ -56,7 +129,8 @@ def param_options(
             lr = options.get("lr", optimizer_cfg["lr"] * options["lr_mult"] if "lr_mult" in options else lr)
     decay = optimizer_cfg.get("layer_decay")
     if decay:
-        assert n_blocks is not None, "layer decay needs the number of blocks"
+        if n_blocks is None:
+            raise ValueError("layer decay needs the number of blocks")
         kind = optimizer_cfg.get("model_type", "vit")
         lr = optimizer_cfg["lr"] * _layer_scale(official_name, decay, kind, n_blocks)
     return lr, weight_decay
