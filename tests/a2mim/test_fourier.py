@@ -20,6 +20,7 @@ from a2mim.losses import MIMLoss
 from a2mim.models_a2mim import build_classifier, build_masked
 from a2mim.openmixup import to_openmixup_state_dict
 from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.processes import launch
 from tests.support.runs import mistake, run_main
 
 
@@ -200,20 +201,20 @@ def test_statistics_are_means_over_the_first_full_batches(flags, digits):
 def test_own_encoder__of_any_checkpoint(flags, tmp_path):
     """A fine-tuned checkpoint, its encoder alone, one of timm's names and one of pre-training give the same."""
     torch.manual_seed(3)
-    model = build_classifier("resnet18", 10)
+    model = build_classifier("resnet_nano", 10)
     official = to_openmixup_state_dict(model)
     torch.save({"state_dict": official}, "finetuned.pth")
     encoder = {k.removeprefix("backbone."): v for k, v in official.items() if k.startswith("backbone.")}
     torch.save({"state_dict": encoder}, "encoder.pth")
     torch.save(model.net.state_dict(), "plain.pth")
-    masked = build_masked("resnet18", MIMLoss(), mask_layer=3)
+    masked = build_masked("resnet_nano", MIMLoss(), mask_layer=3)
     masked.encoder.load_state_dict(model.net.state_dict(), strict=False)
     torch.save({"state_dict": to_openmixup_state_dict(masked)}, "pretrained.pth")
     names = ("finetuned", "encoder", "plain", "pretrained")
     for name in names:
-        more = ["--exp_name", "variance", "--model_name", "resnet18", "--pretrained_path", f"{name}.pth"]
+        more = ["--exp_name", "variance", "--model_name", "resnet_nano", "--pretrained_path", f"{name}.pth"]
         run_main(main_fourier, *flags, *more)
-    found = [load(f"report/variance/resnet18/{name}/variance_latents.pt") for name in names]
+    found = [load(f"report/variance/resnet_nano/{name}/variance_latents.pt") for name in names]
     for other in found[1:]:
         assert torch.equal(torch.stack(other["variance"]), torch.stack(found[0]["variance"]))
 
@@ -224,12 +225,13 @@ def test_timm_weights__with_any_classes(flags):
     assert Path("report/fourier/test_vit/seven/fourier_latents.pt").exists()
 
 
-def test_alias_and_flags_without_effect(flags, run_script, digits, tmp_path):
+def test_alias_and_flags_without_effect(flags, digits, tmp_path):
     script = ROOT / "a2mim/analysis_tools/fourier_analysis/fourier_analysis.py"
     names = "\n".join(f"{path.parent.name}/{path.name} 0" for path in sorted(Path(digits).glob("val/*/*.png")))
     (tmp_path / "list.txt").write_text(names)
     more = ["--shuffle_size", "14", "7", "--dino", "--drop_count", "3", "--test_list", "list.txt"]
-    run_script(str(script), *SMALL, "--test_dir", f"{digits}/val", *more, "--exp_name", "variance", cwd=tmp_path)
+    words = [*SMALL, "--test_dir", f"{digits}/val", *more, "--exp_name", "variance"]
+    assert launch(tmp_path / "out", str(script), *words, cwd=tmp_path) == [0], (tmp_path / "out").read_text()
     assert load("report/variance/test_vit/random/variance_latents.pt")["images"] == 12
 
 

@@ -29,6 +29,7 @@ from a2mim.interactions import (
 from a2mim.models_a2mim import build_classifier
 from a2mim.openmixup import to_openmixup_state_dict
 from common import distributed
+from tests.support import processes
 from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
 from tests.support.runs import mistake, run_main
 
@@ -213,13 +214,18 @@ def test_killed_and_resumed__identical_files(study, tmp_path, monkeypatch, capsy
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_stage_by_stage_on_two_processes(study, tmp_path, launch):
+@pytest.mark.parametrize("launcher", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_stage_by_stage_on_two_processes(study, tmp_path, launch, launcher):
     run_main(main_interactions, *study, "--output_dir", "one")
     study += ["--output_dir", str(tmp_path / "two")]
     for stage in ("sampler", "pairs"):
         run_main(main_interactions, *study, "--stage", stage)
     assert not list(tmp_path.glob("two/*/*/interactions_*"))
-    launch(2, str(STAGES / "m_order_interaction_logit_pixel.py"), *study, "--stage", "all")
+    words = [str(STAGES / "m_order_interaction_logit_pixel.py"), *study, "--stage", "all"]
+    if launcher:
+        launch(2, *words)
+    else:
+        assert processes.launch(tmp_path / "out", *words, processes=2) == [0, 0], (tmp_path / "out").read_text()
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 

@@ -40,7 +40,7 @@ def test_heads_match_upstream(path):
         )
 
 
-# ---- formulas (spec d6), as upstream computes them
+# ---- formulas, as upstream computes them
 
 
 def as_image(mask: Tensor, x: Tensor) -> Tensor:

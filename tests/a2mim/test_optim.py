@@ -146,7 +146,7 @@ def test_options__later_patterns_win(rows, name, expected):
 
 
 def vit_scale(name: str, decay: float, depth: int) -> float:
-    """Spec f: pos_embed, cls_token, patch_embed d^(L+1), block i d^(L-i), the rest 1."""
+    """As upstream: pos_embed, cls_token, patch_embed d^(L+1), block i d^(L-i), the rest 1."""
     block = re.match(r"backbone\.layers\.(\d+)\.", name)
     if block:
         return decay ** (depth - int(block[1]))
@@ -154,8 +154,8 @@ def vit_scale(name: str, decay: float, depth: int) -> float:
 
 
 def convnext_scale(name: str, decay: float, depth: int) -> float:
-    """Spec f: stem 0; stage 0 1; stage 1 and its down-sampling 2; down-sampling 2 3; block b of stage 2 3 + b // 3;
-    stage 3 and its down-sampling n; norm and head n + 1."""
+    """As upstream: stem 0; stage 0 1; stage 1 and its down-sampling 2; down-sampling 2 3; block b of stage 2
+    3 + b // 3; stage 3 and its down-sampling n; norm and head n + 1."""
     n = 12 if depth > 9 else 6
     layers = {"stem": 0, "stages.0": 1, "down.1": 2, "stages.1": 2, "down.2": 3, "down.3": n, "stages.3": n}
     short = name.removeprefix("backbone.").replace("downsample_layers.0.", "stem.").replace("downsample_layers", "down")

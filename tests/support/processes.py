@@ -13,7 +13,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 MAINS = {
     "semaim": ("pretrain", "finetune", "linprobe", "knn"),
     "cae": ("pretrain", "finetune", "attentive", "linprobe"),
-    "a2mim": ("pretrain", "finetune", "linprobe"),
+    "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier"),
     "udi": ("pretrain", "finetune", "linprobe", "knn"),
 }
 PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]

@@ -187,7 +187,7 @@ def capture(
             given = _bound(function, (tensor, *args), kwargs)
             words = ", ".join(f"{k}={v}" for k, v in given.items() if k not in ("tensor", "generator"))
             run.inits[_memory(tensor)] = tensor, f"{function.__name__}({words})"
-            return function(tensor, *args, **kwargs)
+            return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
 
         return draws
 
