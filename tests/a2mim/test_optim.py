@@ -16,6 +16,7 @@ from a2mim.models_a2mim import build_classifier, build_masked
 from a2mim.openmixup import official_names, to_openmixup_state_dict
 from common import distributed
 from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.recipes import without_numbers
 from tests.support.runs import CPU
 
 CONFIGS = ROOT / "a2mim" / "configs" / "openmixup"
@@ -78,7 +79,7 @@ def test_parameter_options_match_upstream(path):
     assert cases
     for name, case in cases.items():
         main, args = flags_of(name)
-        with torch.device("meta"):
+        with without_numbers():
             model = main.build_model(args)
         optimizer = main.build_optimizer(args, model, args.lr)
         assert type(optimizer).__name__.lower() == case["optimizer"].lower()
@@ -178,7 +179,7 @@ def convnext_scale(name: str, decay: float, depth: int) -> float:
     ],
 )
 def test_layer_decay(backbone, kind, depth):
-    with torch.device("meta"):
+    with without_numbers():
         model = build_classifier(backbone, 10)
     paramwise = [*NO_DECAY, ("head", {"lr_mult": 3.0})]
     cfg = {"lr": 2.0, "weight_decay": 0.1, "paramwise_options": dict(paramwise), "layer_decay": 0.7, "model_type": kind}

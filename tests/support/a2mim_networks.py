@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from a2mim.models_a2mim import (
     build_masked,
 )
 from tests.support.helpers import ROOT, assert_close
+from tests.support.recipes import without_numbers
 
 CONFIGS = ROOT / "a2mim" / "configs" / "openmixup"
 NANO = ("vit_nano", "resnet_nano", "convnext_nano")
@@ -52,9 +52,8 @@ def encoder_of(model: Any) -> Any:
 
 
 def on_meta(build: Callable[[], Any]) -> Any:
-    """A network of full size without memory for its weights, whose initial values are not worth drawing then."""
-    drawing = (mock.patch(f"a2mim.models_a2mim.{name}") for name in ("init_pretraining", "init_from_scratch"))
-    with torch.device("meta"), next(drawing), next(drawing):
+    """A network of full size without numbers."""
+    with without_numbers():
         return build()
 
 

@@ -53,6 +53,17 @@ class _Numbers(TorchFunctionMode):
         return func(*args, **({"device": "cpu"} if func is torch.tensor else {}) | (kwargs or {}))
 
 
+@contextlib.contextmanager
+def without_numbers() -> Iterator[None]:
+    """Networks that are built inside have shapes but no numbers, and no initial values are drawn."""
+    with contextlib.ExitStack() as stack:
+        for name in INITS:
+            stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
+        stack.enter_context(mock.patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor))
+        stack.enter_context(torch.device("meta"))
+        yield
+
+
 class Images(torch.utils.data.Dataset):
     """Stands for a data set: its length and its classes, no images."""
 
@@ -220,6 +231,7 @@ def capture(
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # this machine's cores are none of the recipe's
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - what mains might seed
+        stack.enter_context(mock.patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor))
         stack.enter_context(torch.device("meta"))
         stack.enter_context(_Numbers())
         with contextlib.suppress(_TrainingStarts):
@@ -309,7 +321,7 @@ def _by_pattern(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[st
 
 def preset(build: Callable[..., nn.Module], **kwargs) -> dict[str, Any]:
     """`modules` of a network that is built without numbers, and how many parameters it has ("parameters")."""
-    with torch.device("meta"):
+    with without_numbers():
         model = build(**kwargs)
     return {**modules(model), "parameters": sum(p.numel() for p in model.parameters())}
 
