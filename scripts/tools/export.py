@@ -78,7 +78,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     encoders.add_flags(p, timm=False)
     p.add_argument("out", metavar="OUT", help="folder, or with --format safetensors file, to write")
     p.add_argument("--format", default="timm", choices=["timm", "safetensors"])
-    p.add_argument("--classes", default="", help="text file with the classes' names, one a line, for the timm folder")
+    p.add_argument(
+        "--classes",
+        default="",
+        help="text file with the classes' names, one a line, for the timm folder; default: those in the checkpoint",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to OUT")
     return p
 
@@ -154,8 +158,15 @@ def sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def class_names(path: str, classes: int) -> list[str]:
-    """The lines of --classes; raises UserError unless there are as many as classes."""
+def class_names(path: str, flags: dict[str, Any], classes: int) -> list[str]:
+    """The lines of --classes, of which there must be as many as classes; else the names among a run's flags, if any.
+
+    Raises:
+        UserError: the file cannot be read or has other lines.
+    """
+    if not path:
+        names = flags.get("class_names") or []
+        return names if len(names) == classes else []
     try:
         names = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -257,8 +268,9 @@ def check_safetensors(path: Path, method: str, backbone: Backbone) -> None:
 
 
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """A run's flags without empty ones and without the folders of its machine."""
+    """A run's flags without empty ones, without the folders of its machine and without its classes' names."""
     shown = {k: Path(v).name if isinstance(v, str) and os.sep in v else v for k, v in flags.items()}
+    shown.pop("class_names", None)
     return {k: v for k, v in sorted(shown.items()) if v is not None and v is not False and v not in ("", [])}
 
 
@@ -374,7 +386,7 @@ def main(args: argparse.Namespace) -> None:
             check_safetensors(path, args.method, backbone)
     else:
         form = encoders.timm_form(args.method, backbone)
-        labels = class_names(args.classes, form.num_classes) if args.classes else []
+        labels = class_names(args.classes, backbone.args, form.num_classes)
         state = distributed.load(args.checkpoint)
         meta = state.get("meta") if isinstance(state.get("meta"), dict) else {}
         epoch = state.get("epoch", meta.get("epoch", "nothing"))  # type: ignore[union-attr]

@@ -241,6 +241,16 @@ def test_config_and_card(tmp_path, monkeypatch, capsys):
     assert "torch.Size([1, 96])" in capsys.readouterr().out
 
 
+def test_names_of_classes__are_those_of_the_checkpoint(tmp_path):
+    names = [f"class {i}" for i in range(7)]
+    torch.save(checkpoint(saim_vit.vit_nano_patch16(**SIZE, num_classes=7), class_names=names), tmp_path / "a.pth")
+    run_main(export, "saim", str(tmp_path / "a.pth"), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == names
+    assert "class_names" not in (tmp_path / "out" / "README.md").read_text()
+    run_main(export, "saim", str(tmp_path / "a.pth"), str(tmp_path / "a.safetensors"), "--format", "safetensors")
+    assert load("saim", str(tmp_path / "a.safetensors")).args["class_names"] == names
+
+
 def test_notes_tell_what_is_left_out(tmp_path, capsys):
     method, path = written(tmp_path, "cae attentive")
     run_main(export, method, path, str(tmp_path / "out"))
