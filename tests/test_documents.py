@@ -18,9 +18,8 @@ from tests.support import documents
 from tests.support.documents import FILE, METHODS, Command
 from tests.support.helpers import ROOT
 
-PAGES = [path for method in METHODS if (path := ROOT / method / "README.md").exists()]
+PAGES = [ROOT / method / "README.md" for method in METHODS]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests/golden/README.md", *PAGES]
-DOCUMENTS = [path for path in DOCUMENTS if path.exists()]
 SCRIPTS = sorted(
     p for folder in ("scripts", *METHODS) for p in ROOT.glob(f"{folder}/**/*.*") if p.suffix in (".py", ".sh")
 )

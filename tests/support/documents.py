@@ -16,7 +16,7 @@ PRETRAIN = CONFIGS / "pretrain/a2mim/imagenet/r50_l3_sz224_init_8xb256_cos_ep100
 FINETUNE = CONFIGS / "finetune/imagenet/r50_rsb_a3_ft_sz160_4xb512_cos_fp16_ep100.py"
 # Words with which a command begins; what is not ours is only looked at.
 OURS = ("python", "python3", "torchrun", "bash", "srun")
-FOREIGN = ("cd", "git", "pip", "mkdir", "wget", "sbatch", "tail", "kill", "tensorboard")
+FOREIGN = ("cd", "cp", "git", "pip", "mkdir", "wget", "sbatch", "tail", "kill", "tensorboard")
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"[\w./*-]+\.(?:py|sh|md|toml|png)")
 
@@ -116,6 +116,7 @@ def files(document: Path) -> list[str]:
     named = [path for code in spans(document.read_text()) for path in FILE.findall(code) if "/" in path]
     ours = re.compile(rf"({'|'.join((*METHODS, 'scripts', 'tests', 'common', 'docs'))})/")
     named += [code.split()[0] for code in spans(document.read_text()) if ours.match(code)]
+    named = [path.replace("<method>", "*") for path in named]
     return [path for path in named if not re.match(r"/|(DATA|OUT|RUN|runs|work_dirs)/", path) and "..." not in path]
 
 
