@@ -132,14 +132,14 @@ class _EpochSampler(Sampler):
     """Yields (epoch, index), or (epoch, index, copy) of a sampler that numbers copies; can start inside an epoch."""
 
     def __init__(self, sampler: Any):
-        self.sampler, self.epoch, self.first = sampler, 0, 0
+        self.sampler, self.epoch, self.first, self.last = sampler, 0, 0, None
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         self.sampler.set_epoch(self.epoch)
-        for index in itertools.islice(self.sampler, self.first, None):
+        for index in itertools.islice(self.sampler, self.first, self.last):
             yield (self.epoch, *index) if isinstance(index, tuple) else (self.epoch, index)
 
 
@@ -175,6 +175,7 @@ class Loader:
         accum_iter: a stop signal waits for the end of an update of that many batches.
         sampler: of the training images, in place of a `DistributedSampler`; yields indices, or (index, copy).
         drop_last: leave out an epoch's last batch where it is smaller.
+        whole_updates: leave out the batches beyond images // (batch size * accum_iter * processes) updates, as BEiT.
         collate: makes a batch of what `transform` returns.
     Raises:
         UserError: the training images do not fill one batch.
@@ -195,9 +196,10 @@ class Loader:
         sampler: Any = None,
         drop_last: bool = True,
         collate: Callable = default_collate,
+        whole_updates: bool = False,
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
-        self.batch_size = batch_size
+        self.batch_size, self.whole_updates = batch_size, whole_updates
         self.drop_last = drop_last or not train or isinstance(dataset, IterableDataset)
         streamed = isinstance(dataset, IterableDataset)
         if streamed:  # its reader shares the images out to ranks and workers
@@ -237,13 +239,19 @@ class Loader:
                 f"--batch_size {batch_size}: {self.images} training images do not fill one batch on each of "
                 f"{world_size()} processes"
             )
+        if isinstance(self.sampler, _EpochSampler) and whole_updates:
+            self.sampler.last = len(self) * batch_size
         if train and len(self) < accum_iter:
             raise UserError(f"--accum_iter {accum_iter}: an epoch has only {len(self)} batches, no update would happen")
 
     def __len__(self) -> int:
         """Batches per epoch and rank."""
         own = self.images // world_size() if self.sampler is None else len(self.sampler)
-        return own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
+        batches = own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
+        if not self.whole_updates or batches < self.accum_iter:
+            return batches
+        # Processes may share out a few images twice, which upstream does not count.
+        return self.accum_iter * max(1, self.images // (self.batch_size * self.accum_iter * world_size()))
 
     def match_classes(self, state: dict[str, Any], path: str) -> None:
         """Let targets be the class indices of a checkpoint read from path, by the names of the classes.
@@ -337,20 +345,22 @@ def supervised_loaders(
     device: torch.device,
     val_path: str = "",
     val_batch_size: int = 0,
+    whole_updates: bool = False,
     **kwargs,
 ) -> tuple[Loader, Loader]:
     """Training and validation batches of the flags, whose classes agree.
 
     Args:
         val_path: folder of the validation images, if not --data_path. val_batch_size: if not --batch_size.
-        kwargs: `lists` and `direct` as in `image_dataset`.
+        whole_updates: of training, as `Loader`. kwargs: `lists` and `direct` as in `image_dataset`.
     """
     kwargs["skip"] = args.output_dir
     train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, **kwargs)
     path = val_path or args.data_path
     val = image_dataset(path, False, True, args.dataset, args.val_split, args.batch_size, **kwargs)
     args.class_names = check_classes(train, val, args.nb_classes)
+    own = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": whole_updates}
     return (
-        build_loader(args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter),
+        build_loader(args, train, transform, device, **own),
         build_loader(args, val, val_transform, device, train=False, batch_size=val_batch_size or args.batch_size),
     )
