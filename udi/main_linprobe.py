@@ -52,7 +52,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- data, files, process
     datasets.add_flags(p)
     g.output.add_argument(
-        "--val_freq", default=1, type=int, help="epochs between evaluations; the last epoch is always evaluated"
+        "--val_freq",
+        default=1,
+        type=int,
+        help="epochs between evaluations, from the first; the last is always evaluated",
     )
     g.output.add_argument(
         "--output_dir",
@@ -226,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
                 net, nn.CrossEntropyLoss(), loader, updater, lambda *_, rate=rate: (rate, 0.0), epoch_log
             )
         line = {"train_loss": stats["loss"], "train_lr": stats["lr"], "epoch": epoch}
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
+        if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
             checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
             test = evaluate(model, val_loader, updater)
             checkpoint.best = max(checkpoint.best, test["acc1"])
