@@ -1,6 +1,7 @@
 """SemAIM pre-training. Recipes of the paper's rows: scripts/semaim_*.sh."""
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, {"saveckp_freq": (1, math.inf)})
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")

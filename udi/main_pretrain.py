@@ -122,7 +122,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- data, files, process
     datasets.add_flags(p)
     g.output.add_argument("--output_dir", default=".", help="checkpoints, log.txt, TensorBoard; '' writes nothing")
-    g.output.add_argument("--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints")
+    g.output.add_argument(
+        "--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints; 0: none"
+    )
     distributed.add_flags(p)
     p.set_defaults(data_path="/path/to/imagenet/train/", num_workers=10, local_rank=0)
     return p

@@ -55,6 +55,11 @@ def test_numbered_checkpoints(digits, tmp_path):
     assert [state_of(tmp_path, name)["epoch"] for name in sorted(numbered)] == [1, 3, 4]
 
 
+def test_no_numbered_checkpoints(digits, tmp_path):
+    train("no patches", digits, tmp_path, "--batch_size", "24", "--saveckp_freq", "0")
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint-previous.pth"}
+
+
 def official(path: Path, target: Path, tensors: bool) -> None:
     """The file as upstream writes it: flags as a Namespace, none of our keys, old optimizer settings."""
     state = distributed.load(str(path))

@@ -61,7 +61,7 @@ BAD = [
     ("--amp_dtype fp16", "--amp_dtype fp16: needs a GPU"),
     ("--seed -1", "--seed -1: expected"),
     ("--num_workers -1", "--num_workers -1: expected at least 0"),
-    ("--saveckp_freq 0", "--saveckp_freq 0: expected at least 1"),
+    ("--saveckp_freq -1", "--saveckp_freq -1: expected at least 0"),
     ("--start_epoch -1", "--start_epoch -1: expected at least 0"),
     ("--output_dir /proc/nowhere", "--output_dir /proc/nowhere: cannot be written"),
     ("--output_dir FILE", "cannot be written"),
