@@ -190,7 +190,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.unused.add_argument("--no_auto_resume", action="store_false", dest="auto_resume", help="--resume '' starts anew")
     g.output.add_argument("--save_ckpt", action="store_true", default=True, help="write checkpoints (default)")
     g.output.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
-    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    g.output.add_argument(
+        "--eval", action="store_true", help="only evaluate the checkpoint of --resume, else --finetune"
+    )
     g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
     g.unused.add_argument("--enable_deepspeed", action="store_true", help="refused")
     g.unused.add_argument("--configure", default="job.yaml", help="unread by the authors' program, too")
@@ -212,8 +214,12 @@ def output_dir(args: argparse.Namespace) -> str:
 
 
 def resume_path(args: argparse.Namespace) -> str:
-    """The file of --resume; upstream's checkpoint.pth is that of the output folder, if any; '' starts anew."""
-    return distributed.find_checkpoint(args.output_dir, "") if args.resume == LATEST else args.resume
+    """The file of --resume; upstream's checkpoint.pth is that of the output folder, if any; '' starts anew.
+
+    Where there is none, --eval evaluates --finetune.
+    """
+    found = distributed.find_checkpoint(args.output_dir, "") if args.resume == LATEST else args.resume
+    return found or (args.finetune if args.eval else "")
 
 
 def pretrained_weights(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -330,7 +336,7 @@ def main(args: argparse.Namespace) -> None:
     args.output_dir, args.accum_iter, args.nb_classes = output_dir(args), args.update_freq, args.nb_classes or 1000
     # ---- data
     loader, val_loader = datasets.supervised_loaders(
-        args, *build_transforms(args), device, val_batch_size=int(1.5 * args.batch_size)
+        args, *build_transforms(args), device, val_batch_size=int(1.5 * args.batch_size), whole_updates=True
     )
     with distributed.user_errors("--mixup, --cutmix and their options"):
         mixup = build_mixup(args)
@@ -338,7 +344,7 @@ def main(args: argparse.Namespace) -> None:
     resume, weights = resume_path(args), None
     if resume:
         weights = distributed.weights_of(distributed.load(resume), resume)
-    elif args.finetune and not args.eval:
+    elif args.finetune:
         weights = pretrained_weights(args)
     model = build_model(args, weights)
     if weights is not None and not resume:
@@ -346,7 +352,7 @@ def main(args: argparse.Namespace) -> None:
             missing, unexpected = load_pretrained(model, weights)
         matched = len(model.state_dict()) - len(missing)
         distributed.log(f"{args.finetune}: {distributed.load_report(matched, missing, unexpected)}")
-    elif args.finetune and resume:
+    elif args.finetune not in ("", resume):
         distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     model.to(device)
     net = distributed.wrap(model, device, args.compile)
@@ -355,7 +361,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- optimizer
     images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)
-    rates = build_rates(args, max(1, len(loader) // args.accum_iter))
+    rates = build_rates(args, len(loader) // args.accum_iter)
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     # Mixup folds the smoothing into its soft targets.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)

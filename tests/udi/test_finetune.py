@@ -11,7 +11,7 @@ import torch
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
-from common import distributed
+from common import datasets, distributed
 from tests.support import udi_weights as files
 from tests.support.helpers import ROOT, golden_files, load_golden
 from tests.support.runs import assert_same, mistake, run_main, spoil
@@ -199,6 +199,40 @@ def test_empty_resume_starts_anew(digits, tmp_path):
     assert len(lines(tmp_path)) == 1
     run_main(main_finetune, *own, "--resume", "")
     assert len(lines(tmp_path)) == 2
+
+
+def test_surplus_batches_are_skipped(digits, tmp_path, monkeypatch, capsys):
+    """48 images make 5 batches of 9, which are 2 updates of 2: neither computed nor counted is the fifth."""
+    own = [*SMALL, "--data_path", digits, "--batch_size", "9", "--update_freq", "2", "--lr", "0.01", "--min_lr", "0.01"]
+    own += ["--disable_eval_during_finetuning", "--output_dir", str(tmp_path)]
+    plain, calls = VisionTransformer.forward, []
+
+    def counted(self, imgs):
+        calls.append(len(imgs))
+        return plain(self, imgs)
+
+    monkeypatch.setattr(VisionTransformer, "forward", counted)
+    run_main(main_finetune, *own)
+    assert calls == [9] * 8
+    state = state_of(tmp_path)
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {4}
+    assert (state["epoch"], state["images"]) == (1, 0)
+    # Of 2 processes each has 9 of 17 images, of which upstream counts 17 // 6 = 2 updates.
+    images, options = [None] * 17, {"num_workers": 0, "accum_iter": 1, "whole_updates": True}
+    assert len(datasets.Loader(images, None, 3, torch.device("cpu"), **options)) == 5
+    monkeypatch.setattr("common.datasets.loader.world_size", lambda: 2)
+    assert len(datasets.Loader(images, None, 3, torch.device("cpu"), **options)) == 2
+
+
+def test_eval_takes_what_finetune_names(digits, tmp_path, capsys):
+    """Where the output folder has no checkpoint."""
+    own = [*SMALL, "--data_path", digits, "--epochs", "1", "--warmup_epochs", "0"]
+    run_main(main_finetune, *own, "--output_dir", str(tmp_path / "first"))
+    (line,) = lines(tmp_path / "first")
+    capsys.readouterr()
+    own += ["--eval", "--finetune", str(tmp_path / "first" / "checkpoint.pth")]
+    run_main(main_finetune, *own, "--output_dir", str(tmp_path / "second"))
+    assert f"* Acc@1 {line['test_acc1']:.3f}" in capsys.readouterr().out
 
 
 # ---- transforms
