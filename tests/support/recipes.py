@@ -37,7 +37,7 @@ ALONE = {  # functions of common.distributed that would need the other processes
     "amp_dtype": lambda *_: torch.float32,
     "agree": lambda problem=False: (0, bool(problem)),
     "all_sum": list,
-    **dict.fromkeys(("barrier", "sync_buffers", "catch_signals"), lambda *_: None),
+    **dict.fromkeys(("sync_buffers", "catch_signals"), lambda *_: None),
 }
 INITS = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
 
