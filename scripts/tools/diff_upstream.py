@@ -1,40 +1,10 @@
 """Compare a checkout of the authors' repository with this project: files, flags, constructors, and a checkpoint.
 
-Nothing of the checkout is imported or executed; its Python files are read as syntax trees. What the pinned commit
-holds, and where this project differs on purpose, is recorded in upstream/<method>.json:
+Nothing of the checkout is imported or executed; its Python files are read as syntax trees. What it holds is read from
+it, what is ours is read from our code. upstream/<method>.json names what belongs together and where the two differ on
+purpose; upstream/README.md says how.
 
-repositories  name, url, commit (7 digits or more), licence; `marks`: paths that tell it from others. DIR is the
-              repository of the pinned commit, else the first one all of whose marks exist. `inferred`: what is recorded
-              was measured at another commit, so that deviations are told and not unexpected. It has
-  files       path or pattern (*, **) -> {here, role}; the first match counts. Plain paths must exist, unless
-              `optional`. Every .py and .sh file must match one; __init__.py and other endings are not compared
-  parsers     [{file, here, flags, intended}]; flags: first option string -> {action, type, default, dest, nargs,
-              choices, computed}, absent fields as in argparse; nargs and choices are compared where recorded, the
-              default unless it is computed. here: our file with get_args_parser(), or file.py:function; several
-              separated by ", ". intended: flag, or * -> reason
-  definitions [{file, name, here, defaults, calls, complete, intended}]; file: of those that match (patterns, several
-              separated by ", ") the first that has the name; defaults: parameter -> literal default (null: unknown);
-              calls: keyword -> value in the constructor call that the function returns, or the called class's default.
-              complete: a null is None, and what is not recorded is unexpected
-  configs     [{file, values}]; values: dotted path through dict(...)s and `_base_` files -> literal
-checkpoints   [{kind, weights, marks, without, holds, ...}], tried in order: the weights lie under one of the dotted
-              keys `weights`; every mark begins one of their keys, none of `without` does; the file has the keys `holds`
-  flags, set, infer, fixed, recipe, build
-              flags: our file whose get_args_parser() describes the network. Its defaults are overridden by the
-              checkpoint's own args, else by `infer` (flag -> {blocks: stack} | {size: [key, axis], names: {size:
-              value}} | {has: key, yes, no}), then by `set` (flag -> dotted key) and `fixed` (flag -> value). recipe:
-              dotted key of the name of one of our configurations. build: functions, the first makes the network of
-              the flags, others change it
-  prefix, rename, ignore, part, names
-              of the file's keys: beginning that is cut, {beginning: other}, patterns that are left out; part of our
-              network that the file holds; function that gives its weights the file's keys
-  encoder     {flags, build, loader, models, set, path}: what fine-tuning takes of it. models: the network's name ->
-              that for fine-tuning; set: its flag -> the network's; path: flag that names the file, without a loader
-preface, shared, differences, kept, notes
-              README's section on the differences (scripts/tools/readme.py); shared: ids of saim's differences that hold
-              here, too; differences: [{id, topic, upstream, here}]
-
-A reason is the id of a difference or a sentence. Exit status: 0, 1 if anything is unexpected, 2 for a user's mistake.
+Exit status: 0, 1 if anything is unexpected, 2 for a user's mistake.
 """
 
 import argparse
@@ -47,9 +17,10 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +42,6 @@ from scripts.tools.sources import (
     find_definition,
     flag_changes,
     parser_flags,
-    recorded_flag,
     shown,
     source_flags,
     summary,
@@ -80,15 +50,17 @@ from scripts.tools.sources import (
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(__file__).resolve().parent
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
-SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED = "same", "on purpose", "unexpected", "not compared", "not measured"
-STATUSES = (SAME, PURPOSE, UNEXPECTED, SKIPPED, UNMEASURED)
+SAME, MAPPED, PURPOSE, UNEXPECTED = "same", "mapped", "on purpose", "unexpected"
+SKIPPED, UNJUDGED = "not compared", "not judged"
+STATUSES = (SAME, MAPPED, PURPOSE, UNEXPECTED, SKIPPED, UNJUDGED)
 HEADINGS = {
     PURPOSE: 'different on purpose, see README "Differences"',
-    UNMEASURED: "other than inferred: what is recorded of this repository was measured at another one",
+    UNJUDGED: "differs, but what the pinned commit has was not known when the differences were written down",
     SKIPPED: "not compared",
     SAME: "same",
 }
 ONLY_HERE = "only this project has it"
+NO_FLAG, NO_KEYWORD = "no such flag", "no such keyword"
 
 
 class Row(NamedTuple):
@@ -107,10 +79,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("Compare with the authors' repository", allow_abbrev=False)
     p.add_argument("method", choices=METHODS)
     p.add_argument("--upstream", required=True, metavar="DIR", help="checkout of the authors' repository")
-    p.add_argument("--checkpoint", default="", metavar="FILE", help="compare this checkpoint, too, theirs or ours")
-    p.add_argument("--flags", default="", help="flags that the checkpoint's network was made with, if it does not tell")
+    p.add_argument("--checkpoint", default="", metavar="FILE", help="also compare this checkpoint, theirs or ours")
+    p.add_argument("--flags", default="", help="flags of the checkpoint's network, for what the file does not say")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
-    p.add_argument("--all", action="store_true", help="list what is the same, and each flag that only this project has")
+    p.add_argument("--all", action="store_true", help="also list what is the same, and every flag that is only ours")
     return p
 
 
@@ -118,31 +90,26 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 TEXT = {"name", "url", "commit", "licence"}
 RECORD = {
-    "": ({"repositories", "differences"}, {"checkpoints", "preface", "shared", "kept", "notes"}),
-    "repositories": (TEXT | {"marks", "files"}, {"parsers", "definitions", "configs", "inferred"}),
-    "files": ({"here", "role"}, {"optional"}),
-    "parsers": ({"file", "here", "flags"}, {"intended"}),
-    "flags": (set(), {"action", "type", "default", "dest", "nargs", "choices", "computed"}),
-    "definitions": ({"file", "name", "here"}, {"defaults", "calls", "complete", "intended"}),
-    "configs": ({"file", "values"}, {"here"}),
+    "": ({"repositories", "differences"}, {"checkpoints", "values", "preface", "shared", "kept", "notes"}),
+    "repositories": (
+        TEXT | {"marks"},
+        {"files", "unparsable", "flags", "definitions", "configs", "like", "read", "unread"},
+    ),
+    "flags": (set(), {"here", "names", "more", "differs", "why"}),
+    "definitions": ({"here"}, {"differs", "read", "why"}),
+    "configs": ({"folders"}, {"absent", "differs"}),
     "checkpoints": (
         {"kind", "marks", "flags", "build"},
         {"weights", "without", "holds", "set", "infer", "fixed", "recipe"}
         | {"prefix", "rename", "ignore", "part", "names", "encoder"},
     ),
-    "encoder": ({"flags", "build"}, {"loader", "models", "set", "path"}),
+    "encoder": ({"flags", "build"}, {"loader", "models", "set", "fixed", "path"}),
     "differences": ({"id", "topic", "upstream", "here"}, set()),
-}
-PARTS = {
-    "": ("repositories", "checkpoints", "differences"),
-    "repositories": ("files", "parsers", "definitions", "configs"),
-    "parsers": ("flags",),
-    "checkpoints": ("encoder",),
 }
 
 
 def read_record(method: str) -> dict[str, Any]:
-    """upstream/<method>.json.
+    """upstream/<method>.json, its repositories completed by those that they are like.
 
     Raises:
         UserError: it is missing or not of the form that this module's docstring describes.
@@ -155,7 +122,7 @@ def read_record(method: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: is no JSON ({error})") from error
 
-    def check(part: Any, where: str, place: str) -> None:
+    def check(part: Any, where: str, place: str) -> Any:
         required, optional = RECORD[where]
         if not isinstance(part, dict):
             raise UserError(f"{path}: {place}is no object")
@@ -163,20 +130,39 @@ def read_record(method: str) -> dict[str, Any]:
         wrong += [f"has the unknown key {key}" for key in sorted(set(part) - required - optional)]
         if wrong:
             raise UserError(f"{path}: {place}{wrong[0]}")
-        for key in (key for key in PARTS.get(where, ()) if key in part):
-            children = [part[key]] if key == "encoder" else part[key]
-            for name, child in children.items() if isinstance(children, dict) else enumerate(children):
-                check(child, key, f"{place}{key}[{name}] ")
+        return part
 
     check(record, "", "")
+    for key in ("repositories", "checkpoints", "differences"):
+        for number, part in enumerate(record.get(key, [])):
+            check(part, key, f"{key}[{number}] ")
+            if "encoder" in part:
+                check(part["encoder"], "encoder", f"{key}[{number}] encoder ")
     known = reasons(method, record)
+    by_name: dict[str, dict[str, Any]] = {}
     for repository in record["repositories"]:
-        for part in repository.get("parsers", []) + repository.get("definitions", []):
-            given = part.get("intended", {})
-            for reason in [given] if isinstance(given, str) else given.values():
+        completed(repository, by_name.get(repository.get("like", ""), {}))
+        by_name[repository["name"]] = repository
+        parts = [(file, check(part, "flags", f"{file} ")) for file, part in repository["flags"].items()]
+        for file, names in repository["definitions"].items():
+            parts += [(file, check(part, "definitions", f"{file} {name} ")) for name, part in names.items()]
+        parts += [("configs", check(repository["configs"], "configs", "configs "))] if repository["configs"] else []
+        for file, part in parts:
+            for reason in filter(None, [part.get("why"), *part.get("differs", {})]):
                 if reason not in known and " " not in reason:
-                    raise UserError(f"{path}: {part['file']}: reason {reason!r} is no id of a difference")
+                    raise UserError(f"{path}: {file}: reason {reason!r} is no id of a difference")
     return record
+
+
+def completed(repository: dict[str, Any], other: dict[str, Any]) -> None:
+    """Fill in what a repository shares with another one, file by file, and the short forms."""
+    for key in ("files", "flags", "definitions", "configs"):
+        repository[key] = {**other.get(key, {}), **repository.get(key, {})}
+    for file, part in repository["flags"].items():
+        if "more" in part:
+            part |= {**other["flags"][file], "names": other["flags"][file]["names"] + part["more"]}
+    for names in repository["definitions"].values():
+        names |= {name: {"here": here} for name, here in names.items() if isinstance(here, str)}
 
 
 def shared_differences(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -196,6 +182,27 @@ def reasons(method: str, record: dict[str, Any]) -> dict[str, str]:
     return {row["id"]: f"{row['topic']}: {row['here'] or 'not here'}" for row in rows}
 
 
+class Judge:
+    """What is recorded about the differences of one part, and the texts of its reasons."""
+
+    def __init__(self, part: dict[str, Any], why: dict[str, str], read: list[str] | None = None):
+        self.why, self.read = why, read
+        differs = part.get("differs", {}).items()
+        self.known = {name: (reason, theirs) for reason, names in differs for name, theirs in names.items()}
+
+    def text(self, reason: str) -> str:
+        return self.why.get(reason, reason)
+
+    def __call__(self, name: str, theirs: str, text: str = "") -> tuple[str, str]:
+        """Status and reason of a difference: on purpose if it is recorded and theirs is as recorded."""
+        reason, recorded = next((v for k, v in self.known.items() if fnmatchcase(name, k)), ("", ""))
+        if reason and recorded in (None, theirs):
+            return PURPOSE, self.text(reason).removeprefix(f"`{name}`: ")
+        if reason:
+            return UNEXPECTED, f"the pinned commit has {recorded}"
+        return (UNEXPECTED if self.read is None or name in self.read else UNJUDGED), text or "no reason is recorded"
+
+
 # ---- flags
 
 
@@ -211,146 +218,144 @@ def function(place: str, default: str = "") -> Callable:
     return getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name or default)
 
 
-def compare_flags(record: dict[str, Any], source: Source, why: dict[str, str]) -> Iterator[Row]:
-    """Each flag of one parser: the checkout's against the pinned commit's, and this against ours."""
-    file, here = record["file"], record["here"]
-    ours = our_flags(here) if here else []
-    theirs = effective(source_flags(source))
-    intended = record.get("intended", {})
-    destinations: set[str] = set()
-    for known in effective([recorded_flag(name, fields) for name, fields in record["flags"].items()]):
-        name = known.options[0]
-        if known.dest in destinations:  # its default is that of the first flag, and told there
-            known = known._replace(unknown=("default",))
-        destinations.add(known.dest)
-        found = [flag for flag in theirs if name in flag.options]
-        changes = [flag_changes(known, flag) for flag in found]
-        mine = next((flag for flag in ours if name in flag.options), None)
-        upstream, own = summary(known), summary(mine) if mine else "no such flag"
-        reason = intended.get(name) or intended.get("*", "")
-        if not found:
-            yield Row("flag", file, name, UNEXPECTED, "is gone", own, f"the pinned commit has it: {upstream}")
-        elif all(changes):
-            text = "; ".join(f"{field} {new}, the pinned commit has {old}" for field, old, new in changes[0])
-            yield Row("flag", file, name, UNEXPECTED, summary(found[0]), own, text)
-        elif mine and not flag_changes(known, mine, ours=True):
-            computed = "default" not in known.unknown and all("default" in flag.unknown for flag in found)
-            text = f"its default is computed: {found[0].default}" if computed else ""
-            yield Row("flag", file, name, SKIPPED if computed else SAME, upstream, own, text)
-        elif reason:
-            text = str(why.get(reason, reason)).removeprefix(f"`{name}`: ")
-            yield Row("flag", file, name, PURPOSE, upstream, own, text)
+def compare_flags(file: str, part: dict[str, Any], source: Source, why: dict[str, str]) -> Iterator[Row]:
+    """Each flag of one parser, theirs and ours."""
+    judge, ours, told = Judge(part, why), our_flags(part["here"]) if "here" in part else [], set()
+    theirs = {flag.options: flag for flag in effective(source_flags(source))}
+    names = set(part.get("names", []))
+    for name in part.get("names", []):
+        if not any(name in options for options in theirs):
+            mine = next((summary(flag) for flag in ours if name in flag.options), NO_FLAG)
+            yield Row("flag", file, name, UNEXPECTED, "is gone", mine, "the pinned commit has it")
+    for options, flag in theirs.items():
+        name = next((option for option in options if option in names), ", ".join(options))
+        computed = "default" in flag.unknown
+        if flag.dest in told:  # its default is that of the first flag, and told there
+            flag = flag._replace(unknown=(*flag.unknown, "default"))
+        told.add(flag.dest)
+        mine = next((f for f in ours if set(f.options) & set(options)), None)
+        upstream, own = summary(flag), summary(mine) if mine else NO_FLAG
+        changes = flag_changes(flag, mine) if mine else [NO_FLAG]
+        if "why" in part:
+            yield Row("flag", file, name, PURPOSE, upstream, own, str(why.get(part["why"], part["why"])))
+        elif name not in names:
+            yield Row("flag", file, name, UNEXPECTED, upstream, own, "is new: the pinned commit has no such flag")
+        elif changes:
+            status, text = judge(name, upstream, "; ".join(changes) if mine else "")
+            yield Row("flag", file, name, status, upstream, own, text)
+        elif computed:
+            yield Row("flag", file, name, SKIPPED, upstream, own, f"its default is computed: {flag.default}")
         else:
-            yield Row("flag", file, name, UNEXPECTED, upstream, own, "is not recorded as intended")
-    recorded = set(record["flags"])
-    for flag in dict.fromkeys(f.options for f in theirs if not recorded & set(f.options)):
-        new = next(f for f in theirs if f.options == flag)
-        mine = next((f for f in ours if set(f.options) & set(flag)), None)
-        own = summary(mine) if mine else "no such flag"
-        yield Row(
-            "flag", file, ", ".join(flag), UNEXPECTED, summary(new), own, "is new: the pinned commit has no such flag"
-        )
+            narrow = mine is not None and flag.choices is None and mine.choices
+            yield Row("flag", file, name, SAME, upstream, own, f"here one of {shown(mine.choices)}" if narrow else "")
     for flag in ours:
-        if not recorded & set(flag.options):
-            yield Row("flag", file, flag.options[0], PURPOSE, "no such flag", summary(flag), ONLY_HERE)
+        if not names & set(flag.options) and not any(set(options) & set(flag.options) for options in theirs):
+            yield Row("flag", file, flag.options[0], PURPOSE, NO_FLAG, summary(flag), ONLY_HERE)
 
 
 # ---- classes, functions, constructors
 
 
-def passed(found: Definition, target: Definition | None, key: str) -> tuple[bool, Any] | None:
-    """A keyword of the call that a factory returns, else the called class's default; None if neither is there."""
-    return found.calls[key] if key in found.calls else target.defaults.get(key) if target else None
+def compare_definition(name: str, part: dict[str, Any], source: Source, judge: Judge) -> list[Row]:
+    """One constructor or function: the keywords that it takes and passes on, theirs and ours."""
+    file, here, rows, same = source.file, part["here"], [], 0
 
-
-@functools.cache
-def our_definition(here: str) -> tuple[Definition | None, Definition | None]:
-    """Our class or function "file.py:name", and the class whose object it returns."""
-    file, _, name = here.partition(":")
-    if not here:
-        return None, None
-    source = Source(ROOT, file)
-    found = find_definition(source, name)
-    return found, find_definition(source, found.called) if found and found.called else None
-
-
-def compare_definition(
-    record: dict[str, Any], source: Source, why: dict[str, str], classes: dict[str, dict[str, Any]]
-) -> list[Row]:
-    """One constructor: its recorded keywords in the checkout, and in ours.
-
-    classes: recorded defaults by class of the same file; a factory does not repeat what a class's row tells.
-    """
-    file, name, here = record["file"], record["name"], record["here"]
-    intended = record.get("intended", {})
-    whole = intended if isinstance(intended, str) else ""
-
-    def row(key: str, status: str, upstream: str, own: str, text: str) -> Row:
+    def row(key: str, status: str, upstream: str, own: str, text: str = "") -> Row:
         return Row("definition", file, f"{name}({key})" if key else name, status, upstream, own, text)
 
     theirs = find_definition(source, name)
     if theirs is None:
         return [row("", UNEXPECTED, "is gone", here, "the pinned commit defines it")]
-    their_class = find_definition(source, theirs.called) if theirs.called else None
-    ours, our_class = our_definition(here)
-    if here and ours is None:
+    if "why" in part:
+        return [row("", PURPOSE, name, here or "nothing", judge.text(part["why"]))]
+    our_file, _, our_name = here.partition(":")
+    ours = find_definition(our_source(our_file), our_name)
+    if ours is None:
         return [row("", UNEXPECTED, name, here, "is recorded here, but is not there")]
-    defaults, calls = record.get("defaults", {}), record.get("calls", {})
-    rows = []
-    for key, value in {**defaults, **calls}.items():
-        known = f"the pinned commit has {shown(value)}"
-        if key in calls:
-            found = passed(theirs, their_class, key)
-            default = classes.get(theirs.called, {})
-            if key not in theirs.calls and key in default and equal(default[key], value):
-                found = None  # the class's row tells
-        elif key not in theirs.defaults:
-            rows.append(row(key, UNEXPECTED, "is gone", "", known))
+    for key in dict.fromkeys([*theirs.keywords, *ours.keywords]):
+        lacking = [side for side in (theirs, ours) if not side.has(key)]
+        if lacking and lacking[0].open:
             continue
+        a, b = theirs.get(key), ours.get(key)
+        shown_a, shown_b = shown_keyword(theirs, key), shown_keyword(ours, key)
+        if not lacking and (shown_a == shown_b or (a and b and a[0] and b[0] and equal(a[1], b[1]))):
+            same += 1
+        elif a and b and not (a[0] and b[0]):
+            rows.append(row(key, SKIPPED, shown_a, shown_b, "an expression"))
         else:
-            found = theirs.defaults[key]
-            if found is None and value is not None and record.get("complete"):
-                rows.append(row(key, UNEXPECTED, "no default", "", known))
-                continue
-        certain = value is not None or record.get("complete")
-        if found is not None and found[0] and certain and not equal(found[1], value):
-            rows.append(row(key, UNEXPECTED, shown(found[1]), "", known))
-        elif ours is not None and not whole:
-            mine = passed(ours, our_class, key) if key in calls else ours.defaults.get(key)
-            there = mine is not None or key in ours.defaults or key in calls
-            if not there or (mine is not None and mine[0] and value is not None and not equal(mine[1], value)):
-                reason = "" if isinstance(intended, str) else intended.get(key, "")
-                text = why.get(reason, reason) or "is not recorded as intended"
-                own = shown(mine[1]) if mine else "no such keyword"
-                rows.append(row(key, PURPOSE if reason else UNEXPECTED, shown(value), own, text))
-    if record.get("complete"):
-        news = {k: v for k, v in theirs.calls.items() if v[0] and v[1] is not None} if calls else theirs.defaults
-        for key, found in news.items():
-            if key not in defaults and key not in calls:
-                text = "no default" if found is None else shown(found[1])
-                rows.append(row(key, UNEXPECTED, text, "", "is new: the pinned commit has none"))
-    status = PURPOSE if whole or not here else SAME
-    return rows or [row("", status, name, here or "nothing", why.get(whole, whole))]
+            status, text = judge(key, shown_a)
+            rows.append(row(key, status, shown_a, shown_b, text))
+    if same or not rows:
+        rows.insert(0, row("", SAME, f"{same} keywords", here))
+    if theirs.constants:
+        numbers = [", ".join(map(shown, side.constants[:12])) for side in (theirs, ours)]
+        rows.append(row("", SKIPPED, *numbers, "numbers in the body"))
+    return rows
+
+
+def shown_keyword(definition: Definition, key: str) -> str:
+    value = definition.get(key)
+    if value is None:
+        return "no default" if definition.has(key) else NO_KEYWORD
+    return shown(value[1]) if value[0] else value[1]
+
+
+@functools.cache
+def our_source(file: str) -> Source:
+    return Source(ROOT, file)
 
 
 # ---- configuration files
 
 
-def compare_config(record: dict[str, Any], source: Source) -> Iterator[Row]:
-    """The recorded values of one configuration file."""
-    count = 0
-    for path, value in record["values"].items():
-        found = config_value(source, path.split("."))
-        if found is None or not found[0]:
-            text = "is not in the file" if found is None else str(found[1])
-            yield Row("config", record["file"], path, SKIPPED, text, "", f"the pinned commit has {shown(value)}")
-        elif not equal(found[1], value):
-            text = f"the pinned commit has {shown(value)}"
-            yield Row("config", record["file"], path, UNEXPECTED, shown(found[1]), "", text)
+@functools.cache
+def our_config(file: str) -> dict[str, Any]:
+    """The assignments of one of our configuration files; a list of pairs is a dict."""
+    source = our_source(file)
+    values = {name: source.value(nodes[-1]) for name, nodes in source.names.items()}
+    return {k: dict(v) if isinstance(v, list) and v and isinstance(v[0], tuple) else v for k, v in values.items()}
+
+
+def compare_config(here: str, values: dict[str, Any], source: Source, judge: Judge) -> Iterator[Row]:
+    """The values of one configuration file of theirs, and ours."""
+    file, ours, same, alone = source.file, our_config(here), 0, []
+    for path, rule in values.items():
+        name, words = (rule, {}) if isinstance(rule, str) else rule
+        found, mine = config_value(source, path.split(".")), lookup(ours, name)
+        if found is None or mine is None:
+            alone += [path] if found else [name] if mine is not None else []
+        elif not found[0]:
+            yield Row("config", file, path, SKIPPED, found[1], f"{name} {shown(mine)}", "an expression")
+        elif any(equal(one, mine) or near(one, mine) for one in words.get(str(found[1]), [found[1]])):
+            same += 1
         else:
-            count += 1
-    if count:
-        yield Row("config", record["file"], f"{count} values", SAME)
+            status, text = judge(f"{file}: {path}", shown(found[1]))
+            yield Row("config", file, path, status, shown(found[1]), f"{name} {shown(mine)}", text)
+    if alone:
+        yield Row("config", file, "set on one side only", SKIPPED, ", ".join(alone), "", "by default on the other")
+    yield Row("config", file, f"{same} values", SAME, "", here)
+
+
+def near(a: Any, b: Any) -> bool:
+    """Equal numbers but for rounding: some of theirs are quotients."""
+    return isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-12 * abs(b)
+
+
+def lookup(values: Any, path: str) -> Any:
+    for key in path.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def config_pairs(folders: dict[str, str], files: list[str]) -> dict[str, str]:
+    """Their configuration files and ours of the same name; the first folder that matches counts."""
+    pairs = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        ours = next((here for pattern, here in folders.items() if matches(folder, pattern)), None)
+        if ours and (ROOT / ours / name).is_file():
+            pairs[file] = f"{ours}/{name}"
+    return pairs
 
 
 # ---- the checkout
@@ -374,21 +379,25 @@ def matches(path: str, pattern: str) -> bool:
     return re.fullmatch(".*".join(parts).replace(".*/", "(.*/)?"), path) is not None
 
 
+def git(root: Path, *words: str) -> str:
+    """What git says of a checkout; "" if it has no git folder or git cannot say it."""
+    command = ["git", "-C", str(root), "-c", "core.fsmonitor=false", *words]  # starts no program of the checkout
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode(
+                "utf-8", "replace"
+            )
+    return ""
+
+
 def git_commit(root: Path) -> str:
-    """The commit of HEAD, read from git's files; '' if there is none to be read."""
-    commits: list[str] = []
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        git = root / ".git"
-        if git.is_file():  # a worktree or submodule
-            git = (root / git.read_text().partition("gitdir:")[2].strip()).resolve()
-        common = (git / (git / "commondir").read_text().strip()).resolve() if (git / "commondir").is_file() else git
-        head = (git / "HEAD").read_text().strip()
-        name = head.removeprefix("ref:").strip()
-        files = [folder / name for folder in (git, common) if name != head]
-        commits = [head, *(file.read_text().strip() for file in files if file.is_file())]
-        lines = (common / "packed-refs").read_text().splitlines() if (common / "packed-refs").is_file() else []
-        commits += [line.partition(" ")[0] for line in lines if line.partition(" ")[2] == name]
-    return next((commit for commit in commits if re.fullmatch("[0-9a-f]{40,64}", commit)), "")
+    """The commit of a checkout; "" if it is not known."""
+    return git(root, "rev-parse", "--verify", "--quiet", "HEAD").strip()
+
+
+def local_edits(root: Path) -> list[str]:
+    """The files of a checkout that differ from its commit."""
+    return [name for name in git(root, "diff", "--name-only", "-z", "HEAD").split("\0") if name]
 
 
 def recognise(record: dict[str, Any], root: Path, commit: str) -> dict[str, Any]:
@@ -403,7 +412,7 @@ def recognise(record: dict[str, Any], root: Path, commit: str) -> dict[str, Any]
         )
 
     def share(repository: dict[str, Any]) -> float:
-        paths = [p for p, f in repository["files"].items() if "*" not in p and not f.get("optional")]
+        paths = [p for p, f in repository["files"].items() if "*" not in p and "optional" not in f[2:]]
         return sum((root / path).is_file() for path in paths) / max(len(paths), 1)
 
     def missing(repository: dict[str, Any]) -> list[str]:
@@ -419,19 +428,32 @@ def recognise(record: dict[str, Any], root: Path, commit: str) -> dict[str, Any]
     raise UserError(f"--upstream {root}: is no checkout of {names}")
 
 
-def compare_files(repository: dict[str, Any], files: list[str]) -> Iterator[Row]:
+def compare_files(repository: dict[str, Any], files: list[str], pairs: dict[str, str]) -> Iterator[Row]:
     """Each pattern with what it means here; then files that none matches, whole unknown folders in one line."""
-    patterns = repository["files"]
+    patterns = {pattern: [*entry, "", ""][:3] for pattern, entry in repository["files"].items()}
+    for file, here in pairs.items():
+        yield Row("file", file, "", MAPPED, "", here, "recipe")
+    files = [file for file in files if file not in pairs]
     match = {f: next((p for p in patterns if matches(f, p)), "") for f in files}
     counts = Counter(match.values())
-    for pattern, entry in patterns.items():
-        status = SAME if entry["here"] else PURPOSE
-        here = entry["here"] or "nothing"
-        if counts[pattern]:
+    for pattern, (here, role, word) in patterns.items():
+        status = MAPPED if here else PURPOSE
+        if counts[pattern] and word == "each":
+            yield from (Row("file", f, "", status, "", here or "nothing", role) for f in files if match[f] == pattern)
+        elif counts[pattern]:
             many = f" ({counts[pattern]} files)" if "*" in pattern else ""
-            yield Row("file", pattern + many, "", status, "", here, entry["role"])
-        elif "*" not in pattern and not entry.get("optional") and pattern.endswith((".py", ".sh")):
-            yield Row("file", pattern, "", UNEXPECTED, "is gone", here, f"the pinned commit has it: {entry['role']}")
+            yield Row("file", pattern + many, "", status, "", here or "nothing", role)
+        elif "*" not in pattern and word != "optional" and pattern.endswith((".py", ".sh")):
+            yield Row(
+                "file", pattern, "", UNEXPECTED, "is gone", here or "nothing", f"the pinned commit has it: {role}"
+            )
+    configs = repository["configs"]
+    for ours in configs.get("folders", {}).values():
+        known = set(pairs.values())
+        for path in sorted((ROOT / ours).glob("*.py")):
+            file = f"{ours}/{path.name}"
+            if file not in known and not any(fnmatchcase(file, pattern) for pattern in configs.get("absent", [])):
+                yield Row("file", path.name, "", UNEXPECTED, "is gone", file, "the pinned commit has such a recipe")
     known_folders = {str(p) for f, pattern in match.items() if pattern for p in Path(f).parents}
     known_folders |= {str(p) for pattern in patterns if "*" not in pattern for p in Path(pattern).parents}
     groups: dict[str, list[str]] = {}
@@ -443,44 +465,47 @@ def compare_files(repository: dict[str, Any], files: list[str]) -> Iterator[Row]
         yield Row("file", where, "", UNEXPECTED, "is new", "nothing", "the pinned commit has no such file")
 
 
-def compare_checkout(method: str, record: dict[str, Any], root: Path, commit: str) -> tuple[dict[str, Any], list[Row]]:
+def compare_checkout(
+    method: str, record: dict[str, Any], root: Path, commit: str, edited: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[Row]]:
     """The repository that `root` is, and everything compared with it.
 
+    Args:
+        commit: of the checkout; "" if it is not known.
+        edited: its files that are locally modified.
     Raises:
         UserError: `root` is no checkout of the authors' repositories.
     """
     repository = recognise(record, root, commit)
-    why = reasons(method, record)
-    files = files_of(root)
-    rows = list(compare_files(repository, files))  # what is gone is told here, and not again below
+    why, files = reasons(method, record), files_of(root)
+    configs = repository["configs"]
+    pairs = config_pairs(configs.get("folders", {}), files)
+    rows = list(compare_files(repository, files, pairs))  # what is gone is told here, and not again below
 
     @functools.cache
     def source_of(file: str) -> Source | None:
         try:
-            return Source(root, file)
+            return Source(root, file) if file in files else None
         except UserError as error:
-            rows.append(Row("file", file, "", UNEXPECTED, str(error), "", "its contents are not compared"))
+            status = SKIPPED if file in repository.get("unparsable", []) else UNEXPECTED
+            rows.append(Row("file", file, "", status, str(error), "", "cannot be parsed there"))
             return None
 
-    def first_with(part: dict[str, Any]) -> Source | None:
-        candidates = [file for pattern in part["file"].split(", ") for file in files if matches(file, pattern)]
+    for file, part in repository["flags"].items():
+        source = source_of(file)
+        rows += compare_flags(file, part, source, why) if source else []
+    for place, names in repository["definitions"].items():
+        candidates = [file for pattern in place.split(", ") for file in files if matches(file, pattern)]
         known = [source for file in candidates if (source := source_of(file))]
-        return next((source for source in known if find_definition(source, part["name"])), (known or [None])[0])
-
-    for part in repository.get("parsers", []):
-        source = source_of(part["file"]) if part["file"] in files else None
-        rows += compare_flags(part, source, why) if source else []
-    found = [(part, first_with(part)) for part in repository.get("definitions", [])]
-    for part, source in found:
-        if source is not None:
-            classes = {other["name"]: other.get("defaults", {}) for other, place in found if place is source}
-            rows += compare_definition({**part, "file": source.file}, source, why, classes)
-    for part in repository.get("configs", []):
-        source = source_of(part["file"]) if part["file"] in files else None
-        rows += compare_config(part, source) if source else []
-    if repository.get("inferred"):
-        rows = [row._replace(status=UNMEASURED) if row.status == UNEXPECTED else row for row in rows]
-    return repository, rows
+        for name, part in names.items() if known else ():
+            source = next((source for source in known if find_definition(source, name)), known[0])
+            rows += compare_definition(name, part, source, Judge(part, why, part.get("read", repository.get("read"))))
+    for file, here in pairs.items():
+        source = source_of(file)
+        rows += compare_config(here, record["values"], source, Judge(configs, why)) if source else []
+    if repository.get("unread"):
+        rows = [row._replace(status=UNJUDGED) if row.status == UNEXPECTED else row for row in rows]
+    return repository, [r._replace(why=f"locally modified; {r.why}") if r.where in edited else r for r in rows]
 
 
 # ---- a checkpoint
@@ -548,6 +573,8 @@ def network_flags(
         if value is not None and name not in stored and not recipe:
             setattr(args, name, value)
     for name, value in stored.items():
+        if isinstance(value, list | tuple) and len(set(value)) == 1 and str(name).endswith("_size"):
+            value = value[0]  # upstream keeps a side as (height, width)
         if hasattr(args, str(name)):
             setattr(args, str(name), value)
     for name, key in kind.get("set", {}).items():
@@ -660,6 +687,8 @@ def encoder_row(encoder: dict[str, Any], args: argparse.Namespace, path: str) ->
             setattr(wanted, name, getattr(args, name))
     for name, own in encoder.get("set", {}).items():
         setattr(wanted, name, getattr(args, own))
+    for name, value in encoder.get("fixed", {}).items():
+        setattr(wanted, name, value)
     models = encoder.get("models", {})
     name = network_name(args)
     if models and name not in models:
@@ -699,54 +728,68 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(method: str, repository: dict[str, Any], root: Path, commit: str, rows: list[Row], everything: bool) -> str:
-    """All rows by status, as text."""
+TITLES = {
+    "file": "Files and what plays their role here",
+    "flag": "Flags: theirs | ours, and why",
+    "definition": "Definitions: theirs | ours, and why",
+    "config": "Configurations: theirs | ours, and why",
+    "checkpoint": "Checkpoint: theirs | ours",
+}
+
+
+def report(head: list[str], behaviour: list[str], rows: list[Row], everything: bool) -> str:
+    """All rows by status, as text; the differences in behaviour stand below the flags."""
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    counts = Counter((row.kind, row.status) for row in rows)
+    lines = [*head, "", f"{'':<14}" + "".join(f"{status:>14}" for status in STATUSES)]
+    lines += [f"{kind + 's':<14}" + "".join(f"{counts[kind, status]:>14}" for status in STATUSES) for kind in kinds]
+    for kind in kinds:
+        lists_all = everything or kind in ("file", "checkpoint")
+        part = [r for r in rows if r.kind == kind and r.status != UNEXPECTED and (lists_all or r.status != SAME)]
+        own = [r for r in part if r.why == ONLY_HERE and not everything]
+        part = [r for r in part if r not in own]
+        lines += ["", TITLES[kind]] if part or own else []
+        for status in HEADINGS if kind not in ("file", "checkpoint") else (None,):
+            some = [r for r in part if status in (None, r.status)]
+            lines += [f" {HEADINGS[status]}"] if some and status else []
+            lines += [table(some)] if some else []
+        by_file: dict[str, list[str]] = {}
+        for row in own:
+            by_file.setdefault(row.where, []).append(row.name)
+        lines += [" only here (--all lists their defaults)"] if own else []
+        lines += [f"  {file}: {', '.join(names)}" for file, names in by_file.items()]
+        lines += ["", "Behaviour: theirs | ours", *behaviour] if kind == "flag" or kinds == ["file"] else []
+    bad = [row for row in rows if row.status == UNEXPECTED]
+    lines += ["", "Unexpected: none" if not bad else f"Unexpected: {len(bad)}"]
+    return "\n".join(lines + ([table(bad)] if bad else []))
+
+
+def heading(method: str, repository: dict[str, Any], root: Path, commit: str, edited: list[str]) -> list[str]:
+    """What is compared with what."""
     pinned = repository["commit"]
     right = bool(commit) and commit.startswith(pinned)
     lines = [f"{method}: {root} {'is' if right else 'against'} {repository['url']} at commit {pinned[:12]}"]
-    if commit and not right:
-        lines.append(f"NOTE: the checkout is at commit {commit[:12]}, this project was made from {pinned[:12]}")
-    elif not commit:
+    if not commit:
         lines.append("NOTE: the checkout's commit is not known (no git folder)")
-    kinds = list(dict.fromkeys(row.kind for row in rows))
-    counts = Counter((row.kind, row.status) for row in rows)
-    lines += ["", f"{'':<14}" + "".join(f"{status:>14}" for status in STATUSES)]
-    lines += [f"{kind + 's':<14}" + "".join(f"{counts[kind, status]:>14}" for status in STATUSES) for kind in kinds]
-    for kind in kinds:
-        part = [row for row in rows if row.kind == kind and row.status != UNEXPECTED]
-        listed = [r for r in part if everything or kind in ("file", "checkpoint") or r.status != SAME]
-        own = [r for r in listed if r.why == ONLY_HERE and not everything]
-        listed = [r for r in listed if r not in own]
-        titles = {
-            "file": "Files and what plays their role here",
-            "flag": "Flags: theirs | ours, and why" if not everything else "Flags: theirs | ours",
-            "definition": "Definitions: theirs | ours, and why",
-            "config": "Configurations",
-            "checkpoint": "Checkpoint: theirs | ours",
-        }
-        if listed or own:
-            lines += ["", titles[kind]]
-        for status in HEADINGS if kind not in ("file", "checkpoint") else (None,):
-            some = [r for r in listed if status in (None, r.status)]
-            lines += [f" {HEADINGS[status]}"] if some and status else []
-            lines += [table(some)] if some else []
-        if own:
-            by_file: dict[str, list[str]] = {}
-            for row in own:
-                by_file.setdefault(row.where, []).append(row.name)
-            lines.append(" only here (--all tells their defaults)")
-            lines += [f"  {file}: {', '.join(names)}" for file, names in by_file.items()]
-    bad = [row for row in rows if row.status == UNEXPECTED]
-    lines += ["", "Unexpected: none" if not bad else f"Unexpected: {len(bad)}"]
-    lines += [table(bad)] if bad else []
-    return "\n".join(lines)
+    elif not right:
+        lines.append(f"NOTE: the checkout is at commit {commit[:12]}, this project was made from {pinned[:12]}")
+    return lines + ([f"NOTE: locally modified: {', '.join(edited)}"] if edited else [])
+
+
+def say(text: str) -> None:
+    """Print; quietly if the reader, such as `head`, has enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at the end of the program
 
 
 def main(args: argparse.Namespace) -> None:
     root = Path(args.upstream)
     record = read_record(args.method)
     commit = git_commit(root)
-    repository, rows = compare_checkout(args.method, record, root, commit)
+    edited = local_edits(root)
+    repository, rows = compare_checkout(args.method, record, root, commit, edited)
     if args.checkpoint:
         rows += compare_checkpoint(record, args.checkpoint, args.flags)
     elif args.flags:
@@ -757,13 +800,15 @@ def main(args: argparse.Namespace) -> None:
         result = {
             "method": args.method,
             "repository": found,
-            "checkout": {"folder": str(root), "commit": commit or None},
+            "checkout": {"folder": str(root), "commit": commit or None, "locally modified": edited},
             "counts": {status: counts[status] for status in STATUSES},
             "rows": [row._asdict() for row in rows],
         }
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        say(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        print(report(args.method, repository, root, commit, rows, args.all))
+        differences = [*shared_differences(record), *record["differences"]]
+        behaviour = [f"  {d['topic']}: {d['upstream']} | {d['here'] or 'not here'}" for d in differences]
+        say(report(heading(args.method, repository, root, commit, edited), behaviour, rows, args.all))
     if any(row.status == UNEXPECTED for row in rows):
         sys.exit(1)
 

@@ -168,14 +168,6 @@ def effective(flags: list[Flag]) -> list[Flag]:
     ]
 
 
-def recorded_flag(name: str, fields: dict[str, Any]) -> Flag:
-    action = fields.get("action", "store")
-    default = fields.get("default", {"store_true": False, "store_false": True}.get(action))
-    rest = {key: fields[key] for key in ("dest", "nargs", "choices") if fields.get(key) is not None}
-    unknown = ("default",) if fields.get("computed") else ()
-    return normalized(Flag((name,), action, fields.get("type") or "", default, unknown=unknown, **rest))
-
-
 def parser_flags(parser: argparse.ArgumentParser) -> list[Flag]:
     """The flags of one of our parsers."""
     found = []
@@ -188,7 +180,8 @@ def parser_flags(parser: argparse.ArgumentParser) -> list[Flag]:
         choices = (
             None if action.choices is None else [c if isinstance(c, int | float) else str(c) for c in action.choices]
         )
-        found.append(normalized(Flag(options, kind, kind_of, action.default, action.dest, action.nargs, choices)))
+        nargs = action.nargs or None  # a switch has 0
+        found.append(normalized(Flag(options, kind, kind_of, action.default, action.dest, nargs, choices)))
     return found
 
 
@@ -274,22 +267,20 @@ def shown(value: Any) -> str:
         return "<a huge number>"
 
 
-def flag_changes(old: Flag, new: Flag, ours: bool = False) -> list[tuple[str, str, str]]:
-    """(field, old, new) of each field that differs, where both are known.
+def flag_changes(theirs: Flag, ours: Flag) -> list[str]:
+    """What differs between a flag of theirs and ours, where both are known.
 
-    ours: the sides are theirs and ours; then choices differ only where ours lack one of theirs.
+    Not a difference: choices of ours that theirs has not, and a side without a list.
     """
     changes = []
     for field in ("action", "type", "default", "nargs", "choices"):
-        a, b = getattr(old, field), getattr(new, field)
-        if field in old.unknown or field in new.unknown:
+        a, b = getattr(theirs, field), getattr(ours, field)
+        if field in theirs.unknown or field in ours.unknown:
             continue
-        if field in ("nargs", "choices") and (a is None or (ours and b is None)):
-            continue
-        if field == "choices" and ours and set(map(str, a)) <= set(map(str, b)):
+        if field == "choices" and (a is None or b is None or set(map(str, a)) <= set(map(str, b))):
             continue
         if not equal(a, b):
-            changes.append((field, shown(a), shown(b)))
+            changes.append(f"{field} {shown(a)}, here {shown(b)}")
     return changes
 
 
@@ -302,49 +293,63 @@ def summary(flag: Flag) -> str:
 
 # ---- classes, functions, constructors
 
+Value = tuple[bool, Any] | None  # (known, value or its text); None: a parameter without default
+
 
 class Definition(NamedTuple):
-    """A class's constructor or a function: parameters with their defaults, keywords of the call that it returns."""
+    """A class's constructor or a function."""
 
-    defaults: dict[str, tuple[bool, Any] | None]  # None: no default
-    calls: dict[str, tuple[bool, Any]]
-    called: str = ""  # the class of the file whose object a function returns
+    keywords: dict[str, Value]  # parameters with their defaults, and what the call that a function returns passes on
+    inherited: dict[str, Value]  # parameters of the class of the same file that it calls
+    open: bool  # takes any keyword, for a class that is defined elsewhere
+    constants: list[Any]  # numbers in the bodies, apart from small whole ones
+
+    def get(self, key: str) -> Value:
+        return self.keywords[key] if key in self.keywords else self.inherited.get(key)
+
+    def has(self, key: str) -> bool:
+        return key in self.keywords or key in self.inherited
 
 
 def find_definition(source: Source, name: str, depth: int = 0) -> Definition | None:
-    """A class, function, `Class.method` or module-level name of a file; None if it is not there."""
-    body: list[ast.stmt] = source.tree.body
-    node: ast.stmt | None = None
-    for part in name.split("."):
-        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        node = next((n for n in definitions_in(body) if isinstance(n, kinds) and n.name == part), None)
-        if node is None:
-            break
-        body = getattr(node, "body", [])
-    if node is None and name in source.names and depth < 5:
-        value = source.names[name][-1]
+    """A class, function, `Class.method`, module-level name or `DICT.key` of a file; None if it is not there."""
+    first, _, rest = name.partition(".")
+    node = next((n for n in definitions_in(source.tree.body) if getattr(n, "name", "") == first), None)
+    if node is None and first in source.names and depth < 5:
+        value: Any = source.names[first][-1]
+        value = config_item(value, rest) if rest else value
         if isinstance(value, ast.Name):
             return find_definition(source, value.id, depth + 1)
-        return Definition({}, keywords(source, value) if isinstance(value, ast.Call) else {})
+        return None if value is None else describe(source, value, {}, False, depth)
     if isinstance(node, ast.ClassDef):
-        node = next((n for n in definitions_in(node.body) if getattr(n, "name", "") == "__init__"), None)
-        return Definition(parameters(source, node, skip_self=True), {}) if node else Definition({}, {})
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return Definition(parameters(source, node, "." in name), returned_call(source, node), callee(source, node))
-    return None
+        methods = {n.name: n for n in definitions_in(node.body) if isinstance(n, ast.FunctionDef)}
+        method = methods.get(rest or "__init__")
+        if rest and method is None:
+            return None
+        body = method if rest else node
+        found = parameters(source, method, skip_self=True) if method else {}
+        return Definition(found, {}, takes_any(method), constants(body))
+    if not isinstance(node, ast.FunctionDef) or rest:
+        return None
+    return describe(source, node, parameters(source, node, False), takes_any(node), depth)
 
 
 def definitions_in(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements, and those inside `if` and `try`; the last definition of a name comes first."""
+    """Classes and functions, those inside `if` and `try`, too; the last definition of a name comes first."""
     left = list(body)
     while left:
         node = left.pop()
-        yield node
-        if isinstance(node, ast.If | ast.Try):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.If | ast.Try):
             left += [*node.orelse, *node.body]
 
 
-def parameters(source: Source, node: Any, skip_self: bool) -> dict[str, tuple[bool, Any] | None]:
+def takes_any(node: Any) -> bool:
+    return node is not None and node.args.kwarg is not None
+
+
+def parameters(source: Source, node: Any, skip_self: bool) -> dict[str, Value]:
     positional = [*node.args.posonlyargs, *node.args.args]
     first = [None] * (len(positional) - len(node.args.defaults))
     pairs = [*zip(positional, [*first, *node.args.defaults], strict=True)]
@@ -352,8 +357,8 @@ def parameters(source: Source, node: Any, skip_self: bool) -> dict[str, tuple[bo
     return {argument.arg: None if default is None else fold(source, default) for argument, default in pairs}
 
 
-def returned_call(source: Source, node: Any) -> dict[str, tuple[bool, Any]]:
-    """Keywords of the call whose result a function returns, completed by the called class's defaults."""
+def describe(source: Source, node: Any, own: dict[str, Value], open_: bool, depth: int) -> Definition:
+    """A function with its own parameters, or an expression: with what it passes to the class that it calls."""
     results = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None]
     names = {n.id for n in results if isinstance(n, ast.Name)}
     results += [
@@ -361,8 +366,16 @@ def returned_call(source: Source, node: Any) -> dict[str, tuple[bool, Any]]:
         for n in ast.walk(node)
         if isinstance(n, ast.Assign) and any(isinstance(t, ast.Name) and t.id in names for t in n.targets)
     ]
-    calls = [call for call in results if isinstance(call, ast.Call)]
-    return keywords(source, calls[0]) if calls else {}
+    call = next((n for n in [node, *results] if isinstance(n, ast.Call)), None)
+    passed = keywords(source, call) if call else {}
+    passed = {key: own.get(value[1]) or value if not value[0] else value for key, value in passed.items()}
+    classes = {n.name for n in definitions_in(source.tree.body) if isinstance(n, ast.ClassDef)}
+    named = [n.id for n in [call.func, *call.args[:1]] if isinstance(n, ast.Name)] if call else []
+    target = next((name for name in named if name in classes), None)
+    found = find_definition(source, target, depth + 1) if target else None
+    inherited = found.keywords if found else {}
+    numbers = [] if call else constants(node)  # what a factory passes on is compared
+    return Definition({**own, **passed}, inherited, open_ and (found is None or found.open), numbers)
 
 
 def keywords(source: Source, call: ast.Call) -> dict[str, tuple[bool, Any]]:
@@ -377,11 +390,16 @@ def keywords(source: Source, call: ast.Call) -> dict[str, tuple[bool, Any]]:
     return found
 
 
-def callee(source: Source, node: ast.AST) -> str:
-    """Name of the class of the file that a function calls."""
-    classes = {n.name for n in source.tree.body if isinstance(n, ast.ClassDef)}
-    calls = (n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))
-    return next((name for name in calls if name in classes), "")
+def constants(node: ast.AST) -> list[Any]:
+    """Fractions and numbers above 8 in a body, sorted: momenta, epsilons, widths."""
+    signatures = [n.args for n in ast.walk(node) if isinstance(n, ast.FunctionDef)]
+    defaults = {id(d) for a in signatures for tree in [*a.defaults, *a.kw_defaults] if tree for d in ast.walk(tree)}
+    numbers = {
+        n.value
+        for n in ast.walk(node)
+        if isinstance(n, ast.Constant) and type(n.value) in (int, float) and id(n) not in defaults
+    }
+    return sorted(n for n in numbers if n > 8 or n != int(n)) if all(map(math.isfinite, numbers)) else []
 
 
 # ---- configuration files

@@ -1,12 +1,13 @@
-"""Comparison with the authors' repositories: invented checkouts that hold what is recorded, changed in one place."""
+"""Comparison with the authors' repositories: invented checkouts like the pinned commits, changed in one place."""
 
 import argparse
 import contextlib
 import io
 import json
 import re
+import subprocess
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,103 +15,14 @@ import torch
 from common import distributed
 from saim import main_finetune, main_linprobe, main_pretrain
 from scripts.tools import diff_upstream as diff
-from scripts.tools import sources
 from semaim import main_pretrain as semaim_pretrain
 from semaim.files import run_files
+from tests.support import checkouts
+from tests.support.checkouts import checkout
 from tests.support.helpers import ROOT
 
-RECORDED = [m for m in diff.METHODS if (diff.TOOLS / "upstream" / f"{m}.json").exists()]
-CHECKOUTS = [(m, i) for m in RECORDED for i in range(len(diff.read_record(m)["repositories"]))]
+CHECKOUTS = [(m, i) for m in diff.METHODS for i in range(len(diff.read_record(m)["repositories"]))]
 SOME = [pytest.param(m, i, marks=pytest.mark.slow) if i else (m, i) for m, i in CHECKOUTS]
-
-
-# ---- invented checkouts
-
-
-def add_argument(name: str, fields: dict[str, Any]) -> str:
-    """A line of a parser as the authors may have written it."""
-    words = [repr(name)]
-    action = fields.get("action", "store")
-    if action != "store":
-        words.append(f"action={action!r}" if action.islower() else f"action={action}")
-    if fields.get("type"):
-        words.append(f"type={fields['type']}" if fields["type"] != "<lambda>" else "type=lambda x: x")
-    if "default" in fields or action == "store":
-        words.append(f"default={fields.get('default')!r}")
-    words += [f"{key}={fields[key]!r}" for key in ("dest", "nargs", "choices") if fields.get(key) is not None]
-    return f"    parser.add_argument({', '.join(words)}, help='words')"
-
-
-def define(parts: list[dict[str, Any]]) -> str:
-    """Classes and functions with the recorded keywords."""
-    functions, classes = [], {}
-    for part in parts:
-        owner, _, method = part["name"].rpartition(".")
-        keywords = "".join(f", {k}={v!r}" for k, v in part.get("defaults", {}).items())
-        if owner or (part["name"][0].isupper() and not part.get("calls")):
-            name, method = (owner, method) if owner else (part["name"], "__init__")
-            classes.setdefault(name, []).append(f"    def {method}(self{keywords}):\n        pass\n")
-            continue
-        call = "".join(f"{k}={v!r}, " for k, v in part.get("calls", {}).items() if k != "norm_layer")
-        functions.append(
-            f"def {part['name']}({keywords.removeprefix(', ')}{', ' if keywords else ''}**kwargs):\n"
-            f"    model = Network({call}norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)\n    return model\n"
-        )
-    return "\n\n".join([f"class {n}(nn.Module):\n" + "\n".join(m) for n, m in classes.items()] + functions)
-
-
-def nested(values: dict[str, Any]) -> str:
-    """Assignments whose dotted paths hold these values."""
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        *folders, last = path.split(".")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = value
-
-    def code(value: Any) -> str:
-        if isinstance(value, dict) and value and all(k.isdigit() for k in value):
-            return f"[{', '.join(code(value.get(str(i))) for i in range(1 + max(map(int, value))))}]"
-        if isinstance(value, dict):
-            return f"dict({', '.join(f'{k}={code(v)}' for k, v in value.items())})"
-        return repr(value)
-
-    return "\n".join(f"{name} = {code(value)}" for name, value in tree.items()) + "\n"
-
-
-def place(repository: dict[str, Any], part: dict[str, Any]) -> str:
-    """A file that a definition may stand in: one that is recorded, else an invented one."""
-    patterns = part["file"].split(", ")
-    known = [file for file in repository["files"] if "*" not in file]
-    found = [file for pattern in patterns for file in known if diff.matches(file, pattern)]
-    return (found or [patterns[0].replace("**/", "").replace("*", "some")])[0]
-
-
-def checkout(method: str, folder: Path, index: int = 0) -> Path:
-    """A folder with what is recorded of a repository."""
-    repository = diff.read_record(method)["repositories"][index]
-    texts: dict[str, list[str]] = {path: ["import argparse"] for path in repository["files"] if "*" not in path}
-    texts |= {mark: ["import argparse"] for mark in repository["marks"] if Path(mark).suffix} | texts
-    definitions: dict[str, list[dict[str, Any]]] = {}
-    for part in repository.get("definitions", []):
-        definitions.setdefault(place(repository, part), []).append(part)
-    for file, parts in definitions.items():
-        texts.setdefault(file, []).append(define(parts))
-    for part in repository.get("parsers", []):
-        lines = [add_argument(name, fields) for name, fields in part["flags"].items()]
-        head = ["def get_args_parser():", "    parser = argparse.ArgumentParser('name', add_help=False)"]
-        texts.setdefault(part["file"], []).append("\n".join([*head, *lines, "    return parser"]))
-    for part in repository.get("configs", []):
-        texts.setdefault(part["file"], []).append(nested(part["values"]))
-    for path, parts in texts.items():
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n\n\n".join(parts) + "\n")
-    for mark in repository["marks"]:
-        if not (folder / mark).exists():
-            (folder / mark).mkdir(parents=True)
-    return folder
 
 
 def compared(method: str, folder: Path) -> list[diff.Row]:
@@ -136,31 +48,50 @@ def saim(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("method", "index"), CHECKOUTS)
-def test_checkout_as_recorded__has_nothing_unexpected(method, index, tmp_path):
+def test_checkout_as_pinned__has_nothing_unexpected(method, index, tmp_path):
     folder = checkout(method, tmp_path, index)
     record = diff.read_record(method)
     repository, rows = diff.compare_checkout(method, record, folder, "")
     assert repository == record["repositories"][index]
     assert [row for row in rows if row.status == diff.UNEXPECTED] == []
-    assert {row.kind for row in rows} >= {"file"} | ({"flag"} if repository.get("parsers") else set())
+    assert {row.kind for row in rows} >= {"file", "flag"}
     told = {(row.where, row.name) for row in rows if row.kind == "flag"}
-    assert told >= {(p["file"], name) for p in repository.get("parsers", []) for name in p["flags"]}
+    unparsable = repository.get("unparsable", [])
+    flags = {(f, name) for f, options in checkouts.flags(method, index).items() for name in options}
+    assert told >= {(file, name) for file, name in flags if file not in unparsable}
     assert not [row for row in rows if row.status == diff.PURPOSE and not row.why]
+    # What is only mapped is not called the same, and bodies are not called equal.
+    assert {row.status for row in rows if row.kind == "file"} <= {diff.MAPPED, diff.PURPOSE, diff.SKIPPED}
+    assert any(row.kind == "file" and row.status == diff.MAPPED for row in rows)
+    # Every difference that is recorded is one.
+    purposes = {(row.where, row.name) for row in rows if row.status == diff.PURPOSE}
+    for file, part in repository["flags"].items():
+        recorded = {(file, name) for names in part.get("differs", {}).values() for name in names}
+        assert recorded <= purposes, file
+    for place, names in repository["definitions"].items():
+        for name, part in names.items():
+            keys = {f"{name}({key})" for keys in part.get("differs", {}).values() for key in keys}
+            assert keys <= {name for _, name in purposes}, place
+    for values in repository["configs"].get("differs", {}).values():
+        for pattern in values:
+            assert any(fnmatchcase(f"{file}: {name}", pattern) for file, name in purposes), pattern
 
 
 PRETRAIN, FINETUNE, LINPROBE = "main_pretrain.py", "main_finetune.py", "main_linprobe.py"
 SAIM, VIT = "models_saim.py", "models_vit.py"
-CHANGES = [  # file, text, what replaces it, name in the unexpected line, words of its reason
+CHANGES = [  # file, text, what replaces it, name in the unexpected line, words of it
     (PRETRAIN, "'--blr', type=float, default=0.0002", "'--blr', type=float, default=2e-3", "--blr", "default 0.002"),
+    (PRETRAIN, "'--epochs', type=int", "'--epochs', type=float", "--epochs", "type 'float', here 'int'"),
     (
         PRETRAIN,
-        "'--epochs', type=int",
-        "'--epochs', type=float",
-        "--epochs",
-        "type 'float', the pinned commit has 'int'",
+        "default='cuda'",
+        "default='cpu'",
+        "--device",
+        "str 'cpu' | str 'auto': the pinned commit has str 'cuda'",
     ),
-    (PRETRAIN, "default='cuda'", "default='cpu'", "--device", "default 'cpu', the pinned commit has 'cuda'"),
-    (FINETUNE, "parser.add_argument('--smoothing'", "dict('--smoothing'", "--smoothing", "commit has it: float 0.1"),
+    (PRETRAIN, "'--lr', type=float", "'--lr', type=float, nargs='+'", "--lr", "nargs '+', here None"),
+    (PRETRAIN, "'saim_base'", "'saim_base', choices=['saim_base', 'x']", "--model", "choices ['saim_base', 'x'], here"),
+    (FINETUNE, "parser.add_argument('--smoothing'", "dict('--smoothing'", "--smoothing", "the pinned commit has it"),
     (FINETUNE, "'--eval', action='store_true'", "'--eval', action='store_false'", "--eval", "action 'store_false'"),
     (LINPROBE, "return parser", "parser.add_argument('-x', '--extra'); return parser", "-x, --extra", "is new"),
     (
@@ -172,13 +103,13 @@ CHANGES = [  # file, text, what replaces it, name in the unexpected line, words 
     ),
     (SAIM, "def saim_base(", "def saim_base_dec(", "saim_base", "the pinned commit defines it"),
     (SAIM, "class SaimViT(", "class SaimNet(", "SaimViT", "the pinned commit defines it"),
-    (SAIM, "query_depth=12, share", "query_depth=8, share", "SaimViT(query_depth)", "the pinned commit has 12"),
-    (SAIM, "gaussian_sigma=None", "gaussian_sigma=1", "SaimViT(gaussian_sigma)", "the pinned commit has None"),
-    (SAIM, "norm_pix_loss=True):", "norm_pix_loss=True, extra=1):", "SaimViT(extra)", "is new"),
-    (SAIM, ", query_depth=12, share_weight", ", share_weight", "SaimViT(query_depth)", "the pinned commit has 12"),
-    (VIT, "embed_dim=1280", "embed_dim=1024", "vit_huge_patch14(embed_dim)", "the pinned commit has 1280"),
-    (VIT, "depth=24,", "depth=24, init_values=0.1,", "vit_large_patch16(init_values)", "is new"),
-    ("util/blocks.py", "mlp_ratio=4.0", "mlp_ratio=2.0", "Block(mlp_ratio)", "the pinned commit has 4.0"),
+    (SAIM, "query_depth=12, share", "query_depth=8, share", "SaimViT(query_depth)", "8 | 12"),
+    (SAIM, "gaussian_sigma=None", "gaussian_sigma=1", "SaimViT(gaussian_sigma)", "1 | None"),
+    (SAIM, "norm_pix_loss=True):", "norm_pix_loss=True, extra=1):", "SaimViT(extra)", "1 | no such keyword"),
+    (SAIM, ", query_depth=12, share_weight", ", share_weight", "SaimViT(query_depth)", "no such keyword | 12"),
+    (VIT, "embed_dim=1280", "embed_dim=1024", "vit_huge_patch14(embed_dim)", "1024 | 1280"),
+    (VIT, "depth=24,", "depth=24, init_values=0.1,", "vit_large_patch16(init_values)", "0.1 | no such keyword"),
+    ("util/blocks.py", "mlp_ratio=4.0", "mlp_ratio=2.0", "Block(mlp_ratio)", "2.0 | 4.0"),
 ]
 
 
@@ -187,7 +118,7 @@ def test_one_change__is_the_one_unexpected_line(saim, file, old, new, name, word
     replace(saim / file, old, new)
     (row,) = unexpected("saim", saim)
     assert (row.where, row.name) == (file, name)
-    assert words in row.why
+    assert words in f"{row.upstream} | {row.here}: {row.why}"
 
 
 @pytest.mark.parametrize(("method", "index"), SOME)
@@ -196,29 +127,32 @@ def test_one_change__in_each_repository(method, index, tmp_path):
     repository = diff.read_record(method)["repositories"][index]
 
     def told(file: str, old: str, new: str) -> list[tuple[str, str]]:
-        """Files and names of what is not as recorded when a text is replaced."""
+        """Files and names of what is not as at the pinned commit when a text is replaced."""
         text = (folder / file).read_text()
         replace(folder / file, old, new)
-        wrong = (diff.UNEXPECTED, diff.UNMEASURED)
+        wrong = (diff.UNEXPECTED, diff.UNJUDGED)
         rows = [(row.where, row.name) for row in compared(method, folder) if row.status in wrong]
         (folder / file).write_text(text)
-        return rows
+        return [row for row in rows if row not in before]
 
-    for part in repository.get("parsers", [])[:3]:
-        number = [n for n, f in part["flags"].items() if f.get("type") == "int" and isinstance(f.get("default"), int)]
+    before = [(r.where, r.name) for r in compared(method, folder) if r.status == diff.UNJUDGED]
+    parsers = {f: o for f, o in checkouts.flags(method, index).items() if "here" in repository["flags"][f]}
+    for file, options in list(parsers.items())[:3]:
+        number = [n for n, f in options.items() if f.get("type") == "int" and isinstance(f.get("default"), int)]
         for name in number[:1]:
-            default = part["flags"][name]["default"]
-            old = add_argument(name, part["flags"][name])
+            default = options[name]["default"]
+            old = checkouts.add_argument(name, options[name])
             new = old.replace(f"default={default}", f"default={default + 1}")
-            assert told(part["file"], old, new) == told(part["file"], f"{old}\n", "") == [(part["file"], name)]
-    for part in repository.get("definitions", [])[-3:]:
-        file, name = place(repository, part), part["name"].split(".")[-1]
+            assert told(file, old, new) == told(file, f"{old}\n", "") == [(file, name)]
+    definitions = [(place, name) for place, names in repository["definitions"].items() for name in names]
+    for place, whole in definitions[-3:]:
+        file, name = checkouts.place(repository, place), whole.split(".")[-1]
         old = f"{'def' if f'def {name}(' in (folder / file).read_text() else 'class'} {name}("
-        assert [name for _, name in told(file, old, old.replace("(", "2("))] == [part["name"]]
-    for part in repository.get("configs", [])[:3]:
-        path, value = next((p, v) for p, v in part["values"].items() if isinstance(v, int | float) and v is not True)
-        name = path.split(".")[-1]
-        assert told(part["file"], f"{name}={value!r}", f"{name}={value + 1!r}") == [(part["file"], path)]
+        assert [name for _, name in told(file, old, old.replace("(", "2("))] == [whole]
+    pairs = diff.config_pairs(repository["configs"].get("folders", {}), diff.files_of(folder))
+    for file, here in list(pairs.items())[:3]:
+        lr = diff.our_config(here)["lr"]
+        assert told(file, f"lr={lr!r}", f"lr={lr + 1!r}") == [(file, "optimizer.lr")]
     if "**" not in repository["files"]:
         (folder / "new_file.py").touch()
         assert told("new_file.py", "", "print(1)") == [("new_file.py", "")]
@@ -257,6 +191,13 @@ def test_a_file_that_is_no_python__is_one_line(saim):
     assert (row.where, "is no Python 3" in row.upstream) == ("main_pretrain.py", True)
 
 
+def test_a_file_that_is_no_python_at_the_pinned_commit__is_no_surprise(tmp_path):
+    status, text = run("udi", "--upstream", str(checkout("udi", tmp_path)))
+    assert status == 0
+    (line,) = (line for line in text.splitlines() if "cannot be parsed there" in line)
+    assert "line 25: is no Python 3" in line
+
+
 def test_a_default_that_is_computed__is_not_compared(saim):
     replace(saim / "main_pretrain.py", "'--seed', type=int, default=0", "'--seed', type=int, default=os.getpid()")
     assert unexpected("saim", saim) == []
@@ -276,61 +217,104 @@ def test_a_factory__takes_what_it_does_not_pass_from_the_class(saim):
     assert {row.name for row in unexpected("saim", saim)} - set(rows) == {"SaimViT(drop_path_rate)"}
 
 
-def test_config_values__through_base_files(tmp_path):
+def test_numbers_in_bodies__are_listed_as_not_compared(saim):
+    rows = [row for row in compared("saim", saim) if row.why == "numbers in the body"]
+    assert {row.status for row in rows} == {diff.SKIPPED}
+    assert {row.name: row.upstream for row in rows}["SaimViT"] == "1e-06"
+
+
+# ---- configurations
+
+
+@pytest.fixture
+def configuration(tmp_path, monkeypatch) -> Path:
+    """A file of theirs with base files; ours is what the test says."""
+    ours = {"lr": 2e-3, "betas": [0.9, 0.95], "opt": "sgd", "alone": 1, "rate": 0.1}
+    monkeypatch.setattr(diff, "our_config", lambda here: ours)
     (tmp_path / "_base_").mkdir()
     (tmp_path / "_base_" / "run.py").write_text("optimizer = dict(type='AdamW', lr=1e-3, betas=(0.9, 0.95))\n")
     (tmp_path / "x.py").write_text(
         "_base_ = ['_base_/run.py', '../../outside.py']\nlr = 2e-3\n"
-        "optimizer = dict(lr=lr)\ntrain = [dict(a=1), {'b': dict(c=3)}]\n"
+        "optimizer = dict(lr=lr)\ntrain = [dict(a=1), {'b': dict(c=3)}]\nrate = 0.3 / 3\n"
     )
-    record = {
-        "file": "x.py",
-        "values": {
-            "optimizer.lr": 2e-3,
-            "optimizer.betas": [0.9, 0.95],
-            "optimizer.type": "SGD",
-            "train.1.b.c": 3,
-            "train.7.b": 1,
-            "nothing.there": 2,
-        },
+    return tmp_path
+
+
+def test_config_values__through_base_files_and_against_ours(configuration):
+    values = {
+        "optimizer.lr": "lr",
+        "optimizer.betas": "betas",
+        "optimizer.type": ["opt", {"AdamW": ["adamw", "fused_adamw"]}],
+        "train.1.b.c": "opt",
+        "train.7.b": "alone",
+        "nothing.there": "nor_here",
+        "rate": "rate",
     }
-    rows = {row.name: row.status for row in diff.compare_config(record, diff.Source(tmp_path, "x.py"))}
-    assert rows == {
+    source = diff.Source(configuration, "x.py")
+    rows = {row.name: row for row in diff.compare_config("ours.py", values, source, diff.Judge({}, {}))}
+    assert {name: row.status for name, row in rows.items()} == {
         "3 values": diff.SAME,
         "optimizer.type": diff.UNEXPECTED,
-        "train.7.b": diff.SKIPPED,
-        "nothing.there": diff.SKIPPED,
+        "train.1.b.c": diff.UNEXPECTED,
+        "set on one side only": diff.SKIPPED,
     }
+    assert (rows["optimizer.type"].upstream, rows["optimizer.type"].here) == ("'AdamW'", "opt 'sgd'")
+    assert rows["set on one side only"].upstream == "alone"
+    judge = diff.Judge({"differs": {"reason one": {"x.py: optimizer.*": "'AdamW'"}}}, {})
+    rows = {row.name: row for row in diff.compare_config("ours.py", values, source, judge)}
+    assert (rows["optimizer.type"].status, rows["optimizer.type"].why) == (diff.PURPOSE, "reason one")
+
+
+def test_experiments_that_are_left_out__are_named(tmp_path):
+    folder = checkout("a2mim", tmp_path)
+    rows = {row.where: row for row in compared("a2mim", folder) if row.kind == "file"}
+    row = rows["configs/openmixup/pretrain/a2mim/cifar100/r18_l3_sz224_cos_ep300.py"]
+    assert (row.status, row.why) == (diff.PURPOSE, "experiment configuration that is left out")
+    name = "configs/openmixup/finetune/imagenet/r50_linear_sz224_4xb64_step_ep100.py"
+    assert (rows[name].status, rows[name].here) == (diff.MAPPED, f"a2mim/{name}")
+    (folder / name).unlink()
+    (row,) = unexpected("a2mim", folder)
+    assert (row.where, row.upstream) == (Path(name).name, "is gone")
 
 
 # ---- git, wrong folders, output
 
 
-@pytest.mark.parametrize("form", ["detached", "branch", "packed", "worktree"])
-def test_git_commit__is_read_from_files(form, tmp_path):
-    commit, git = "0123456789" * 4, tmp_path / ".git"
-    if form == "worktree":
-        (tmp_path / ".git").write_text("gitdir: store/worktrees/x\n")
-        git = tmp_path / "store" / "worktrees" / "x"
-        git.mkdir(parents=True)
-        (git / "commondir").write_text("../..\n")
-        (tmp_path / "store" / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
-    git.mkdir(exist_ok=True)
-    (git / "HEAD").write_text(f"{commit}\n" if form == "detached" else "ref: refs/heads/main\n")
-    if form == "branch":
-        (git / "refs" / "heads").mkdir(parents=True)
-        (git / "refs" / "heads" / "main").write_text(f"{commit}\n")
-    elif form == "packed":
-        (git / "packed-refs").write_text(
-            f"# pack-refs with: peeled\n{'f' * 40} refs/tags/v1\n{commit} refs/heads/main\n"
-        )
-    assert diff.git_commit(tmp_path) == commit
+def git(folder: Path, *words: str) -> str:
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", str(folder), *name, *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def committed(folder: Path) -> str:
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "all", "--allow-empty")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def test_git_commit__in_every_form(tmp_path):
+    """Branch, packed branch, detached, worktree."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    commit = committed(folder)
+    assert diff.git_commit(folder) == commit
+    git(folder, "pack-refs", "--all")
+    assert diff.git_commit(folder) == commit
+    git(folder, "worktree", "add", "-q", "--detach", str(tmp_path / "b"))
+    assert (tmp_path / "b" / ".git").is_file()
+    assert diff.git_commit(tmp_path / "b") == commit
+    (folder / "inside").mkdir()
+    assert diff.git_commit(folder / "inside") == ""
 
 
 def test_git_commit__of_no_checkout(tmp_path):
     assert diff.git_commit(tmp_path) == ""
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    assert diff.git_commit(tmp_path) == ""
+    (tmp_path / ".git").rename(tmp_path / "git")
+    git(tmp_path, "init", "-q")
     assert diff.git_commit(tmp_path) == ""
 
 
@@ -354,19 +338,38 @@ def test_the_command__says_what_is_unexpected(saim):
     assert "Unexpected: none" in text
     assert "commit is not known" in text
     assert "--amp_dtype" in text
+    commit = committed(saim)
     replace(saim / "main_pretrain.py", "default='saim_base'", "default='saim_large'")
-    (saim / ".git").mkdir()
-    (saim / ".git" / "HEAD").write_text("a" * 40)
     status, text = run("saim", "--upstream", str(saim))
     assert status == 1
-    assert "NOTE: the checkout is at commit aaaaaaaaaaaa" in text
-    assert text.endswith("the pinned commit has 'saim_base'")
+    assert f"NOTE: the checkout is at commit {commit[:12]}" in text
+    assert "NOTE: locally modified: main_pretrain.py" in text
+    assert text.endswith("locally modified; default 'saim_large', here 'saim_base'")
     status, text = run("saim", "--upstream", str(saim), "--json")
     assert status == 1
     result = json.loads(text)
-    assert result["checkout"]["commit"] == "a" * 40
+    assert result["checkout"]["commit"] == commit
+    assert result["checkout"]["locally modified"] == ["main_pretrain.py"]
     assert result["counts"]["unexpected"] == 1
-    assert [diff.Row(**row) for row in result["rows"]] == compared("saim", saim)
+    rows = [diff.Row(**row) for row in result["rows"]]
+    assert [row._replace(why=row.why.removeprefix("locally modified; ")) for row in rows] == compared("saim", saim)
+    assert {row.where for row in rows if row.why.startswith("locally modified")} == {"main_pretrain.py"}
+
+
+def test_output_that_is_cut__ends_quietly(saim, tmp_path, monkeypatch):
+    class Cut(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            return file.fileno()
+
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr("sys.stdout", Cut())
+        diff.main(diff.get_args_parser().parse_args(["saim", "--upstream", str(saim)]))
+        monkeypatch.undo()
+        file.write("goes nowhere")
+    assert (tmp_path / "out").read_text() == ""
 
 
 def test_the_script__in_a_process_of_its_own(saim, run_script):
@@ -386,6 +389,11 @@ def test_the_report__lists_everything_on_request(saim):
     assert full.count("--warmup_epochs") == 3
     assert "different on purpose" in short
     assert "auto; CPU works, too" in short
+    # The differences in behaviour stand below the flags.
+    places = [short.index(title) for title in ("Flags: theirs", "Behaviour: theirs", "Definitions: theirs")]
+    assert places == sorted(places)
+    assert "  targets: blurred in half precision under autocast | float32" in short
+    assert re.search(r"^ +same +mapped +on purpose +unexpected .*\nfiles +0 +15 +0 +0 ", short, re.MULTILINE)
 
 
 def test_wrong_folders(tmp_path, saim):
@@ -403,54 +411,36 @@ def test_wrong_folders(tmp_path, saim):
 # ---- the data
 
 
-@pytest.mark.parametrize("method", RECORDED)
+@pytest.mark.parametrize("method", diff.METHODS)
 def test_record__names_files_that_are_here(method):
     record = diff.read_record(method)
     for repository in record["repositories"]:
-        places = [entry["here"] for entry in repository["files"].values()]
-        places += [part["here"] for kind in ("parsers", "definitions") for part in repository.get(kind, [])]
+        files = repository["files"]
+        places = [entry[0] for entry in files.values()]
+        places += [part.get("here", "") for part in repository["flags"].values()]
+        definitions = repository["definitions"]
+        places += [part["here"] for names in definitions.values() for part in names.values()]
+        places += list(repository["configs"].get("folders", {}).values())
         for path in filter(None, ", ".join(filter(None, places)).split(", ")):
             assert (ROOT / path.partition(":")[0]).exists(), path
         assert re.fullmatch("[0-9a-f]{7,40}", repository["commit"])
-        files = repository["files"]
-        for part in repository.get("parsers", []) + repository.get("definitions", []) + repository.get("configs", []):
-            assert any(diff.matches(place(repository, part), pattern) for pattern in files), part["file"]
+        for place in [*repository["flags"], *definitions]:
+            assert any(diff.matches(checkouts.place(repository, place), pattern) for pattern in files), place
+        for here in repository["configs"].get("folders", {}).values():
+            for path in (ROOT / here).glob("*.py"):
+                ours = diff.our_config(f"{here}/{path.name}")
+                rules = [rule if isinstance(rule, str) else rule[0] for rule in record["values"].values()]
+                assert len({rule for rule in rules if diff.lookup(ours, rule) is not None}) > 10, path
 
 
 @pytest.mark.parametrize(("method", "index"), CHECKOUTS)
-def test_intended_differences__are_differences(method, index):
-    for part in diff.read_record(method)["repositories"][index].get("parsers", []):
-        ours = diff.our_flags(part["here"]) if part["here"] else []
-        for name in set(part.get("intended", {})) - {"*"}:
-            known = diff.recorded_flag(name, part["flags"][name])
-            mine = next((flag for flag in ours if name in flag.options), None)
-            assert mine is None or diff.flag_changes(known, mine, ours=True), f"{part['file']} {name} is the same here"
-
-
-@pytest.mark.parametrize("method", RECORDED)
-def test_record__has_every_flag_of_the_golden_manifest(method):
-    manifest = json.loads((ROOT / "tests" / "golden" / method / "manifest.json").read_text())["flags"]
-    parsers = [p for r in diff.read_record(method)["repositories"] for p in r.get("parsers", [])]
-    for file, flags in manifest.items():
-        if file.endswith(".sh"):
-            continue
-        recorded = [p["flags"] for p in parsers if file in (p["file"], Path(p["file"]).stem)]
-        if not recorded and method in ("udi", "a2mim"):
-            continue  # dense tasks, whose files are out of scope
-        assert recorded, file
-        for name, fields in flags.items():
-            known = [diff.recorded_flag(name, r[name]) for r in recorded if name in r]
-            assert known, f"{file} {name}"
-            dest = {n: f.get("dest") for n, f in flags.items()}
-            shares = list(dest.values()).index(dest[name]) != list(dest).index(name) if dest[name] else False
-            default = sources.plain(fields.get("default"))
-            assert shares or any(sources.equal(k.default, default) for k in known), f"{file} {name}"
-            kind = (
-                ""
-                if fields.get("type") in (None, "str", "flag", "Store", "StoreTrue", "StoreFalse")
-                else fields["type"]
-            )
-            assert any(k.type == kind for k in known), f"{file} {name}"
+def test_record__has_every_flag_of_the_golden_manifest(method, index):
+    """The manifests hold the flags of the authors' parsers, read by running them."""
+    recorded = diff.read_record(method)["repositories"][index]["flags"]
+    given = checkouts.flags(method, index)
+    assert set(recorded) == set(given)
+    for file, options in given.items():
+        assert "why" in recorded[file] or sorted(recorded[file]["names"]) == sorted(options), file
 
 
 def test_record__of_a_wrong_form(tmp_path, monkeypatch):
@@ -468,6 +458,12 @@ def test_record__of_a_wrong_form(tmp_path, monkeypatch):
         (tmp_path / "upstream" / "saim.json").write_text(text)
         with pytest.raises(distributed.UserError, match=words):
             diff.read_record("saim")
+
+
+def test_readme__names_every_key():
+    """The form of upstream/<method>.json is told beside it."""
+    told = set(re.findall(r"\w+", (diff.TOOLS / "upstream" / "README.md").read_text()))
+    assert {key for required, optional in diff.RECORD.values() for key in required | optional} - told == set()
 
 
 # ---- checkpoints
@@ -587,12 +583,3 @@ def test_wrong_checkpoints__are_one_line(tmp_path, saim):
         status, text = run("saim", "--upstream", str(saim), "--checkpoint", str(tmp_path / path), f"--flags={flags}")
         assert (status, text.count("\n")) == (2, 0), text
         assert words in text
-
-
-def test_docstring__names_every_key():
-    """The form of upstream/<method>.json is told where its reader is."""
-    assert diff.__doc__
-    words = set(diff.__doc__.replace(",", " ").replace("{", " ").replace("}", " ").replace("`", " ").split())
-    keys = {key for required, optional in diff.RECORD.values() for key in required | optional}
-    told = {word.strip(".:;()[]?") for word in words}
-    assert keys - told <= {"computed"}

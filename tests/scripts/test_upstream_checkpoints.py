@@ -103,6 +103,7 @@ def test_official_cae(name, tmp_path):
     assert_same(rows_of("cae", tmp_path / "a.pth", state), CAE_KINDS[kind], encoder)
     if encoder:
         args = argparse.Namespace(model=preset["constructor"], dist_backend="nccl", **preset["args"])
+        args.patch_size = (16, 16)  # the authors' program stores both sides
         args.layer_scale_init_value = preset["layer_scale_init_value"]
         assert_same(rows_of("cae", tmp_path / "a.pth", state | {"args": args}), "pre-training", encoder)
 
