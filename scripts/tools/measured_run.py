@@ -184,7 +184,8 @@ def watch(run: Measurement, processes: list[subprocess.Popen], on_gpu: bool, is_
         while any(process.poll() is None for process in processes):
             time.sleep(POLL)
             now = time.monotonic()
-            run.host = max(run.host, *(usage(process.pid)[0] for process in processes), 0)
+            if not told:  # a process that ends touches libraries that training does not
+                run.host = max(run.host, *(usage(process.pid)[0] for process in processes))
             if on_gpu:
                 free, total = torch.cuda.mem_get_info()
                 run.device = max(run.device[0], total - free), total
