@@ -61,7 +61,7 @@ def plain_vit(
     global_pool: str = "avg",
     **arch,
 ) -> VisionTransformer:
-    """The ViT of MAE (mean of the patch tokens) and DeiT (class token) with absolute positions only."""
+    """The ViT of MAE with absolute positions only; a classifier sees the mean of the patch tokens."""
     return VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
@@ -109,7 +109,8 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "convnext_base": partial(convnext, depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
     "mae_vit_base": partial(plain_vit, embed_dim=768, depth=12, num_heads=12),
     "mae_vit_large": partial(plain_vit, embed_dim=1024, depth=24, num_heads=16),
-    "deit_small": partial(plain_vit, embed_dim=384, depth=12, num_heads=6, global_pool="token", qkv_bias=False),
+    # OpenMixup's DeiT-S has relative positions and layer-scale, but no biases of queries and values
+    "deit_small": partial(vit, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4, global_pool="token", qkv_bias=False),
     # for small machines
     "vit_tiny": partial(vit, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4),
     "vit_nano": partial(vit, embed_dim=96, depth=4, num_heads=3, mlp_ratio=4),
@@ -121,6 +122,11 @@ FINE_TUNED = ("mae_vit_base", "mae_vit_large", "deit_small")  # not pre-trained 
 
 def is_vit(net: Backbone) -> bool:
     return isinstance(net, (Beit, VisionTransformer))
+
+
+def is_deit(net: Backbone) -> bool:
+    """Whether it is a ViT with relative positions that has no biases of queries and values."""
+    return isinstance(net, Beit) and net.blocks[0].attn.q_bias is None  # type: ignore[union-attr]
 
 
 def is_resnet(net: Backbone) -> bool:

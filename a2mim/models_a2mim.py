@@ -282,7 +282,7 @@ def _official_backbone(options: dict[str, Any], block_counts: Any, num_classes: 
         keywords |= {"num_heads": arch["num_heads"]}
         arch = "base"
     if kind == "VisionTransformer":
-        return BACKBONES["deit_small"](**keywords, qkv_bias=options.get("qkv_bias", True))
+        return BACKBONES["deit_small"](**keywords, init_values=options.get("init_values"))
     if not options.get("use_window"):
         return BACKBONES[f"mae_vit_{arch}"](**keywords)
     return BACKBONES[f"vit_{arch}"](**keywords, init_values=options.get("init_values"))

@@ -8,7 +8,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from a2mim.backbones import is_convnext, is_vit
+from a2mim.backbones import is_convnext, is_deit, is_vit
 from a2mim.models_a2mim import Classifier, MaskedImageModel
 from common import distributed
 from common.distributed import UserError
@@ -57,7 +57,7 @@ def _official_name(model: Model, name: str) -> str:
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     head = next((h for h in HEADS if rest.startswith(h) and not rest.startswith("head.norm.")), None)
     if head:
-        return f"head.fc.{rest.removeprefix(head)}"
+        return f"head.{'layers.head' if is_deit(net) else 'fc'}.{rest.removeprefix(head)}"
     return f"backbone.{_encoder_name(net, rest)}"
 
 
@@ -126,8 +126,8 @@ def load_classifier(model: Classifier, path: str) -> None:
 def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos: bool = False) -> None:
     """Load an encoder from an extracted one, a pre-training checkpoint, or a file of timm's names, and report it.
 
-    What a classifier adds starts anew: the last layer (normal, head_std; truncated at 2 for ConvNeXt with 0.02) and a
-    ViT's norm in front of it. Positions of another grid are resized.
+    What a classifier adds starts anew: the last layer (normal, head_std; ConvNeXt, DeiT: truncated normal, 0.02) and
+    the norm of a ViT in front of it. Positions of another grid are resized. DeiT takes no biases of queries and values.
     Args:
         resize_rel_pos: also resize tables of relative positions; else they start at zero (as upstream).
     Raises:
@@ -138,8 +138,9 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     distributed.log(f"{path}: {distributed.load_report(len(loaded), sorted(set(net.state_dict()) - loaded), others)}")
     if isinstance(model, Classifier):
-        init = nn.init.trunc_normal_ if is_convnext(net) else nn.init.normal_
-        init(model.head.weight, std=0.02 if is_convnext(net) else head_std)
+        truncated = is_convnext(net) or is_deit(net)
+        init = nn.init.trunc_normal_ if truncated else nn.init.normal_
+        init(model.head.weight, std=0.02 if truncated else head_std)
         nn.init.zeros_(model.head.bias)
 
 
@@ -162,6 +163,8 @@ def load_encoder_weights(
     own = {k: v for k, v in own.items() if not k.startswith("fc_norm.")}
     ours = {_encoder_name(net, name): name for name in own} | {name: name for name in own}
     left = ("head.", "fc.", "neck.", "norm.", "ln1.", "fc_norm.", "mask_token", "mask_gamma", "ema_", "decoder")
+    if is_deit(net):  # as upstream, whose ViTs are pre-trained with them
+        left += tuple(k for k in found if k.endswith((".q_bias", ".v_bias")))
     loaded = {ours[k]: v for k, v in found.items() if k in ours}
     unexpected = [k for k in found if k not in ours and not k.startswith(left) and "relative_position_index" not in k]
     missing = sorted(set(own) - set(loaded))

@@ -20,6 +20,7 @@ from a2mim.models_a2mim import (
 from a2mim.openmixup import (
     load_openmixup_state_dict,
     official_names,
+    to_openmixup_state_dict,
 )
 from tests.support.a2mim_networks import (
     DEPTHS,
@@ -27,6 +28,7 @@ from tests.support.a2mim_networks import (
     PLACES,
     cells,
     classifier,
+    full_classifier,
     grid_of,
     masked,
     on_meta,
@@ -388,6 +390,37 @@ def test_deit_classifies_the_class_token():
     imgs = torch.randn(2, 3, 64, 64)
     assert_close(net.features(imgs), net.net.forward_features(imgs)[:, 0], rtol=1e-5, atol=1e-6)
     assert net.net.blocks[0].attn.qkv.bias is None
+
+
+def test_deit_has_what_openmixups_has():
+    """Per block a table of relative positions and two factors, no biases of queries and values; the authors' names."""
+    state = to_openmixup_state_dict(full_classifier("deit_small"))
+    found = {name: list(value.shape) for name, value in state.items()}
+    block = "backbone.layers.11."
+    own = {name.removeprefix(block): shape for name, shape in found.items() if name.startswith(block)}
+    assert own == {
+        "ln1.weight": [384],
+        "ln1.bias": [384],
+        "attn.relative_position_bias_table": [732, 6],
+        "attn.relative_position_index": [197, 197],
+        "attn.qkv.weight": [1152, 384],
+        "attn.proj.weight": [384, 384],
+        "attn.proj.bias": [384],
+        "ln2.weight": [384],
+        "ln2.bias": [384],
+        "ffn.layers.0.0.weight": [1536, 384],
+        "ffn.layers.0.0.bias": [1536],
+        "ffn.layers.1.weight": [384, 1536],
+        "ffn.layers.1.bias": [384],
+        "gamma_1": [384],
+        "gamma_2": [384],
+    }
+    assert found["backbone.pos_embed"] == [1, 197, 384]
+    assert {name for name in found if not name.startswith("backbone.layers.")} == {
+        *(f"backbone.{name}" for name in ("cls_token", "pos_embed", "ln1.weight", "ln1.bias")),
+        *("backbone.patch_embed.projection.weight", "backbone.patch_embed.projection.bias"),
+        *("head.layers.head.weight", "head.layers.head.bias"),
+    }
 
 
 @pytest.mark.parametrize("whole", [False, True])

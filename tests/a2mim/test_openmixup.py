@@ -62,7 +62,8 @@ def test_state_dicts_of_classifiers_survive_a_round_trip(name):
     sizes = {"embed_dim": 96, "depth": 2, "num_heads": 3} if "deit" in name else {}
     source, model = randomised(classifier(name, **sizes)), classifier(name, **sizes)
     official = to_openmixup_state_dict(source)
-    assert {k for k in official if k.startswith("head.")} == {"head.fc.weight", "head.fc.bias"}
+    head = "head.layers.head" if "deit" in name else "head.fc"
+    assert {k for k in official if k.startswith("head.")} == {f"{head}.weight", f"{head}.bias"}
     load_openmixup_state_dict(model, official)
     for key, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
@@ -185,6 +186,18 @@ def test_load_encoder__takes_the_norm_for_the_class_token(tmp_path):
     for piece in pieces(source.encoder):
         x = piece(x)
     assert_close(model.features(imgs), x[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_load_encoder__of_a_vit_into_a_deit(tmp_path):
+    """Which has no biases of queries and values, and the authors' initial values of its head."""
+    source = randomised(masked("vit_nano"))
+    model = classifier("deit_small", num_classes=500, embed_dim=96, depth=4, num_heads=3)
+    load_encoder(model, written(tmp_path, {"state_dict": to_openmixup_state_dict(source)}))
+    state = model.net.state_dict()
+    left = [name for name in source.encoder.state_dict() if name not in state]
+    assert left == [f"blocks.{i}.attn.{name}" for i in range(4) for name in ("q_bias", "v_bias")]
+    assert all(torch.equal(state[k], v) for k, v in source.encoder.state_dict().items() if k not in left)
+    assert_normal(model.head.weight, 0.02, "last layer")
 
 
 SHALLOW: dict[str, dict[str, Any]] = {
