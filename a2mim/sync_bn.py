@@ -27,16 +27,16 @@ class _Sum(torch.autograd.Function):
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
-    """nn.SyncBatchNorm with any back end; the processes' batches may differ in size."""
+    """nn.SyncBatchNorm with any back end; the processes' batches may differ in size. Statistics are full precision."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
-        dims = (0, 2, 3)
-        sums = torch.cat([input.sum(dims), input.new_tensor([input.numel() / input.shape[1]])])
+        x, dims = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input, (0, 2, 3)
+        sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])  # (C + 1,)
         sums = cast(Tensor, _Sum.apply(sums))
         count, mean = sums[-1].detach(), sums[:-1] / sums[-1].detach()
-        centred = input - mean[:, None, None]
+        centred = x - mean[:, None, None]
         var = cast(Tensor, _Sum.apply(centred.square().sum(dims))) / count
         if self.track_running_stats:
             assert self.running_mean is not None
@@ -48,7 +48,9 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * count / (count - 1), self.momentum)
         normed = centred * (var + self.eps).rsqrt()[:, None, None]
-        return normed if self.weight is None else normed * self.weight[:, None, None] + self.bias[:, None, None]
+        if self.weight is not None:
+            normed = normed * self.weight[:, None, None] + self.bias[:, None, None]
+        return normed.to(input.dtype)
 
 
 def statistics(model: nn.Module) -> list[Tensor]:

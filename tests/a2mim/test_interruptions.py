@@ -240,3 +240,8 @@ def test_statistics_of_the_joint_batch(tmp_path):
     for name, value in net.state_dict().items():
         for part in parts:
             close(part["net"][name], value)
+            own = part["net16"][name]  # of a forward pass in bfloat16, whose statistics are float32
+            assert own.dtype == value.dtype
+            torch.testing.assert_close(own, value, rtol=0.02, atol=0.02)
+    assert parts[0]["y16"].dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat([part["y16"] for part in parts]).float(), y, rtol=0.05, atol=0.05)
