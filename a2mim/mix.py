@@ -43,11 +43,11 @@ def cutmix(
     height, width = x.shape[-2:]
     lam = float(np.random.beta(alpha, alpha)) if lam is None else lam  # noqa: NPY002
     if perm is None:
-        for _ in range(10):
-            perm = torch.randperm(len(x))
-            if not (perm == torch.arange(len(x))).any():
+        perm = torch.randperm(len(x))
+        for _ in range(10):  # no image is to be its own partner, if ten more draws can help it
+            if (perm != torch.arange(len(x))).all():
                 break
-    assert perm is not None
+            perm = torch.randperm(len(x))
     perm = perm.to(x.device)
     rows, columns = int(height * (1 - lam) ** 0.5), int(width * (1 - lam) ** 0.5)
     cx = np.random.randint(height) if cx is None else cx  # noqa: NPY002

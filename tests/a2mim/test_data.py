@@ -236,7 +236,7 @@ def test_cutmix_pastes_a_box(center, lam):
 
 
 def test_cutmix_avoids_fixed_points(monkeypatch):
-    """Ten tries; the last draw is kept whatever it is."""
+    """Ten more tries; the last draw is kept whatever it is."""
     x, y = torch.rand(3, 3, 8, 8), torch.arange(3)
     tries = iter([torch.tensor(p) for p in ([0, 2, 1], [2, 1, 0], [1, 2, 0])])
     monkeypatch.setattr(torch, "randperm", lambda _n: next(tries))
@@ -244,7 +244,7 @@ def test_cutmix_avoids_fixed_points(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "randperm", lambda n: calls.append(n) or torch.arange(n))
     assert mix.cutmix(x, y, 1.0)[1][1].tolist() == [0, 1, 2]
-    assert len(calls) == 10
+    assert len(calls) == 11
 
 
 def test_mix_with_one_of_both():
