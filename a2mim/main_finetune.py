@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=boolean,
         nargs="?",
         const=True,
-        help="mixed precision of the last layer alone, as the authors' programs compute",
+        help="compute in float32 in spite of --amp, as the authors' programs do; a gradient scaler still works",
     )
     g.optimizer.add_argument(
         "--ema", default=0.0, type=float, help="momentum of a moving average of the weights; 0: none"

@@ -189,7 +189,7 @@ class Classifier(nn.Module):
     """A backbone with classes, for fine-tuning and probing.
 
     Args:
-        net: a network of timm. fp32_encoder: keep all but the last layer out of autocast (as upstream).
+        net: a network of timm. fp32_encoder: compute in float32 under autocast, too (as upstream).
         channels_last: as in `MaskedImageModel`.
     """
 
@@ -203,13 +203,13 @@ class Classifier(nn.Module):
         """(B, 3, H, W) -> (B, C), the input of the last layer."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        autocast = torch.is_autocast_enabled(x.device.type) and not self.fp32_encoder
-        with torch.autocast(x.device.type, enabled=autocast):
-            return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, K)."""
-        return self.head(self.features(x))
+        autocast = torch.is_autocast_enabled(x.device.type) and not self.fp32_encoder
+        with torch.autocast(x.device.type, enabled=autocast):
+            return self.head(self.features(x))
 
     @property
     def head(self) -> nn.Linear:

@@ -424,12 +424,13 @@ def test_deit_has_what_openmixups_has():
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_fp32_encoder_keeps_autocast_to_the_last_layer(whole):
+def test_fp32_encoder_computes_without_autocast(whole):
     net = classifier("resnet_nano", fp32_encoder=whole).eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        features, logits = net.features(torch.randn(2, 3, 64, 64)), net(torch.randn(2, 3, 64, 64))
-    assert features.dtype == (torch.float32 if whole else torch.bfloat16)
-    assert logits.dtype == torch.bfloat16
+    imgs = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(imgs)
+    assert logits.dtype == (torch.float32 if whole else torch.bfloat16)
+    assert torch.equal(logits.float(), net(imgs)) == whole
 
 
 def test_loss_is_float32_under_autocast():
