@@ -177,17 +177,16 @@ def no_updates() -> torch.optim.Optimizer:
 
 
 class OfficialOptimizer:
-    """An optimizer's state in OpenMixup's layout: one group per parameter, in the order of its parameters.
+    """The state of an optimizer in OpenMixup's layout: one group per parameter, in the order of its parameters.
 
-    Loading keeps the hyper-parameters of this run.
+    Frozen parameters have a group, too, without state. Loading keeps the hyper-parameters of this run, and also takes
+    files that hold the trained parameters alone.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: openmixup.Model):
         self.optimizer = optimizer
         params = dict(model.named_parameters())
         self.params = [params[name] for name in openmixup.official_names(model, parameters_only=True).values()]
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        self.params = [p for p in self.params if p in held]
 
     def _own(self) -> dict[Tensor, tuple[int, int]]:
         """Parameter -> its number in the optimizer's own state dict, and its group's."""
@@ -196,21 +195,23 @@ class OfficialOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         own, state = self._own(), self.optimizer.state_dict()
-        groups = [{**state["param_groups"][own[p][1]], "params": [i]} for i, p in enumerate(self.params)]
-        moments = {i: state["state"][own[p][0]] for i, p in enumerate(self.params) if own[p][0] in state["state"]}
+        settings = {p: state["param_groups"][own[p][1] if p in own else 0] for p in self.params}
+        groups = [{**settings[p], "params": [i]} for i, p in enumerate(self.params)]
+        moved = {i: own[p][0] for i, p in enumerate(self.params) if p in own}
+        moments = {i: state["state"][j] for i, j in moved.items() if j in state["state"]}
         return {"state": moments, "param_groups": groups}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         found = [i for group in state["param_groups"] for i in group["params"]]
-        if len(found) != len(self.params):
-            raise ValueError(f"the optimizer holds {len(found)} parameters, expected {len(self.params)}")
         own, now = self._own(), self.optimizer.state_dict()
-        now["state"] = {
-            own[p][0]: state["state"][i] for i, p in zip(found, self.params, strict=True) if i in state["state"]
-        }
+        trained = [p for p in self.params if p in own]
+        if len(found) not in (len(self.params), len(trained)):
+            raise ValueError(f"the optimizer holds {len(found)} parameters, expected {len(self.params)}")
+        pairs = list(zip(found, self.params if len(found) == len(self.params) else trained, strict=True))
+        now["state"] = {own[p][0]: state["state"][i] for i, p in pairs if p in own and i in state["state"]}
         steps = {i: float(group["step"]) for group in state["param_groups"] for i in group["params"] if "step" in group}
-        for i, p in zip(found, self.params, strict=True):  # LAMB counts its steps by group
-            if i in steps:
+        for i, p in pairs:  # LAMB counts its steps by group
+            if p in own and i in steps:
                 now["param_groups"][own[p][1]]["step"] = steps[i]
         self.optimizer.load_state_dict(now)
 

@@ -441,6 +441,55 @@ def test_official_layout__reads_upstreams_lamb():
         assert torch.equal(value, expected), name
 
 
+def test_official_layout__of_a_linear_probe():
+    """Upstream's holds every parameter, the frozen ones without state; it is read by either program, as is ours."""
+
+    def probe() -> Any:
+        torch.manual_seed(0)
+        model = build_classifier("resnet_nano", 10)
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        return model
+
+    def theirs_of(model: Any) -> torch.optim.Optimizer:
+        names = official_names(model, parameters_only=True).values()
+        groups = [{"params": [model.get_parameter(name)], "lr": 0.1} for name in names]
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+    def ours_of(model: Any) -> torch.optim.Optimizer:
+        return optim.build_optimizer(args_of("sgd"), optim.param_groups(model, {"lr": 0.1, "weight_decay": 0.0}))
+
+    def steps(model: Any, optimizer: torch.optim.Optimizer, seeds: Any) -> None:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for param in model.head.parameters():
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+
+    first, second = probe(), probe()
+    theirs, ours = theirs_of(first), ours_of(second)
+    steps(first, theirs, range(2))
+    second.load_state_dict(first.state_dict())
+    official = optim.OfficialOptimizer(ours, second)
+    official.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    saved = official.state_dict()
+    assert len(saved["param_groups"]) == len(list(first.parameters()))
+    assert set(saved["state"]) == set(theirs.state_dict()["state"])
+    third = probe()
+    third.load_state_dict(first.state_dict())
+    back = theirs_of(third)
+    back.load_state_dict(copy.deepcopy(saved))
+    for model, optimizer in ((first, theirs), (second, ours), (third, back)):
+        steps(model, optimizer, range(2, 4))
+        assert_close(model.head.weight, first.head.weight, rtol=1e-6, atol=1e-7)
+    trained = [i for i in range(len(saved["param_groups"])) if i in saved["state"]]  # a file of the head alone
+    small = {
+        "state": {k: saved["state"][i] for k, i in enumerate(trained)},
+        "param_groups": [{**saved["param_groups"][i], "params": [k]} for k, i in enumerate(trained)],
+    }
+    official.load_state_dict(small)
+
+
 def test_official_layout__keeps_this_runs_hyperparameters():
     model = pretraining()
     optimizer = of_flags("adamw", model)
