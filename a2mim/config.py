@@ -27,6 +27,14 @@ RANGES = {  # of this method's flags
     "mask_ratio": (1e-6, 1),
     "ra_level": (0, 10),
 }
+UPSTREAM_NAMES = {  # of --cfg-options, and the flags that say the same
+    "data.imgs_per_gpu": "batch_per_gpu",
+    "data.workers_per_gpu": "num_workers",
+    "runner.max_epochs": "epochs",
+    "optimizer_config.update_interval": "accum",
+    "lr_config.warmup_iters": "warmup_epochs",
+    "model.backbone.depth": "backbone",
+}
 NOT_IN_FILES = ("help", "config", "print_config", "cfg_options")
 
 
@@ -73,7 +81,7 @@ def new_parser(title: str) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="flags that win over the others, of a dotted name the last part",
+        help="flags that win over the others: the authors' usual names, else the last part of a dotted name counts",
     )
     g.output.add_argument(
         "--work_dir",
@@ -163,7 +171,7 @@ def _set_defaults(parser: argparse.ArgumentParser, where: str, values: dict[str,
 
 
 def _cfg_options(options: list[str]) -> dict[str, Any]:
-    """name=value pairs; of dotted names the last part counts."""
+    """name=value pairs: the authors' usual names, else the last part of a dotted name."""
     values = {}
     for option in options:
         name, equals, text = option.partition("=")
@@ -173,7 +181,9 @@ def _cfg_options(options: list[str]) -> dict[str, Any]:
             value = literal(text)
         except ValueError:
             value = text
-        values[name.split(".")[-1]] = value
+        if name == "model.backbone.depth":
+            value = f"resnet{value}"
+        values[UPSTREAM_NAMES.get(name, name.split(".")[-1])] = value
     return values
 
 

@@ -287,6 +287,12 @@ def test_file_is_overridden_by_flags_and_those_by_options(tmp_path):
     ("option", "name", "value"),
     [
         ("data.imgs_per_gpu.batch_per_gpu=3", "batch_size", 3),
+        ("data.imgs_per_gpu=32", "batch_size", 32),
+        ("data.workers_per_gpu=2", "num_workers", 2),
+        ("runner.max_epochs=5", "epochs", 5),
+        ("optimizer_config.update_interval=4", "accum_iter", 4),
+        ("lr_config.warmup_iters=3", "warmup_epochs", 3),
+        ("model.backbone.depth=101", "backbone", "resnet101"),
         ("accum=4", "accum_iter", 4),
         ("accum_iter=5", "accum_iter", 5),
         ("clip_grad=None", "clip_grad", None),
