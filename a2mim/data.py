@@ -23,17 +23,21 @@ RAND_AUGMENT_FILL = (104, 116, 124)
 # ---- which images, in which order
 
 
+def list_file(root: Path, name: str) -> Path:
+    """Where upstream keeps a list of images: meta/<name of the folder of images>/<name> beside that folder."""
+    return root.parent / "meta" / root.name / name
+
+
 def images(args: argparse.Namespace, train: bool, labelled: bool) -> Any:
-    """The images of the flags: by upstream's list files meta/<name of --data_path>/*.txt beside --data_path where they
-    exist, else from class folders or timm's data sets.
+    """The images of the flags: by the list files of upstream where they exist (`list_file`), else from class folders or
+    timm's data sets.
 
     Raises:
         UserError: as `datasets.image_dataset`.
     """
     root = Path(args.data_path)
-    meta = root.parent / "meta" / root.name
-    labels = meta / "train_labeled_full.txt", meta / "val_labeled.txt"
-    lists = labels[not train] if labelled or not train else meta / "train_full.txt"
+    labels = list_file(root, "train_labeled_full.txt"), list_file(root, "val_labeled.txt")
+    lists = labels[not train] if labelled or not train else list_file(root, "train_full.txt")
     # The numbers of list files need not be those of class folders: both lists, or none.
     if not args.dataset and lists.is_file() and (not labelled or args.eval or all(x.is_file() for x in labels)):
         return datasets.ListedImages(lists, root / ("train" if train else "val"), root, labelled=lists in labels)

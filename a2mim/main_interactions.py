@@ -28,6 +28,7 @@ from torchvision import transforms
 
 from a2mim.analysis import axes, fingerprint, load_file, patch_keywords, progress, replacing, save_figure, timm_network
 from a2mim.config import boolean
+from a2mim.data import list_file
 from a2mim.interactions import REWARDS, gen_contexts, gen_pairs, interactions, order_of, presence, rewards, strength
 from a2mim.models_a2mim import BACKBONES, build_classifier
 from a2mim.openmixup import load_classifier
@@ -160,10 +161,13 @@ def build_network(args: argparse.Namespace, classes: int) -> nn.Module:
 
 
 def open_images(args: argparse.Namespace) -> Any:
-    """The data set of the flags: --data_path's folders of classes, else timm's."""
+    """The data set of the flags: a list file of upstream with a flat val/, folders of classes, or one of timm."""
     root, name = Path(args.data_path), args.dataset if "/" in args.dataset else ""
     if args.dataset not in ("cifar10", "imagenet") and not name:
         raise UserError(f"--dataset {args.dataset}: expected cifar10, imagenet, or timm's, such as torch/cifar10")
+    lists = list_file(root, "val_labeled.txt")
+    if args.dataset == "imagenet" and lists.is_file():
+        return datasets.ListedImages(lists, root / "val", root)
     folders = (root / "val").is_dir() or any(p.suffix.lower() in datasets.ENDINGS for p in root.glob("*/*"))
     if args.dataset == "cifar10" and not folders:
         name = "torch/cifar10"

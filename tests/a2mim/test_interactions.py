@@ -214,6 +214,22 @@ def test_killed_and_resumed__identical_files(study, tmp_path, monkeypatch, capsy
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
+def test_images_by_a_list_with_a_flat_folder(study, digits, tmp_path, capsys):
+    """As upstream has ImageNet: data/ImageNet/val/<image>, and their classes in data/meta/ImageNet/val_labeled.txt."""
+    flat, lists = tmp_path / "data/ImageNet/val", tmp_path / "data/meta/ImageNet"
+    flat.mkdir(parents=True)
+    lists.mkdir(parents=True)
+    found = sorted(Path(digits).glob("val/*/*.png"))
+    for path in found:
+        shutil.copy(path, flat)
+    (lists / "val_labeled.txt").write_text("".join(f"{path.name} {path.parent.name}\n" for path in found))
+    run_main(main_interactions, *study, "--data_path", str(flat.parent), "--stage", "sampler")
+    (settings,) = tmp_path.glob("results/*/*/settings.json")
+    chosen = json.loads(settings.read_text())["chosen"]
+    assert len(chosen) == 3
+    assert all(label == int(found[index].parent.name) for _, index, label in chosen)
+
+
 @pytest.mark.parametrize("launcher", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_stage_by_stage_on_two_processes(study, tmp_path, launch, launcher):
     run_main(main_interactions, *study, "--output_dir", "one")
