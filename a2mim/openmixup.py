@@ -1,6 +1,7 @@
 """OpenMixup's names of weights, in which checkpoints are written and read, and ours (timm's)."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -182,21 +183,20 @@ def load_encoder_weights(
     return set(loaded), [k for k in found if k not in ours and "position_index" not in k]
 
 
-def resize_pos_embed(pos: Tensor, side: int) -> Tensor:
-    """Positions (1, 1 + n, D) with a class token -> (1, 1 + side**2, D), bicubic."""
-    return resample_abs_pos_embed(pos, [side, side], num_prefix_tokens=1, interpolation="bicubic", antialias=False)
+def resize_pos_embed(pos: Tensor, grid: Sequence[int], own_grid: Sequence[int] | None = None) -> Tensor:
+    """Positions (1, 1 + n, D), class token first, of own_grid or square -> (1, 1 + h w, D) of grid (h, w), bicubic."""
+    old = list(own_grid) if own_grid else None
+    return resample_abs_pos_embed(pos, list(grid), old, num_prefix_tokens=1, interpolation="bicubic", antialias=False)
 
 
 def _resize(net: Any, loaded: dict[str, Tensor], own: dict[str, Tensor], resize_rel_pos: bool) -> None:
     for name in [k for k, v in loaded.items() if k in own and v.shape != own[k].shape]:
-        side = net.patch_embed.grid_size[0] if is_vit(net) else 0  # type: ignore[union-attr, index]
+        grid = net.patch_embed.grid_size if is_vit(net) else (0, 0)
         if name == "pos_embed":
-            loaded[name] = resize_pos_embed(loaded[name], side)
+            loaded[name] = resize_pos_embed(loaded[name], grid)
         elif name.endswith("relative_position_bias_table"):
             zeros = torch.zeros_like(own[name])
-            resized = (
-                resize_rel_pos_bias_table(loaded[name], (side, side), own[name].shape) if resize_rel_pos else zeros
-            )
+            resized = resize_rel_pos_bias_table(loaded[name], grid, own[name].shape) if resize_rel_pos else zeros
             loaded[name] = resized
             if name.startswith("blocks.0."):
                 distributed.log(

@@ -47,7 +47,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--betas", default=[0.9, 0.999], type=float, nargs=2, help="decay rates of both moments (AdamW, LAMB)"
     )
-    g.add_argument("--eps", default=1e-8, type=float, help="added to the denominator (AdamW)")
+    g.add_argument(
+        "--eps",
+        default=None,
+        type=float,
+        help="added to the denominator; default: AdamW 1e-8, LAMB 1e-6",
+    )
     g.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD")
     g.add_argument(
         "--paramwise",
@@ -165,10 +170,12 @@ def build_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> t
     if not all(0 <= beta < 1 for beta in args.betas):
         raise distributed.UserError(f"--betas {args.betas[0]} {args.betas[1]}: expected two numbers, 0 to below 1")
     if args.opt == "lamb":
-        return Lamb(groups, eps=1e-6, betas=tuple(args.betas), max_grad_norm=1.0)
+        eps = 1e-6 if args.eps is None else args.eps
+        return Lamb(groups, eps=eps, betas=tuple(args.betas), max_grad_norm=1.0)
     if args.opt == "sgd":
         return torch.optim.SGD(groups, momentum=args.momentum, fused=True)
-    return torch.optim.AdamW(groups, betas=tuple(args.betas), eps=args.eps, fused=True)
+    eps = 1e-8 if args.eps is None else args.eps
+    return torch.optim.AdamW(groups, betas=tuple(args.betas), eps=eps, fused=True)
 
 
 def no_updates() -> torch.optim.Optimizer:

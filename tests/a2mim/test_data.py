@@ -3,6 +3,7 @@
 import argparse
 import copy
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def test_mixed_batches_match_upstream(path):
 
 @golden_files("a2mim", "mix_batch")
 def test_choice_of_the_mix_matches_upstream(path, monkeypatch):
-    expected = load_golden(path)["out/mode_choices"].tolist()
+    ref = load_golden(path)
+    expected = ref["out/mode_choices"].tolist()
     chosen: list[int] = []
 
     def record(kind: int):
@@ -105,7 +107,7 @@ def test_choice_of_the_mix_matches_upstream(path, monkeypatch):
     monkeypatch.setattr(mix, "mixup", record(0))
     monkeypatch.setattr(mix, "cutmix", record(1))
     mixing = mix.Mix(0.8, 1.0)
-    random.seed(360)
+    random.seed(int(re.findall(r"random\.seed\((\d+)\)", ref.meta["mode_choice"])[0]))
     for _ in expected:
         mixing(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))
     assert chosen == expected
@@ -116,7 +118,7 @@ def test_samplers_match_upstream(path):
     ref = load_golden(path)
     meta = ref.meta
     ranks = {name: expected for name, expected in ref.group("out").items() if "_rank" in name}
-    assert ranks
+    assert ranks or "pos" in meta
     for name, expected in ranks.items():
         kind, rank = name.split("_rank")
         images: Any = range(meta["N"])
@@ -133,7 +135,9 @@ def test_samplers_match_upstream(path):
 @golden_files("a2mim", "data_misc")
 def test_positions_match_upstream(path):
     ref = load_golden(path)
-    resized = resize_pos_embed(ref["out/pos/src"], ref.meta["pos"]["dst"][0])
+    if "pos" not in ref.meta:  # a file of samplers alone
+        return
+    resized = resize_pos_embed(ref["out/pos/src"], ref.meta["pos"]["dst"], ref.meta["pos"]["src"])
     assert_close(resized, ref["out/pos/dst"], rtol=1e-4, atol=2e-5)
 
 

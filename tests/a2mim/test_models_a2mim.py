@@ -122,7 +122,7 @@ def options(model: Any, cfg: dict) -> list[list]:
 def train(ref, noise: float = 0.0, seed: int = 0) -> dict[str, Tensor]:
     """Losses, gradient norms and final weights of the golden's run; noise: relative, on its images."""
     model, cfg = model_of(ref), ref.meta["optimizer"]
-    flags = argparse.Namespace(opt=cfg["type"].lower(), betas=cfg.get("betas", (0.9, 0.999)), eps=cfg.get("eps", 1e-8))
+    flags = argparse.Namespace(opt=cfg["type"].lower(), betas=cfg.get("betas", (0.9, 0.999)), eps=cfg.get("eps"))
     flags.momentum = cfg.get("momentum", 0.9)
     optimizer = optim.build_optimizer(flags, optim.param_groups(model, cfg))
     inputs = ref.group("in")

@@ -315,9 +315,9 @@ def test_same_grid_is_not_resized(tmp_path):
         assert torch.equal(first.relative_position_bias_table, old.relative_position_bias_table)
 
 
-@pytest.mark.parametrize("side", [2, 4, 7])
-def test_resize_pos_embed__keeps_constants(side):
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (7, 7), (2, 5)])
+def test_resize_pos_embed__keeps_constants(grid):
     pos = torch.cat([torch.full((1, 1, 3), 5.0), torch.full((1, 16, 3), 2.0)], dim=1)
-    resized = resize_pos_embed(pos, side)
+    resized = resize_pos_embed(pos, grid)
     assert_close(resized[:, 0], pos[:, 0], rtol=0, atol=0)
-    assert_close(resized[:, 1:], torch.full((1, side * side, 3), 2.0), rtol=1e-6, atol=1e-6)
+    assert_close(resized[:, 1:], torch.full((1, grid[0] * grid[1], 3), 2.0), rtol=1e-6, atol=1e-6)

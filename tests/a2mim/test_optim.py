@@ -98,7 +98,10 @@ def test_lamb_matches_upstream(path):
     decays, given = ref.meta["group_wd"], ref.meta["lamb"]
     params = [nn.Parameter(ref[f"in/p{i}"].clone()) for i in range(len(decays))]
     groups = [{"params": [p], "lr": given["lr"], "weight_decay": d} for p, d in zip(params, decays, strict=True)]
-    optimizer = optim.build_optimizer(argparse.Namespace(opt="lamb", betas=given["betas"], eps=1e-8), groups)
+    flags = argparse.Namespace(opt="lamb", betas=given["betas"], eps=given["eps"])
+    optimizer = optim.build_optimizer(flags, groups)
+    own = {k: v for k, v in given.items() if k not in ("lr", "weight_decay")}
+    assert {k: optimizer.defaults[k] for k in own} == {**own, "betas": tuple(own["betas"])}
     steps = len({name.split("_")[0] for name in ref.group("in") if name.startswith("g")})
     assert steps > 1
     for step in range(steps):
@@ -112,8 +115,9 @@ def test_lamb_matches_upstream(path):
 @golden_files("a2mim", "optimizer_ema")
 def test_average_matches_upstream(path):
     ref = load_golden(path)
-    net = nn.Linear(3, 2)
-    net.weight.data = torch.arange(6.0).view(2, 3)
+    shape = ref["out/ema/weight"].shape[1:]
+    net = nn.Linear(*reversed(shape))
+    net.weight.data = torch.arange(float(shape.numel())).view(shape)  # as meta's ema_note says
     average = optim.EMA(net, **ref.meta["ema"])
     expected = ref["out/ema/momentum"]
     assert_close([average.momentum_at(i) for i in range(len(expected))], expected, rtol=1e-9, atol=0)
@@ -230,7 +234,7 @@ def cfg_of(**values) -> dict[str, Any]:
 
 
 def args_of(opt: str = "adamw") -> argparse.Namespace:
-    return argparse.Namespace(opt=opt, betas=[0.9, 0.999], eps=1e-8, momentum=0.9)
+    return argparse.Namespace(opt=opt, betas=[0.9, 0.999], eps=None, momentum=0.9)
 
 
 def test_groups_are_merged_and_hold_what_is_trained():
@@ -259,8 +263,10 @@ def test_optimizers_are_the_documented_ones():
     adamw = optim.build_optimizer(argparse.Namespace(opt="adamw", betas=[0.8, 0.9], eps=1e-3), copy.deepcopy(groups))
     assert isinstance(adamw, torch.optim.AdamW)
     assert [adamw.defaults[k] for k in ("betas", "eps")] == [(0.8, 0.9), 1e-3]
-    lamb = optim.build_optimizer(argparse.Namespace(opt="lamb", betas=[0.8, 0.9], eps=1e-3), copy.deepcopy(groups))
-    assert [lamb.defaults[k] for k in ("betas", "eps", "max_grad_norm")] == [(0.8, 0.9), 1e-6, 1.0]
+    for given, eps in ((None, 1e-6), (1e-3, 1e-3)):
+        flags = argparse.Namespace(opt="lamb", betas=[0.8, 0.9], eps=given)
+        lamb = optim.build_optimizer(flags, copy.deepcopy(groups))
+        assert [lamb.defaults[k] for k in ("betas", "eps", "max_grad_norm")] == [(0.8, 0.9), eps, 1.0]
 
 
 # ---- schedules
