@@ -24,7 +24,7 @@ from common.distributed import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """Open a file to write; it gets its name when it is complete.
+    """Open a file for writing; it gets its name when it is complete.
 
     Raises:
         UserError: it cannot be written.
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 
 def load_file(path: Path, advice: str) -> Any:
-    """Content of an .npy or torch file; raises UserError where there is none, or a damaged one."""
+    """Content of an .npy file or a file of torch; raises UserError if it is missing or damaged."""
     try:
         return np.load(path) if path.suffix == ".npy" else torch.load(path, weights_only=True)
     except FileNotFoundError as error:
@@ -53,7 +53,7 @@ def load_file(path: Path, advice: str) -> Any:
 
 
 def progress(items: Sequence, what: str) -> Iterator:
-    """Walk items with a bar on a terminal, a line in ten seconds elsewhere; a stop signal ends it between two."""
+    """Yield items with a bar on a terminal, elsewhere a line every ten seconds; a stop signal ends it between two."""
     bar = sys.stderr.isatty() and distributed.is_main()
     begun = last = time.perf_counter()
     for done, item in enumerate(tqdm(items, desc=what, disable=not bar, dynamic_ncols=True), 1):
@@ -84,10 +84,10 @@ def save_figure(fig: Figure, path: Path) -> None:
 
 
 def timm_network(name: str, classes: int, size: int, path: str | None, pretrained: bool = False) -> nn.Module:
-    """A network of timm's for images of `size` pixels, with weights from a file of timm's names.
+    """A network of timm for images of `size` pixels, with weights from a file with timm's names.
 
     Raises:
-        UserError: the name is unknown, or the weights are another network's; without classes theirs are left out.
+        UserError: the name is unknown, or the weights belong to another network (without classes: but for its head).
     """
     model: Any
     try:

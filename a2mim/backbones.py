@@ -151,13 +151,13 @@ def pieces(net: Backbone) -> list[Piece]:
         stages = list(net.stages)
 
         def through(x: Tensor, i: int) -> Tensor:
-            x = stages[i].blocks(x)
+            x = stages[i].blocks(x)  # (B, C, h, w)
             return stages[i + 1].downsample(x) if i < 3 else net.head.norm(x)
 
         return [lambda x: stages[0].downsample(net.stem(x)), *(partial(through, i=i) for i in range(4))]
 
     def positions(x: Tensor) -> Tensor:
-        x = torch.cat([net.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([net.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
         return net.pos_drop(x + net.pos_embed)
 
     *blocks, last = net.blocks

@@ -39,7 +39,7 @@ NOT_IN_FILES = ("help", "config", "print_config", "cfg_options")
 
 
 def boolean(text: str) -> bool:
-    """Type of a flag that is on or off."""
+    """Reads true or false (argparse type)."""
     if text.lower() in ("true", "1", "yes", "on"):
         return True
     if text.lower() in ("false", "0", "no", "off"):
@@ -48,7 +48,7 @@ def boolean(text: str) -> bool:
 
 
 def patterns(text: str) -> list[tuple[str, dict[str, float]]]:
-    """Type of --paramwise: a Python literal [("pattern", {"weight_decay": 0.0, "lr_mult": 0.1}), ...]."""
+    """Reads --paramwise (argparse type): a Python literal [("pattern", {"weight_decay": 0.0, "lr_mult": 0.1}), ...]."""
     try:
         rows = [(str(pattern), {str(k): float(v) for k, v in options.items()}) for pattern, options in literal(text)]
         if any(re.compile(pattern) and set(options) - {"weight_decay", "lr_mult", "lr"} for pattern, options in rows):
@@ -60,7 +60,7 @@ def patterns(text: str) -> list[tuple[str, dict[str, float]]]:
 
 
 def literal(text: str) -> Any:
-    """A Python literal; raises ValueError."""
+    """The value of a Python literal; raises ValueError."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, MemoryError, RecursionError) as error:
@@ -216,7 +216,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def work_dir(config: str, pretrained: str = "") -> str:
-    """Folder of a configuration's runs: work_dirs/<its second folder>/<its name>[/<folder of the weights>/<file>]."""
+    """Folder for the runs of a configuration: work_dirs/<its second folder>/<its name>[/<folder of weights>/<file>]."""
     parts, weights = Path(config).with_suffix("").parts, Path(pretrained).parts[-2:]
     return str(Path("work_dirs", *parts[1:2] if len(parts) > 2 else (), *parts[-1:], *weights))
 
@@ -233,7 +233,7 @@ def to_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 
 def script(argv: list[str]) -> str:
-    """Path of the main that a command line is for, by the method of its configuration; ends with one line if it has
+    """Path of the main that a command line is for, by `method` in its configuration; ends with one line if there is
     none."""
     path = next((word for word in argv if word.endswith(".py")), "")
     try:

@@ -46,7 +46,7 @@ def images(args: argparse.Namespace, train: bool, labelled: bool) -> Any:
 
 
 class ChunkSampler(DistributedSampler):
-    """Gives every rank a contiguous chunk of the epoch's permutation (as upstream), padded from its beginning."""
+    """Gives every rank a contiguous part of the epoch's permutation (as upstream), padded with its beginning."""
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -67,7 +67,7 @@ class RepeatSampler(RepeatAugSampler):
 def train_loader(
     args: argparse.Namespace, dataset: Any, transform: Any, device: torch.device, repeated: bool = False
 ) -> datasets.Loader:
-    """Training batches in upstream's order; the last batch of an epoch may be smaller. repeated: each image thrice."""
+    """Training batches in upstream's order; the last batch of an epoch may be smaller. repeated: every image thrice."""
     sampler = None
     if not isinstance(dataset, IterableDataset):
         world, rank = distributed.world_size(), distributed.rank()
@@ -102,7 +102,7 @@ class PretrainTransform:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) uint8 -> float, by ImageNet's mean and deviation; floats are taken to be done."""
+    """Pixels (B, 3, H, W) uint8 -> float, by ImageNet's mean and deviation; floats are returned as they are."""
     if pixels.is_floating_point():
         return pixels
     mean, std = (255 * torch.tensor(x, device=pixels.device) for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))

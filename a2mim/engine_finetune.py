@@ -65,7 +65,7 @@ def evaluate(model: nn.Module, loader: Loader, updater: distributed.Updater) -> 
     """Accuracy of a classifier over all ranks' images.
 
     Args:
-        loader: of (images, classes). updater: says device and precision.
+        loader: yields (images, classes). updater: has the device and the precision.
     Returns:
         head0_top1, head0_top5 (percent; the best min(5, K) classes).
     """

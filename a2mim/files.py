@@ -8,8 +8,8 @@ from common import distributed
 
 
 def run_files(args: argparse.Namespace, iters_per_epoch: int) -> distributed.Files:
-    """latest.pth, and epoch_<n>.pth every --save_every epochs, of which the last one is kept: {meta, state_dict,
-    optimizer} as upstream, and what resuming to the step needs."""
+    """Names and contents: latest.pth, and epoch_<n>.pth every --save_every epochs, of which the newest stays. They hold
+    {meta, state_dict, optimizer} as upstream, and what resuming to the step needs."""
     images_per_step = args.batch_size * distributed.world_size()
 
     def values(position: distributed.Position) -> dict[str, Any]:

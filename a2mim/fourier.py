@@ -54,7 +54,7 @@ def feature_variance(latent: Tensor) -> Tensor:
 
 
 def taps(net: nn.Module) -> list[tuple[str, nn.Module, bool, int]]:
-    """Where a network's latents are: name, module, whether its input (else its output), class and other extra tokens.
+    """Where the latents of a network are: [(name, module, is it its input, number of extra tokens), ...].
 
     ResNet, ConvNeXt: after the stem and every block. ViT: the embedding, then the residual stream after every attention
     and every MLP, so that layer-scale is included.

@@ -155,7 +155,7 @@ def run(
     """Load, train, evaluate as the flags say.
 
     Args:
-        model: with its frozen parts frozen. train: puts its parts into training mode.
+        model: its parameters that do not require a gradient stay as they are. train: switches it to training mode.
     """
     loader, val_loader = loaders
     # ---- model

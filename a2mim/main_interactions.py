@@ -230,7 +230,7 @@ class Study(NamedTuple):
         yield from progress([entry for entry in every if not entry[-1].exists()], f"{kind}:")
 
     def claim(self, **settings: Any) -> None:
-        """Keep what all files depend on; raises UserError where the folder was begun with something else."""
+        """Store the settings that all files depend on; raises UserError if the folder was begun with others."""
         path = self.root / "settings.json"
         stored = json.loads(path.read_text()) if path.exists() else {}
         for name in [name for name, value in settings.items() if stored.get(name, value) != value]:
@@ -304,7 +304,7 @@ def draw(args: argparse.Namespace, study: Study) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fill in what depends on the data set; raises UserError for values that cannot be."""
+    """Fill in defaults that depend on the data set; raises UserError for impossible values."""
     settings = CIFAR if "cifar" in args.dataset else IMAGENET
     for name in ("pairs", "contexts", "image_size"):
         setattr(args, name, settings[name] if getattr(args, name) is None else getattr(args, name))

@@ -218,7 +218,7 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
 
 
 def view_of(args: argparse.Namespace) -> dict[str, bool]:
-    """What the network sees and is to predict, as `reconstruct` takes it."""
+    """Whether masked pixels are filled in what the network sees and predicts, as arguments of `reconstruct`."""
     fills = args.mask_color == "mean"
     # As upstream: SimMIM on filled images predicts the filled image.
     return {"fills": fills, "filled_target": fills and args.method == "simmim"}
@@ -263,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
     every = -(-args.save_recon_every * len(loader) // (args.recon_iters_per_epoch or len(loader)))
 
     def draw(iteration: int, out: dict[str, Any]) -> None:
-        """Where it is due: reconstruction/epoch_<n>.png, unless it exists; a full disk does not end the run."""
+        """Draw reconstruction/epoch_<n>.png if it is due and does not exist; a full disk does not end the run."""
         path = Path(args.output_dir, "reconstruction", f"epoch_{iteration // len(loader)}.png")
         if every and iteration % every == 0 and distributed.is_main() and args.output_dir and not path.exists():
             try:

@@ -55,6 +55,7 @@ def cutmix(
     top, bottom = (int(np.clip(cx + d, 0, height)) for d in (-(rows // 2), rows // 2))
     left, right = (int(np.clip(cy + d, 0, width)) for d in (-(columns // 2), columns // 2))
     mixed = x.clone()
+    # the box of every partner, (B, C, bottom - top, right - left)
     mixed[..., top:bottom, left:right] = x[perm][..., top:bottom, left:right]
     return mixed, (y, y[perm], 1 - (bottom - top) * (right - left) / (height * width))
 

@@ -38,7 +38,7 @@ HEADS = ("head.fc.", "head.", "fc.")  # the classifier's last layer in timm's Co
 
 
 def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """The name after all replacements; OpenMixup's names stay."""
+    """The name after all replacements; a name of OpenMixup stays as it is."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
@@ -63,7 +63,7 @@ def _official_name(model: Model, name: str) -> str:
 
 
 def _position(name: str) -> tuple[int, int]:
-    """Where OpenMixup's modules stand: a backbone's own tensors, its down-sampling, its blocks; decoder; head."""
+    """Sorts names as OpenMixup's modules stand: tensors of the backbone itself, down-sampling, blocks, neck, head."""
     own = ("cls_token", "pos_embed", "mask_token", "mask_gamma")
     part, _, rest = name.partition(".")
     if part != "backbone":
@@ -146,7 +146,7 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
 
 
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint, or those that it is, without those of a momentum encoder."""
+    """The weights in a checkpoint, or in a file of weights alone, without those of a momentum encoder."""
     found = next((state[key] for key in distributed.WEIGHT_KEYS if isinstance(state.get(key), dict)), state)
     return {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
 

@@ -97,7 +97,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _layer_scale(name: str, decay: float, model_type: str, n_blocks: int) -> float:
-    """Factor on the learning rate of a parameter of the backbone; official names."""
+    """Factor on the learning rate of a parameter with OpenMixup's name."""
     block = re.match(r"backbone\.(?:layers|stages\.2)\.(\d+)\.", name)
     if model_type == "vit":
         if block:
@@ -166,7 +166,7 @@ def param_groups(model: openmixup.Model, cfg: dict[str, Any]) -> list[dict[str, 
 
 
 def build_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """--opt on groups that say their learning rate and weight decay; raises UserError."""
+    """The optimizer --opt for groups with learning rate and weight decay; raises UserError."""
     if not all(0 <= beta < 1 for beta in args.betas):
         raise distributed.UserError(f"--betas {args.betas[0]} {args.betas[1]}: expected two numbers, 0 to below 1")
     if args.opt == "lamb":
@@ -179,7 +179,7 @@ def build_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> t
 
 
 def no_updates() -> torch.optim.Optimizer:
-    """An optimizer of nothing, for evaluations."""
+    """An optimizer without parameters, for evaluations."""
     return torch.optim.SGD([torch.zeros(0)], lr=0.0)
 
 
@@ -196,7 +196,7 @@ class OfficialOptimizer:
         self.params = [params[name] for name in openmixup.official_names(model, parameters_only=True).values()]
 
     def _own(self) -> dict[Tensor, tuple[int, int]]:
-        """Parameter -> its number in the optimizer's own state dict, and its group's."""
+        """Parameter -> its number and that of its group in the optimizer's own state dict."""
         pairs = [(p, g) for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]]
         return {p: (i, g) for i, (p, g) in enumerate(pairs)}
 

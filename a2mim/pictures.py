@@ -13,7 +13,7 @@ from common import datasets
 
 
 def reconstruction_rows(target: Tensor, pred: Tensor, mask: Tensor, n: int = 4) -> Tensor:
-    """The first n targets, the same with masked pixels at the mean colour, and their predictions.
+    """The first n targets, the same with masked pixels in the mean colour, and their predictions.
 
     Args:
         target, pred: (B, 3, H, W), normalised. mask: (B, h, w), 1 = masked.

@@ -15,7 +15,7 @@ def prepare(
     """Move a model to the device, with the weights of the flags if the run starts, and wrap it for all processes.
 
     Args:
-        kwargs: of `load_encoder`.
+        kwargs: further arguments of `load_encoder`.
     """
     if args.pretrained and starts:
         openmixup.load_encoder(model, args.pretrained, **kwargs)
@@ -52,7 +52,7 @@ def build_updater(
 
 
 def check_last_batch(args: argparse.Namespace, loader: datasets.Loader, size: int) -> None:
-    """Raise UserError if a ResNet's last map of an epoch's last batch is a single pixel of a single image."""
+    """Raise UserError if the last batch of an epoch gives the last batch norm of a ResNet a single value."""
     left = 0 if loader.drop_last else len(loader.sampler) % args.batch_size
     last = left or args.batch_size
     if "resnet" in args.backbone and size <= 32 and last == 1:
