@@ -246,8 +246,8 @@ def compare_flags(file: str, part: dict[str, Any], source: Source, why: dict[str
         elif computed:
             yield Row("flag", file, name, SKIPPED, upstream, own, f"its default is computed: {flag.default}")
         else:
-            narrow = mine is not None and flag.choices is None and mine.choices
-            yield Row("flag", file, name, SAME, upstream, own, f"here one of {shown(mine.choices)}" if narrow else "")
+            narrow = mine.choices if mine and flag.choices is None else None
+            yield Row("flag", file, name, SAME, upstream, own, f"here one of {shown(narrow)}" if narrow else "")
     for flag in ours:
         if not names & set(flag.options) and not any(set(options) & set(flag.options) for options in theirs):
             yield Row("flag", file, flag.options[0], PURPOSE, NO_FLAG, summary(flag), ONLY_HERE)
@@ -288,8 +288,8 @@ def compare_definition(name: str, part: dict[str, Any], source: Source, judge: J
     if same or not rows:
         rows.insert(0, row("", SAME, f"{same} keywords", here))
     if theirs.constants:
-        numbers = [", ".join(map(shown, side.constants[:12])) for side in (theirs, ours)]
-        rows.append(row("", SKIPPED, *numbers, "numbers in the body"))
+        a, b = (", ".join(map(shown, side.constants[:12])) for side in (theirs, ours))
+        rows.append(row("", SKIPPED, a, b, "numbers in the body"))
     return rows
 
 

@@ -326,7 +326,7 @@ def find_definition(source: Source, name: str, depth: int = 0) -> Definition | N
         method = methods.get(rest or "__init__")
         if rest and method is None:
             return None
-        body = method if rest else node
+        body: Any = method if rest else node
         found = parameters(source, method, skip_self=True) if method else {}
         return Definition(found, {}, takes_any(method), constants(body))
     if not isinstance(node, ast.FunctionDef) or rest:
@@ -394,7 +394,7 @@ def constants(node: ast.AST) -> list[Any]:
     """Fractions and numbers above 8 in a body, sorted: momenta, epsilons, widths."""
     signatures = [n.args for n in ast.walk(node) if isinstance(n, ast.FunctionDef)]
     defaults = {id(d) for a in signatures for tree in [*a.defaults, *a.kw_defaults] if tree for d in ast.walk(tree)}
-    numbers = {
+    numbers: set[Any] = {
         n.value
         for n in ast.walk(node)
         if isinstance(n, ast.Constant) and type(n.value) in (int, float) and id(n) not in defaults
