@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,12 +73,11 @@ def test_command_line(case):
 @recipes.cases("semaim", "knn")
 def test_nearest_neighbours(case):
     """The images and the network of the features, and the vote."""
-    given = {"replace": replaced(case)}
-    run = recipes.capture(main_knn, case.argv, case.world, case.rank, stops=["extract_features"], **given)
-    given["replace"] |= {main_knn.compute: lambda *_: [torch.empty(0)] * 4}
-    vote = recipes.capture(main_knn, case.argv, case.world, case.rank, stops=["vote"], **given).call
+    capture = partial(recipes.capture, main_knn, case.argv, case.world, case.rank)
+    run = capture(stops=["extract_features"], replace=replaced(case))
+    vote = capture(stops=["vote"], replace={main_knn.compute: lambda *_: [torch.empty(0)] * 4})
     facts = {"loaders": run.loaders(), "model": recipes.modules(run.call["model"])}
-    recipes.compare(case.expect, facts | {"vote": recipes.describe(vote)}, case.name)
+    recipes.compare(case.expect, facts | {"vote": recipes.describe(vote.call)}, case.name)
 
 
 @recipes.cases("semaim", "presets")
