@@ -130,7 +130,7 @@ def load_encoder(model: VisionTransformer, path: str, head_std: float = 0.0, key
     Raises:
         distributed.UserError: the file cannot be read or holds another architecture.
     """
-    state = distributed.weights_of(distributed.load(path), path, *([(key,)] if key else []))
+    state = distributed.weights_of(distributed.load(path), path, (key,) if key else distributed.WEIGHT_KEYS)
     with distributed.user_errors(f"{path}: check --model, --patch_size and --input_size, and --global_pool"):
         missing, unexpected = load_pretrained(model, state)
     matched = len(model.state_dict()) - len(missing)
