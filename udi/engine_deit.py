@@ -114,6 +114,82 @@ def report(
     return {"max_accuracy": best}
 
 
+def run_key(
+    args: argparse.Namespace,
+    device: torch.device,
+    path: str,
+    key: str,
+    folder: str,
+    add_head: Callable[[EvaluationViT, str, str], None],
+    sets: tuple[Any, Any],
+    files: DeitFiles,
+    sampler: Callable[[], Any],
+) -> None:
+    """Train and evaluate the network `key` of the checkpoint `path`, with results in a folder; the rest as `run`."""
+    torch.manual_seed(args.seed)
+    found = (distributed.find_checkpoint(folder, args.resume, name) for name in (files.latest, "checkpoint.pth"))
+    resume = next(filter(None, found), "")
+    if args.eval and not resume:
+        raise distributed.UserError(f"--eval: {folder} has no checkpoint; name one with --resume")
+    # ---- data
+    train, val = sets
+    transform, val_transform = build_transforms(args)
+    args.nb_classes = len(train.classes)
+    with distributed.user_errors("--mixup, --cutmix and their options"):
+        mixup = build_mixup(args)
+    loader = datasets.build_loader(
+        args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter, sampler=sampler()
+    )
+    val_loader = datasets.build_loader(
+        args, val, val_transform, device, train=False, batch_size=int(1.5 * args.batch_size)
+    )
+    # ---- model
+    model = build_model(args, path, key)
+    add_head(model, path, key)
+    model.to(device)
+    net = distributed.wrap(model, device, args.compile)
+    place = torch.device("cpu") if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None
+    # ---- optimizer
+    images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
+    lr = args.lr * images_per_update / 512
+    optimizer = build_optimizer(args, model, lr)
+    scheduler = build_scheduler(args, optimizer)
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
+    distributed.log(
+        f"{args.arch} ({key}): {sum(p.numel() for p in model.parameters()):,} parameters on {device}, "
+        f"{updater.dtype}; {loader.images} images, {images_per_update} per update, lr {lr:.2e}"
+    )
+    # ---- loop
+    if args.eval:
+        val_loader.match_classes(distributed.load_weights(model, resume), resume)
+        evaluate(model, val_loader, updater)
+        return
+    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": updater.scaler}
+    if scheduler is not None:
+        parts["lr_scheduler"] = scheduler
+    if ema is not None:
+        parts["model_ema"] = ema.module
+    checkpoint = distributed.Checkpoint(folder, args, model, files, **parts)
+    # Mixup folds the smoothing into its soft targets.
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    fit(
+        args,
+        net,
+        criterion,
+        loader,
+        val_loader,
+        updater,
+        partial(rates, args, scheduler, optimizer),
+        checkpoint,
+        resume,
+        mixup,
+        ema,
+        tags={"loss": "train/loss", "lr": "train/lr"},
+        report=partial(report, TextLog(folder, "train.log")),
+    )
+
+
 def run(
     args: argparse.Namespace,
     device: torch.device,
@@ -144,70 +220,9 @@ def run(
         args.resume = ""  # upstream's switch: what is in the run's folder
     if args.resume and len(keys) > 1:
         raise distributed.UserError(f"--resume: expected one --checkpoint_key, not {args.checkpoint_key}")
-    train, val = sets
-    transform, val_transform = build_transforms(args)
-    args.nb_classes = len(train.classes)
-    with distributed.user_errors("--mixup, --cutmix and their options"):
-        mixup = build_mixup(args)
     for key in keys:
-        torch.manual_seed(args.seed)
         own = folder if len(keys) == 1 else str(Path(folder) / key)
-        found = (distributed.find_checkpoint(own, args.resume, name) for name in (files.latest, "checkpoint.pth"))
-        resume = next(filter(None, found), "")
-        if args.eval and not resume:
-            raise distributed.UserError(f"--eval: {own} has no checkpoint; name one with --resume")
-        # ---- data
-        loader = datasets.build_loader(
-            args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter, sampler=sampler()
-        )
-        val_loader = datasets.build_loader(
-            args, val, val_transform, device, train=False, batch_size=int(1.5 * args.batch_size)
-        )
-        # ---- model
-        model = build_model(args, path, key)
-        add_head(model, path, key)
-        model.to(device)
-        net = distributed.wrap(model, device, args.compile)
-        place = torch.device("cpu") if args.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None
-        # ---- optimizer
-        images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
-        lr = args.lr * images_per_update / 512
-        optimizer = build_optimizer(args, model, lr)
-        scheduler = build_scheduler(args, optimizer)
-        updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
-        distributed.log(
-            f"{args.arch} ({key}): {sum(p.numel() for p in model.parameters()):,} parameters on {device}, "
-            f"{updater.dtype}; {loader.images} images, {images_per_update} per update, lr {lr:.2e}"
-        )
-        # ---- loop
-        if args.eval:
-            val_loader.match_classes(distributed.load_weights(model, resume), resume)
-            evaluate(model, val_loader, updater)
-            continue
-        parts: dict[str, Any] = {"optimizer": optimizer, "scaler": updater.scaler}
-        if scheduler is not None:
-            parts["lr_scheduler"] = scheduler
-        if ema is not None:
-            parts["model_ema"] = ema.module
-        checkpoint = distributed.Checkpoint(own, args, model, files, **parts)
-        # Mixup folds the smoothing into its soft targets.
-        criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
-        fit(
-            args,
-            net,
-            criterion,
-            loader,
-            val_loader,
-            updater,
-            partial(rates, args, scheduler, optimizer),
-            checkpoint,
-            resume,
-            mixup,
-            ema,
-            tags={"loss": "train/loss", "lr": "train/lr"},
-            report=partial(report, TextLog(own, "train.log")),
-        )
+        run_key(args, device, path, key, own, add_head, sets, files, sampler)
 
 
 def scale_classifier(classifier: nn.Linear, factor: float) -> None:

@@ -70,7 +70,7 @@ def add_deit_flags(p: argparse.ArgumentParser) -> None:
     g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
     add_checkpoint_flags(p)
     p.set_defaults(pretrained_weights="./vit_small/checkpoint.pth")
-    g.unused.add_argument("--window_size", default=7, type=int, help="of Swin transformers, which UDI has not")
+    g.unused.add_argument("--window_size", default=7, type=int, help="window of Swin transformers, which are not here")
     g.model.add_argument("--input-size", "--input_size", default=224, type=int, help="image side in pixels")
     g.augmentation.add_argument("--drop", default=0.0, type=float, help="dropout of the layers' outputs")
     g.augmentation.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
@@ -85,7 +85,11 @@ def add_deit_flags(p: argparse.ArgumentParser) -> None:
         help="keep a moving average of the weights in the checkpoints (default)",
     )
     g.output.add_argument(
-        "--no-model-ema", "--no_model_ema", action="store_false", dest="model_ema", help="keep no moving average"
+        "--no-model-ema",
+        "--no_model_ema",
+        action="store_false",
+        dest="model_ema",
+        help="keep no moving average of the weights",
     )
     g.output.add_argument(
         "--model-ema-decay", "--model_ema_decay", default=0.99996, type=float, help="decay of the moving average"
@@ -137,9 +141,15 @@ def add_deit_flags(p: argparse.ArgumentParser) -> None:
         "--decay-epochs", "--decay_epochs", default=30, type=float, help="epochs between the steps of --sched step"
     )
     g.optimizer.add_argument("--warmup-epochs", "--warmup_epochs", default=5, type=int, help="epochs of the warm-up")
-    g.unused.add_argument("--cooldown-epochs", "--cooldown_epochs", default=10, type=int, help="--epochs are all")
     g.unused.add_argument(
-        "--patience-epochs", "--patience_epochs", default=10, type=int, help="of the schedule plateau, which is refused"
+        "--cooldown-epochs", "--cooldown_epochs", default=10, type=int, help="training ends after --epochs"
+    )
+    g.unused.add_argument(
+        "--patience-epochs",
+        "--patience_epochs",
+        default=10,
+        type=int,
+        help="belongs to the schedule plateau, which is refused",
     )
     g.optimizer.add_argument(
         "--decay-rate", "--decay_rate", "--dr", default=0.1, type=float, help="factor of --sched step, power of poly"
@@ -182,19 +192,21 @@ def add_deit_flags(p: argparse.ArgumentParser) -> None:
         "--mixup-mode", "--mixup_mode", default="batch", help="what is mixed alike: batch, pair or elem"
     )
     # ---- distillation, which crashes upstream
-    g.unused.add_argument("--teacher-model", "--teacher_model", default="self", help="of distillation")
-    g.unused.add_argument("--teacher-path", "--teacher_path", default="", help="of distillation")
+    g.unused.add_argument("--teacher-model", "--teacher_model", default="self", help="distillation is not offered")
+    g.unused.add_argument("--teacher-path", "--teacher_path", default="", help="distillation is not offered")
     g.unused.add_argument(
         "--distillation-type",
         "--distillation_type",
         default="none",
         choices=["none", "soft", "hard"],
-        help="soft and hard are refused",
+        help="distillation is not offered: soft and hard are refused",
     )
     g.unused.add_argument(
-        "--distillation-alpha", "--distillation_alpha", default=0.5, type=float, help="of distillation"
+        "--distillation-alpha", "--distillation_alpha", default=0.5, type=float, help="distillation is not offered"
     )
-    g.unused.add_argument("--distillation-tau", "--distillation_tau", default=1.0, type=float, help="of distillation")
+    g.unused.add_argument(
+        "--distillation-tau", "--distillation_tau", default=1.0, type=float, help="distillation is not offered"
+    )
     # ---- start, files, process
     g.model.add_argument("--finetune", default="", help="checkpoint or https address, in place of --pretrained_weights")
     g.unused.add_argument(

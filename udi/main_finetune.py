@@ -49,7 +49,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--rel_pos_bias", action="store_true", default=True, help="relative position biases in every block (default)"
     )
     g.model.add_argument(
-        "--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="none of them (README: given)"
+        "--disable_rel_pos_bias",
+        action="store_false",
+        dest="rel_pos_bias",
+        help="no relative position biases (README: given)",
     )
     g.model.add_argument("--abs_pos_emb", action="store_true", help="add positions to the tokens (README: given)")
     g.model.add_argument(
@@ -172,7 +175,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- data, files, process
     datasets.add_flags(p)
     g.unused.add_argument("--eval_data_path", default=None, help="val/ of --data_path is evaluated")
-    g.data.add_argument("--nb_classes", default=0, type=int, help="number of classes; 0: 1000, as upstream always")
+    g.model.add_argument("--nb_classes", default=0, type=int, help="number of classes; 0: 1000, as upstream always")
     g.data.add_argument(
         "--imagenet_default_mean_and_std",
         action="store_true",
@@ -194,7 +197,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--eval", action="store_true", help="only evaluate the checkpoint of --resume, else --finetune"
     )
     g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
-    g.unused.add_argument("--enable_deepspeed", action="store_true", help="refused")
+    g.unused.add_argument("--enable_deepspeed", action="store_true", help="DeepSpeed is refused")
     g.unused.add_argument("--configure", default="job.yaml", help="unread by the authors' program, too")
     distributed.add_flags(p)
     p.set_defaults(data_path="/dataset/imageNet100_sicy/", num_workers=10, resume=LATEST)

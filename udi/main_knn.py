@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="numbers of neighbours, each of which votes by itself",
     )
     g.output.add_argument("--temperature", default=0.07, type=float, help="T of a vote's weight exp(cosine / T)")
-    g.data.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
+    g.model.add_argument("--nb_classes", default=1000, type=int, help="number of classes")
     # ---- network
     g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
     add_checkpoint_flags(p)

@@ -62,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=DERIVED,
         help="checkpoints and logs; default: a folder beside the weights, named by the flags; '' writes nothing",
     )
-    g.data.add_argument("--num_labels", "--nb_classes", default=1000, type=int, help="number of classes")
+    g.model.add_argument("--num_labels", "--nb_classes", default=1000, type=int, help="number of classes")
     g.output.add_argument("--evaluate", action="store_true", help="only evaluate the probe of --resume or --output_dir")
     g.optimizer.add_argument("--lr_min", default=0.0, type=float, help="learning rate at the end")
     distributed.add_flags(p)

@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--multi_scale", default=False, type=boolean, help="average the features of images of three sizes"
     )
     add_checkpoint_flags(p)
-    g.unused.add_argument("--window_size", default=7, type=int, help="of Swin transformers, which UDI has not")
+    g.unused.add_argument("--window_size", default=7, type=int, help="window of Swin transformers, which are not here")
     g.output.add_argument("--dump_features", default=None, help="folder to write features and labels to")
     g.output.add_argument(
         "--load_features", default=".", help="folder of written features; what it does not hold is computed"
@@ -67,13 +67,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--data_path", default="/mnt/aiops/common/imageNet100_sicy/", help="folder with train/ and val/"
     )
     g.unused.add_argument("--epochs", default=100, type=int, help="the regression runs to its minimum")
-    g.unused.add_argument("--it0", default=10, type=int, help="of the authors' solver")
+    g.unused.add_argument("--it0", default=10, type=int, help="belongs to the authors' solver")
     g.data.add_argument(
         "--target_list_path",
         default="./subset/1percent.txt",
         help="text file with the labelled images' names",
     )
-    g.data.add_argument("--class_num", default=1000, type=int, help="number of classes, the first of the class folders")
+    g.model.add_argument(
+        "--class_num", default=1000, type=int, help="number of classes, the first of the class folders"
+    )
     g.data.add_argument(
         "--bad_images", default="stop", choices=["stop", "skip"], help="what to do at an image that cannot be read"
     )

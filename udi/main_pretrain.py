@@ -4,6 +4,7 @@ import argparse
 import copy
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--warmup_teacher_temp_epochs", default=30, type=int, help="epochs in which the temperature grows linearly"
     )
     g.optimizer.add_argument(
-        "--exact_center", action="store_true", help="centres weigh all rows alike, not all processes"
+        "--exact_center", action="store_true", help="let centres weigh all rows alike, instead of all processes"
     )
     # ---- optimizer
     g.process.add_argument("--use_fp16", default=True, type=boolean, help="false computes in float32")
@@ -79,7 +80,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     g.optimizer.add_argument("--accum_iter", default=1, type=int, help="micro-steps per update; centres move with each")
     g.optimizer.add_argument("--epochs", default=300, type=int, help="epochs to train")
-    g.optimizer.add_argument("--freeze_last_layer", default=1, type=int, help="first epochs in which prototypes stay")
+    g.optimizer.add_argument(
+        "--freeze_last_layer", default=1, type=int, help="epochs at the start in which prototypes stay"
+    )
     g.optimizer.add_argument("--lr", default=5e-4, type=float, help="learning rate per 256 images of an update")
     g.optimizer.add_argument("--warmup_epochs", default=10, type=int, help="epochs in which the rate grows from 0")
     g.optimizer.add_argument("--min_lr", default=1e-5, type=float, help="learning rate at the end")
@@ -123,7 +126,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     datasets.add_flags(p)
     g.output.add_argument("--output_dir", default=".", help="checkpoints, log.txt, TensorBoard; '' writes nothing")
     g.output.add_argument(
-        "--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints; 0: none"
+        "--saveckp_freq", default=20, type=int, help="epochs from one numbered checkpoint to the next; 0: none"
     )
     distributed.add_flags(p)
     p.set_defaults(data_path="/path/to/imagenet/train/", num_workers=10, local_rank=0)
@@ -204,6 +207,15 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
     return optimizer
 
 
+def build_rates(args: argparse.Namespace, lr: float, updates: int) -> Callable[[int], Rates]:
+    """Learning rate (warm-up to lr), weight decay and the teacher's momentum by update; `updates` per epoch."""
+    with distributed.user_errors("--epochs and --warmup_epochs"):
+        lrs = optim.cosine_scheduler(lr, args.min_lr, args.epochs, updates, args.warmup_epochs)
+    decays = optim.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, updates)
+    momenta = optim.cosine_scheduler(args.momentum_teacher, 1, args.epochs, updates)
+    return lambda update: Rates(*(float(table[update]) for table in (lrs, decays, momenta)))
+
+
 def warn_of_collapse(stats: dict[str, float], prototypes: int, images: int) -> None:
     """Say so if the teacher predicts the same of all images, or nothing at all; a few images show neither."""
     if min(images, prototypes) < 8:
@@ -231,12 +243,8 @@ def main(args: argparse.Namespace) -> None:
     net = distributed.wrap(student, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
-    updates = len(loader) // args.accum_iter
     lr = args.lr * images_per_step * args.accum_iter / 256
-    with distributed.user_errors("--epochs and --warmup_epochs"):
-        lr_table = optim.cosine_scheduler(lr, args.min_lr, args.epochs, updates, args.warmup_epochs)
-    wd_table = optim.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, updates)
-    momentum_table = optim.cosine_scheduler(args.momentum_teacher, 1, args.epochs, updates)
+    rates = build_rates(args, lr, len(loader) // args.accum_iter)
     optimizer = build_optimizer(args, student, lr)
     epoch = 0
 
@@ -275,16 +283,7 @@ def main(args: argparse.Namespace) -> None:
         print_freq=10,
     ):
         with checkpoint.on_exit(epoch_log, updater):
-            stats = train_one_epoch(
-                net,
-                teacher,
-                udi_loss,
-                loader,
-                updater,
-                lambda i: Rates(float(lr_table[i]), float(wd_table[i]), float(momentum_table[i])),
-                epoch_log,
-                args.seed,
-            )
+            stats = train_one_epoch(net, teacher, udi_loss, loader, updater, rates, epoch_log, args.seed)
         warn_of_collapse(stats, args.out_dim, args.batch_size)
         epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))

@@ -30,9 +30,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     g.data.add_argument("--data_path", default="/dataset/imageNet/", help="folder with train/ and val/")
     g.unused.add_argument(
-        "--inat-category", "--inat_category", default="name", choices=CATEGORIES, help="of iNaturalist"
+        "--inat-category", "--inat_category", default="name", choices=CATEGORIES, help="iNaturalist is not used here"
     )
-    g.unused.add_argument("--gpu", default=0, type=int, help="--device names one")
+    g.unused.add_argument("--gpu", default=0, type=int, help="--device names the GPU")
     g.model.add_argument(
         "--finetune_head_layer",
         default=0,
@@ -45,7 +45,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.model.add_argument(
         "--out_dim", default=8192, type=int, help="prototypes of the head's last layer; a checkpoint's number decides"
     )
-    g.data.add_argument("--class_num", default=1000, type=int, help="number of classes, the first of the class folders")
+    g.model.add_argument(
+        "--class_num", default=1000, type=int, help="number of classes, the first of the class folders"
+    )
     g.data.add_argument(
         "--target_list_path",
         default="./subset/1percent.txt",

@@ -218,10 +218,11 @@ def test_surplus_batches_are_skipped(digits, tmp_path, monkeypatch, capsys):
     assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {4}
     assert (state["epoch"], state["images"]) == (1, 0)
     # Of 2 processes each has 9 of 17 images, of which upstream counts 17 // 6 = 2 updates.
-    images, options = [None] * 17, {"num_workers": 0, "accum_iter": 1, "whole_updates": True}
-    assert len(datasets.Loader(images, None, 3, torch.device("cpu"), **options)) == 5
+    images: Any = [None] * 17
+    options = {"num_workers": 0, "accum_iter": 1, "whole_updates": True}
+    assert len(datasets.Loader(images, str, 3, torch.device("cpu"), **options)) == 5
     monkeypatch.setattr("common.datasets.loader.world_size", lambda: 2)
-    assert len(datasets.Loader(images, None, 3, torch.device("cpu"), **options)) == 2
+    assert len(datasets.Loader(images, str, 3, torch.device("cpu"), **options)) == 2
 
 
 def test_eval_takes_what_finetune_names(digits, tmp_path, capsys):

@@ -72,7 +72,7 @@ def assert_trajectory(ref, model: VisionTransformer) -> None:
     train, tol = ref.meta["train"], ref.meta["tolerance"]
     args = main_finetune.get_args_parser().parse_args([])
     for name, value in train.items():
-        setattr(args, {"warmup": "warmup_epochs"}.get(name, name), value)
+        setattr(args, "warmup_epochs" if name == "warmup" else name, value)
     optimizer = main_finetune.build_optimizer(args, model, args.lr)
     names = {id(p): name for name, p in model.named_parameters()}
     found = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]

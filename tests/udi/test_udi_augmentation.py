@@ -115,7 +115,7 @@ def test_correspondence__decides_at_the_border_as_upstream():
     place = first[..., :2] + grid * (first[..., 2:] - first[..., :2])
     low, high = torch.minimum(second[..., :2], second[..., 2:]), torch.maximum(second[..., :2], second[..., 2:])
     shown = ((place > low) & (place < high)).all(dim=2)
-    found = augment.correspondence(*crops, np.ones(196, bool))
+    found = augment.correspondence(crops[0], crops[1], np.ones(196, bool))
     assert found.count.tolist() == shown.sum(dim=1).tolist()
     assert found.token[found.token >= 0].tolist() == shown.nonzero()[:, 1].tolist()
 
