@@ -193,11 +193,13 @@ def test_finetuning_trajectory(path):
     assert {(g["betas"], g["eps"]) for g in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
     losses, rates, history = train(ref, model, optimizer)
     assert_close(losses, ref["out/loss"], rtol=tol["loss"], atol=0)
-    assert_close(rates, ref["out/group_lr"], rtol=1e-9, atol=1e-15)
-    norms = [h["total_norm"] for h in history]
-    if len(norms) > len(ref["out/grad_norm"]):  # of the updates only
-        norms = [norm for norm in norms if not np.isnan(norm)]
-    assert_close(norms, ref["out/grad_norm"], rtol=1e-3, atol=0)
+    if "out/group_lr" in ref:
+        assert_close(rates, ref["out/group_lr"], rtol=1e-9, atol=1e-15)
+    if "out/grad_norm" in ref:
+        norms = [h["total_norm"] for h in history]
+        if len(norms) > len(ref["out/grad_norm"]):  # of the updates only
+            norms = [norm for norm in norms if not np.isnan(norm)]
+        assert_close(norms, ref["out/grad_norm"], rtol=1e-3, atol=0)
     assert_state(model, ref.group("out/final"), tol["final"])
 
 
@@ -216,9 +218,9 @@ def test_linear_probe_trajectory(path):
     assert_state(model, ref.group("out/final"), tol["final"])
     for name, value in model.state_dict().items():
         assert name.startswith("head.") or torch.equal(value, before[name]), name
-    model.eval()
-    first = ref["in/imgs"][0]
-    assert_close(model(first), ref["out/eval_logits"], rtol=10 * tol["final"], atol=10 * tol["final"])
+    if "out/eval_logits" in ref:
+        logits = model.eval()(ref["in/imgs"][0])
+        assert_close(logits, ref["out/eval_logits"], rtol=10 * tol["final"], atol=10 * tol["final"])
 
 
 @pytest.mark.parametrize("global_pool", [False, True])
