@@ -38,6 +38,12 @@ REVISION_A = {  # names of modules in the authors' earlier revision
 }
 
 
+def name_today(name: str) -> str:
+    """A weight's name in this network, from that in either of the authors' revisions."""
+    old = next((old for old in REVISION_A if name.startswith(old)), "")
+    return REVISION_A.get(old, "") + name.removeprefix(old)
+
+
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """x (B, N, C) at index (B, n) -> (B, n, C); x may be a table (N, C) that all samples share."""
     return F.embedding(index, x) if x.ndim == 2 else x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -275,10 +281,7 @@ class ContextAutoencoderViT(nn.Module):
     def _complete(self, _module: nn.Module, state: dict, prefix: str, *_) -> None:
         """Read files of the earlier revision, and those without the targets' encoder, or with an older state of it."""
         for key in [key for key in state if key.startswith(prefix)]:
-            for old, new in REVISION_A.items():
-                if key.startswith(prefix + old):
-                    state[prefix + new + key.removeprefix(prefix + old)] = state.pop(key)
-                    break
+            state[prefix + name_today(key.removeprefix(prefix))] = state.pop(key)
         state.setdefault(f"{prefix}rd_pos_embed", self.rd_pos_embed)
         source = f"{prefix}encoder."
         for key in [k for k in state if k.startswith(source)]:

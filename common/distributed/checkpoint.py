@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
-from common.distributed.exits import Exit, NonFinite, UserError
+from common.distributed.exits import Exit, NonFinite, UserError, user_errors
 from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import is_main, log, main_does, world_size
 from common.distributed.step import Updater
@@ -33,6 +34,8 @@ class Files:
     epoch: int = 0  # what the key 'epoch' (or upstream's meta.epoch) holds after the first epoch
     log: str = "log.txt"
     events: str = ""  # TensorBoard's folder, if it is another one than the run's
+    # (file's content, model, optimizer) -> None: brings the optimizer's state of another layout into this one's order
+    adapt: Callable[[dict[str, Any], Any, torch.optim.Optimizer], None] | None = None
 
     def variant(self, word: str) -> str:
         """Name of a file beside the latest one, such as checkpoint-previous.pth."""
@@ -53,6 +56,21 @@ class Batches(Protocol):
 
     def __len__(self) -> int: ...
     def start(self, position: Position) -> tuple[int, dict[str, list[float]]]: ...
+
+
+def check_states(optimizer: torch.optim.Optimizer, model: Any) -> None:
+    """Compare each state's shape with its parameter's: fused kernels would not notice, and write beyond it.
+
+    Raises:
+        ValueError: they differ, as where a file's parameters stand in another order.
+    """
+    names = {id(p): name for name, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        for key, value in optimizer.state.get(p, {}).items():
+            reduced = "row" in key or "col" in key  # Adafactor keeps sums over rows and columns
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape and not reduced:
+                name = names.get(id(p), "a parameter")
+                raise ValueError(f"{key} of {name} is {tuple(value.shape)}, expected {tuple(p.shape)}")
 
 
 class Checkpoint:
@@ -181,12 +199,17 @@ class Checkpoint:
         if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice
             for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
                 group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
+            if self.files.adapt is not None:
+                with user_errors(f"{path}: 'optimizer' does not fit this run"):
+                    self.files.adapt(state, self.model, optimizer)
         for key, part in self.parts.items():
             if complete and state.get(key):  # a scaler that was off left an empty state
                 restore(part, state[key], path, key)
             else:
                 self.missing.append(key)
         if complete and isinstance(optimizer, torch.optim.Optimizer):
+            with user_errors(f"{path}: 'optimizer' does not fit this run"):
+                check_states(optimizer, self.model)
             lost = settings.difference(*optimizer.param_groups)
             if lost:
                 raise UserError(f"{path}: 'optimizer' does not fit this run: it lacks {', '.join(sorted(lost))}")

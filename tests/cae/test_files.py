@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cae import engine_finetune, engine_pretrain, main_finetune, main_pretrain, optim
+from cae import engine_finetune, engine_pretrain, main_attentive, main_finetune, main_pretrain, optim
 from cae.files import resume_path, run_files
 from cae.models_cae import ContextAutoencoderViT
+from cae.models_vit import VisionTransformer
 from common import distributed
+from common.distributed import UserError
 from tests.support.cae import Tokens, autoencoder, batches, classifier
 from tests.support.runs import CPU, FixedLoader
 
@@ -21,7 +23,8 @@ def official(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int | st
     """A checkpoint as upstream writes it."""
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        for key in set(group) - {"lr", "betas", "eps", "weight_decay", "amsgrad", "params", "lr_scale"}:
+        adam, sgd = {"betas", "eps", "amsgrad"}, {"momentum", "dampening", "nesterov"}
+        for key in set(group) - {"lr", "weight_decay", "params", "lr_scale", *adam, *sgd}:
             del group[key]
         group.setdefault("lr_scale", 1.0)
     scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
@@ -78,6 +81,123 @@ def test_official_checkpoint_resumes(tmp_path, layout):
         take_step(net, opt)
     for name, value in fresh.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def in_order(content: dict, model: nn.Module, optimizer: torch.optim.Optimizer, order: list[str]) -> None:
+    """Give a checkpoint's weights and the parameters of its groups the order of these names, in place."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    content["model"] = {name: content["model"][name] for name in order if name in content["model"]}
+    for group, own in zip(content["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        places = {names[id(p)]: place for place, p in zip(group["params"], own["params"], strict=True)}
+        group["params"] = [places[name] for name in order if name in places]
+
+
+@pytest.mark.parametrize("width", [8, 12], ids=["D = C", "D != C"])
+def test_revision_a_resumes_by_name(tmp_path, width):
+    """Its modules stand in another order: the mask token last, the stacks before their norms."""
+    args = main_pretrain.get_args_parser().parse_args([])
+    model = autoencoder(embed_dim=width)
+    optimizer = main_pretrain.build_optimizer(args, model, 1e-2)
+    take_step(model, optimizer)
+    content = official(model, optimizer)
+    names = [name for name, _ in model.named_parameters()]
+    ranks = [
+        "encoder.",
+        "encoder_to",
+        "regresser.regressor_blocks",
+        "decoder.decoder_blocks",
+        "regresser.norm",
+        "decoder",
+    ]
+    order = [n for start in [*ranks, "mask_token"] for n in names if n.startswith(start)]
+    in_order(content, model, optimizer, list(dict.fromkeys(order)))
+    content["model"] = revision_a(content["model"])
+    torch.save(content, tmp_path / "official.pth")
+    fresh = autoencoder(embed_dim=width)
+    resumed = main_pretrain.build_optimizer(args, fresh, 1e-2)
+    checkpoint = distributed.Checkpoint("", args, fresh, run_files(args, 5), optimizer=resumed)
+    assert checkpoint.resume(str(tmp_path / "official.pth")) == distributed.Position(8)
+    for net, opt in ((model, optimizer), (fresh, resumed)):
+        engine_pretrain.set_rates(opt.param_groups, 3e-2, 0.1)
+        take_step(net, opt)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def attentive() -> tuple[argparse.Namespace, VisionTransformer, torch.optim.Optimizer]:
+    args = main_attentive.get_args_parser().parse_args(["--opt", "sgd", "--weight_decay", "0"])
+    model = classifier(lin_probe=True, linear_type="attentive", use_mean_pooling=False)
+    main_finetune.freeze(model, "query_token", "attentive_blocks", "head")
+    return args, model, main_finetune.build_optimizer(args, model, 0.1)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_attentive_probe_of_revision_a_resumes_without_its_further_norm(tmp_path, complete):
+    args, model, optimizer = attentive()
+    imgs = torch.rand(4, 3, 8, 8)
+    model(imgs).square().sum().backward()
+    optimizer.step()
+    content = official(model, optimizer)
+    (group,) = content["optimizer"]["param_groups"]
+    weights, block = {}, "attentive_blocks.0."
+    for name, value in content["model"].items():
+        weights[name.replace(f"{block}norm_", f"{block}norm1_")] = value
+        if name == f"{block}norm_v.bias":
+            weights |= {f"{block}norm2_cross.{part}": torch.zeros(8) for part in ("weight", "bias")}
+    content["model"] = weights
+    after = [name for name, _ in model.named_parameters()].index(f"{block}norm_v.bias") + 1
+    group["params"] = [*range(after), *([900, 901] if complete else [900]), *range(after, len(group["params"]))]
+    content["optimizer"]["state"][900] = {"momentum_buffer": torch.ones(8)}
+    torch.save(content, tmp_path / "official.pth")
+    _, fresh, resumed = attentive()
+    checkpoint = distributed.Checkpoint("", args, fresh, run_files(args, 5), optimizer=resumed)
+    if not complete:
+        with pytest.raises(UserError, match="a group of the earlier revision has .* parameters, not "):
+            checkpoint.resume(str(tmp_path / "official.pth"))
+        return
+    checkpoint.resume(str(tmp_path / "official.pth"))
+    for net, opt in ((model, optimizer), (fresh, resumed)):
+        net.zero_grad()
+        net(imgs).square().sum().backward()
+        opt.step()
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_states_of_other_parameters_are_refused(tmp_path):
+    """The same numbers of parameters, in another order: a fused kernel would write beyond the smaller ones."""
+    args = main_pretrain.get_args_parser().parse_args([])
+    model = autoencoder()
+    optimizer = main_pretrain.build_optimizer(args, model, 1e-2)
+    take_step(model, optimizer)
+    content = official(model, optimizer)
+    content["optimizer"]["param_groups"][0]["params"].reverse()
+    torch.save(content, tmp_path / "official.pth")
+    fresh = autoencoder()
+    resumed = main_pretrain.build_optimizer(args, fresh, 1e-2)
+    checkpoint = distributed.Checkpoint("", args, fresh, run_files(args, 5), optimizer=resumed)
+    with pytest.raises(
+        UserError, match=r"'optimizer' does not fit this run: exp_avg of mask_token is \(5, 8\), expected"
+    ):
+        checkpoint.resume(str(tmp_path / "official.pth"))
+
+
+@pytest.mark.parametrize("name", ["adafactor", "novograd", "adahessian", "lookahead_adamw"])
+def test_states_of_other_forms_resume(tmp_path, name):
+    """Sums over rows and columns, single numbers, slow weights."""
+    args = main_finetune.get_args_parser().parse_args(["--opt", name])
+    model = classifier()
+    optimizer = main_finetune.build_optimizer(args, model, 1e-2)
+    updater = distributed.Updater(optimizer, CPU, "fp32")
+    with updater.forward(model, 0):
+        loss = model(torch.rand(2, 3, 8, 8)).square().sum()
+    updater.backward(loss, 0)
+    checkpoint = distributed.Checkpoint(str(tmp_path), args, model, run_files(args, 5), optimizer=optimizer)
+    checkpoint.save(distributed.Position(1))
+    fresh = classifier()
+    resumed = main_finetune.build_optimizer(args, fresh, 1e-2)
+    checkpoint = distributed.Checkpoint(str(tmp_path), args, fresh, run_files(args, 5), optimizer=resumed)
+    assert checkpoint.resume(str(tmp_path / "checkpoint.pth")) == distributed.Position(1)
 
 
 def test_best_official_checkpoint_gives_its_weights_only(tmp_path):
