@@ -90,11 +90,12 @@ def create_optimizer(args: argparse.Namespace, groups: Iterable, lr: float) -> t
 def param_groups(model: nn.Module, weight_decay: float, skip: Iterable[str] = ()) -> list[dict]:
     """Two optimizer groups of the trainable parameters, with weight decay and without, in the order of appearance.
 
-    Without any weight decay: one group of all parameters, frozen ones too, as upstream.
+    They carry lr_scale, which the authors' programs ask of every file that they resume. Without any weight decay: one
+    group of all parameters, frozen ones too, and no lr_scale, as upstream.
     """
     if weight_decay == 0:
         return [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    plain, decayed = lr_decay.decay_groups(model, weight_decay, set(skip))
+    plain, decayed = ({"lr_scale": 1.0, **group} for group in lr_decay.decay_groups(model, weight_decay, set(skip)))
     named = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
     first_is_plain = lr_decay.exempt(*next(iter(named)), set(skip))
     return [plain, decayed] if first_is_plain else [decayed, plain]

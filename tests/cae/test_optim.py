@@ -314,6 +314,7 @@ def test_pretraining_decays_both_tokens():
     assert sorted(decayed + plain) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
     assert not [name for name in decayed + plain if name.startswith("alignment_encoder.") or "pos_embed" in name]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert {group["lr_scale"] for group in optimizer.state_dict()["param_groups"]} == {1.0}  # upstream reads it
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
 
 
@@ -336,7 +337,7 @@ def test_without_layer_decay_there_are_two_groups():
     assert "pos_embed" not in plain + decayed
     assert "blocks.0.attn.relative_position_bias_table" in decayed
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
-    assert {group.get("lr_scale", 1.0) for group in optimizer.param_groups} == {1.0}
+    assert {group["lr_scale"] for group in optimizer.state_dict()["param_groups"]} == {1.0}
 
 
 @pytest.mark.parametrize("decay", ["1", "0.5"])
