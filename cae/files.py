@@ -11,18 +11,27 @@ from torch import nn
 from cae.models_cae import name_today
 from common import distributed
 
+PROBES = ("linear", "attentive")  # stages that may share a folder with pre-training, as in the authors' scripts
 
-def run_files(args: argparse.Namespace, every: int, prefix: str = "", phase: int = 1) -> distributed.Files:
-    """checkpoint.pth, and <prefix>checkpoint-<epoch>.pth; every, phase: as in `distributed.Files`.
 
+def run_files(
+    args: argparse.Namespace, every: int, prefix: str = "", phase: int = 1, stage: str = ""
+) -> distributed.Files:
+    """checkpoint.pth, and <prefix>checkpoint-<epoch>.pth; a probe has checkpoint_<stage>.pth and <stage>.log.txt.
+
+    Args:
+        every, phase: as in `distributed.Files`.
     Raises:
         distributed.UserError: the prefix is no part of a file name.
     """
     if "/" in prefix:
         raise distributed.UserError(f"--exp_name {args.exp_name}: expected a part of file names, without /")
     numbered = prefix.replace("{", "{{").replace("}", "}}") + "checkpoint-{epoch}.pth"
+    own = {"latest": f"checkpoint_{stage}.pth", "log": f"{stage}.log.txt"} if stage in PROBES else {}
     events = args.log_dir or ""
-    return distributed.Files(numbered=numbered, every=every, phase=phase, events=events, adapt=reorder_revision_a)
+    return distributed.Files(
+        **own, numbered=numbered, every=every, phase=phase, events=events, adapt=reorder_revision_a
+    )
 
 
 def reorder_revision_a(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -58,13 +67,53 @@ def reorder_revision_a(state: dict[str, Any], model: nn.Module, optimizer: torch
     state["optimizer"]["param_groups"] = reordered
 
 
-def resume_path(args: argparse.Namespace) -> str:
-    """The file of --resume; else, unless --no_auto_resume, the newest checkpoint of --output_dir; else ''."""
+def stage_of(path: str) -> str:
+    """The stage that wrote a checkpoint: pretrain, finetune, linear or attentive; '' if it cannot be read."""
+    try:
+        state = distributed.load(path)
+        names = set(distributed.weights_of(state, path))
+    except distributed.UserError:
+        return ""
+    args = state.get("args")
+    flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})  # of the stages only these have ...
+    if "discrete_vae_type" in flags or any(name.startswith(("encoder.", "pretext_neck.")) for name in names):
+        return "pretrain"
+    if "blr" in flags or "head.1.weight" in names:
+        return "linear"
+    return "attentive" if "linear_type" in flags or "query_token" in names else "finetune"
+
+
+def resume_path(args: argparse.Namespace, stage: str = "pretrain") -> str:
+    """The file of --resume; else, unless --no_auto_resume, the stage's newest checkpoint in --output_dir; else ''.
+
+    A probe's is checkpoint_<stage>.pth. Numbered files, and the checkpoint.pth that earlier versions wrote for probes,
+    too, are only taken where this stage wrote them.
+    Raises:
+        distributed.UserError: it is that of a finished probe of another encoder than --finetune.
+    """
     if args.resume or not args.auto_resume or not args.output_dir:
         return args.resume
-    found = distributed.find_checkpoint(args.output_dir, "")
-    if found:
-        return found
-    numbered = {p: re.fullmatch(r"(?:.*_)?checkpoint-(\d+)\.pth", p.name) for p in Path(args.output_dir).glob("*.pth")}
-    epochs = {str(path): int(match[1]) for path, match in numbered.items() if match}
-    return max(epochs, key=lambda path: epochs[path], default="")
+    folder, probe = Path(args.output_dir), stage in PROBES
+    latest = folder / (f"checkpoint_{stage}.pth" if probe else "checkpoint.pth")
+    numbered = {p: re.fullmatch(r"(?:.*_)?checkpoint-(\d+)\.pth", p.name) for p in folder.glob("*.pth")}
+    epochs = {path: int(match[1]) for path, match in numbered.items() if match}
+    others = [*([folder / "checkpoint.pth"] if probe else []), *sorted(epochs, key=lambda path: -epochs[path])]
+    found = latest if latest.exists() else None
+    for path in [] if found else [path for path in others if path.exists()]:
+        own = stage_of(str(path))
+        if own == stage or not (own or probe):  # what cannot be read is met with an error where it is resumed
+            found = path
+            break
+    if found and probe and args.finetune:
+        _refuse_another_encoder(args, str(found))
+    return str(found or "")
+
+
+def _refuse_another_encoder(args: argparse.Namespace, path: str) -> None:
+    state = distributed.load(path)
+    before = state["args"].get("finetune", "") if isinstance(state.get("args"), dict) else args.finetune
+    finished = state.get("epoch") == args.epochs - 1 and not state.get("images")
+    if finished and before and Path(before).resolve() != Path(args.finetune).resolve():
+        raise distributed.UserError(
+            f"--finetune {args.finetune}: {path} holds a finished probe of {before}; name another --output_dir"
+        )

@@ -54,7 +54,9 @@ def main(args: argparse.Namespace) -> None:
         head: nn.Linear = model.head  # type: ignore[assignment]
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    main_finetune.run(args, model, device, prefix=f"{args.exp_name}_", is_train=args.eval_bn == "batch")
+    main_finetune.run(
+        args, model, device, prefix=f"{args.exp_name}_", stage="attentive", is_train=args.eval_bn == "batch"
+    )
 
 
 if __name__ == "__main__":

@@ -323,13 +323,15 @@ def run(
     device: torch.device,
     head_std: float = 0.0,
     prefix: str = "",
+    stage: str = "finetune",
     **kwargs,
 ) -> None:
     """Load, train, evaluate as the flags say.
 
     Args:
         model: whose frozen parts are frozen. head_std: as in `load_encoder`.
-        prefix: prefix of the numbered checkpoints' names. kwargs: arguments of the forward pass in evaluations.
+        prefix: prefix of the numbered checkpoints' names. stage: as in `resume_path`.
+        kwargs: arguments of the forward pass in evaluations.
     """
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
@@ -339,7 +341,7 @@ def run(
     with distributed.user_errors("--mixup, --cutmix and their options"):
         mixup = build_mixup(args)
     # ---- model
-    resume = resume_path(args)
+    resume = resume_path(args, stage)
     if args.finetune and not args.eval and not resume:
         keys = tuple(args.model_key.split("|"))
         load_encoder(model, args.finetune, head_std, keys, args.model_prefix, keep_norm=not args.new_cls_norm)
@@ -370,15 +372,28 @@ def run(
     if args.eval:
         evaluate_checkpoint(resume, model, val_loader, updater, **kwargs)
         return
-    files = run_files(args, args.save_ckpt_freq, prefix)
+    files = run_files(args, args.save_ckpt_freq, prefix, stage=stage)
     parts = {"optimizer": optimizer, "scaler": updater.scaler}
     if ema is not None:
         parts["model_ema"] = ema.module
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
     checkpoint.writes = checkpoint.writes and args.save_ckpt
     val = None if args.disable_eval_during_finetuning else val_loader
-    best = files.variant("best")
-    fit(args, net, criterion, loader, val, updater, rates, checkpoint, resume, mixup, ema, best_name=best, **kwargs)
+    fit(
+        args,
+        net,
+        criterion,
+        loader,
+        val,
+        updater,
+        rates,
+        checkpoint,
+        resume,
+        mixup,
+        ema,
+        best_name="checkpoint-best.pth",
+        **kwargs,
+    )
 
 
 def main(args: argparse.Namespace) -> None:

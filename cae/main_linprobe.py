@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
     # ---- model
     model = build_model(args)
-    resume = resume_path(args)
+    resume = resume_path(args, "linear")
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=0.01, resize_positions=True)
     elif args.finetune and resume:
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.log_dir == get_args_parser().get_default("log_dir"):
         args.log_dir = args.output_dir
-    files = run_files(args, args.save_freq, phase=0)
+    files = run_files(args, args.save_freq, phase=0, stage="linear")
     parts = {"optimizer": optimizer, "scaler": updater.scaler}
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
     criterion, logged = nn.CrossEntropyLoss(), ("lr", "loss")

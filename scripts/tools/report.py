@@ -26,7 +26,15 @@ from scripts.tools.plot_log import Run, plot, read_log
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ("log.txt", "*.log.txt")
 KNOWN = (*LOGS, "run.json", "knn.json", "knn.log")  # files by which a stage's folder is known
-CHECKPOINTS = ("checkpoint.pth", "latest.pth", "checkpoint.pth.tar", "*.temp.pth", "*.linear.pth")
+CHECKPOINTS = (
+    "checkpoint.pth",
+    "checkpoint_linear.pth",
+    "checkpoint_attentive.pth",
+    "latest.pth",
+    "checkpoint.pth.tar",
+    "*.temp.pth",
+    "*.linear.pth",
+)
 ACCURACIES = ("test_acc1", "val_head0_top1")
 HEAD = ("run", "stage", "published", "measured", "difference", "epochs", "images per update", "hardware", "hours")
 HEAD += ("checkpoint (SHA-256)",)

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cae import main_attentive, main_finetune, main_linprobe, main_pretrain
+from cae.files import PROBES
 from tests.support.cae import CODES, tokenizer_file
 from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
 from tests.support.helpers import ROOT, golden_files, load_golden
@@ -137,7 +138,12 @@ def runs(commands, variables, folder) -> None:
 
 
 def log_lines(folder: Path, stage: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / stage / "log.txt").read_text().splitlines()]
+    log = folder / stage / (f"{stage}.log.txt" if stage in PROBES else "log.txt")
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def latest(folder: Path, stage: str) -> Path:
+    return folder / stage / (f"checkpoint_{stage}.pth" if stage in PROBES else "checkpoint.pth")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +181,7 @@ def test_commands__run_inside_the_method_folder(runs, folder):
 
 def test_commands__train_what_they_should(runs, folder):
     parameters = {stage: log_lines(folder, stage)[0]["n_parameters"] for stage in COMMANDS}
-    state = {stage: torch.load(folder / stage / "checkpoint.pth", weights_only=True)["model"] for stage in COMMANDS}
+    state = {stage: torch.load(latest(folder, stage), weights_only=True)["model"] for stage in COMMANDS}
     sizes = {stage: {name: value.numel() for name, value in weights.items()} for stage, weights in state.items()}
     for stage, frozen in {"pretrain": ("rd_pos_embed", "alignment_encoder.", "encoder.pos_embed")}.items():
         assert parameters[stage] == sum(n for name, n in sizes[stage].items() if not name.startswith(frozen))
@@ -189,17 +195,19 @@ def test_commands__train_what_they_should(runs, folder):
 
 
 def test_files__have_upstreams_names(runs, folder):
-    always = {"checkpoint.pth", "log.txt", "progress.jsonl", "run.json"}
+    always = {"run.json"}
     expected = {
-        "pretrain": {f"{NAME}_checkpoint-1.pth"},
-        "attentive": {"_checkpoint-1.pth", "_checkpoint-2.pth", "checkpoint-best.pth"},
-        "finetune": {"checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth"},
+        "pretrain": {"checkpoint.pth", "log.txt", "progress.jsonl", f"{NAME}_checkpoint-1.pth"},
+        "attentive": {"checkpoint_attentive.pth", "attentive.log.txt", "attentive.progress.jsonl"}
+        | {"_checkpoint-1.pth", "_checkpoint-2.pth", "checkpoint-best.pth"},
+        "finetune": {"checkpoint.pth", "log.txt", "progress.jsonl"}
+        | {"checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth"},
     }
     for stage, own in expected.items():
         found = {path.name for path in (folder / stage).iterdir() if not path.name.startswith("events.")}
-        assert found - {"checkpoint-previous.pth"} == always | own, stage
+        assert found - {"checkpoint-previous.pth", "checkpoint_attentive-previous.pth"} == always | own, stage
         keys = {"model", "optimizer", "epoch", "scaler", "args"}
-        assert keys <= set(torch.load(folder / stage / "checkpoint.pth", weights_only=True))
+        assert keys <= set(torch.load(latest(folder, stage), weights_only=True))
 
 
 def test_files__of_linear_probing_are_kept_where_an_epoch_begins_a_period(runs, folder):
@@ -235,7 +243,7 @@ def expected_result(folder: Path, stage: str) -> list[str]:
 def test_eval__counts_every_image_once(commands, variables, runs, folder, stage, capsys):
     """On 1 process; the training's own evaluations are those of 2 in fine-tuning."""
     own = words(commands[stage], variables[stage])
-    run_main(MAINS[stage], *own, "--device", "cpu", "--eval", "--resume", str(folder / stage / "checkpoint.pth"))
+    run_main(MAINS[stage], *own, "--device", "cpu", "--eval", "--resume", str(latest(folder, stage)))
     printed = capsys.readouterr().out
     assert result(printed) == expected_result(folder, stage)
     trained = log_lines(folder, stage)[-1]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cae import main_attentive, main_finetune, main_linprobe, main_pretrain
+from cae.files import resume_path
 from cae.models_cae import ContextAutoencoderViT
 from cae.models_vit import VisionTransformer
 from common import distributed
@@ -136,7 +137,58 @@ def test_probes__go_on_from_an_epoch(digits, tmp_path, main):
         with pytest.raises(SystemExit):
             run_main(main, *own, "--output_dir", str(part))
     run_main(main, *own, "--output_dir", str(part))
-    assert_same(tmp_path / "whole", part)
+    stage = "attentive" if main is main_attentive else "linear"
+    assert_same(tmp_path / "whole", part, f"checkpoint_{stage}.pth", f"{stage}.log.txt")
+
+
+def probe_flags(digits: str, folder: Path, encoder: str, kind: str) -> list[str]:
+    own = [*PROBE, "--data_path", digits, "--output_dir", str(folder), "--finetune", encoder, "--epochs", "2"]
+    return own + (["--log_dir", str(folder)] if kind == "linear" else ["--linear_type", kind, "--lr", "0.1"])
+
+
+def test_stages_share_a_folder_as_in_the_authors_scripts(digits, tokenizer, pretrained, tmp_path, capsys):
+    """Pre-training and both probes; each continues its own files only, and a finished probe is of one encoder."""
+    shutil.copytree(pretrained, tmp_path, dirs_exist_ok=True)
+    encoder, other = str(tmp_path / "checkpoint.pth"), str(pretrained / "checkpoint.pth")
+    before = Path(encoder).read_bytes()
+    for main, kind in ((main_linprobe, "linear"), (main_attentive, "attentive")):
+        own = probe_flags(digits, tmp_path, encoder, kind)
+        run_main(main, *own)
+        state = state_of(tmp_path, f"checkpoint_{kind}.pth")
+        assert (state["epoch"], len((tmp_path / f"{kind}.log.txt").read_text().splitlines())) == (1, 2)
+        assert resume_path(main.get_args_parser().parse_args(own), kind) == str(tmp_path / f"checkpoint_{kind}.pth")
+        capsys.readouterr()
+        run_main(main, *own)  # it is done
+        assert "epochs done" in capsys.readouterr().out
+        error = mistake(main, *own, "--finetune", other, capsys=capsys)
+        assert f"--finetune {other}: {tmp_path / f'checkpoint_{kind}.pth'} holds a finished probe of {encoder}" in error
+        (tmp_path / f"checkpoint_{kind}.pth").rename(tmp_path / f"{kind}_checkpoint-7.pth")
+    assert Path(encoder).read_bytes() == before
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+    # Numbered files: the stage's own, whatever the numbers of the others.
+    Path(encoder).rename(tmp_path / "toy_checkpoint-2.pth")
+    found = {
+        "linear": "linear_checkpoint-7.pth",
+        "attentive": "attentive_checkpoint-7.pth",
+        "pretrain": "toy_checkpoint-2.pth",
+    }
+    for kind, name in found.items():
+        args = MAINS[kind].get_args_parser().parse_args(["--output_dir", str(tmp_path)])
+        assert resume_path(args, kind) == str(tmp_path / name)
+
+
+def test_probes_of_earlier_versions_resume(digits, pretrained, tmp_path, capsys):
+    """They were written as checkpoint.pth; a file that cannot be read is none of theirs."""
+    own = probe_flags(digits, tmp_path, str(pretrained / "checkpoint.pth"), "linear")
+    run_main(main_linprobe, *own)
+    (tmp_path / "checkpoint_linear.pth").rename(tmp_path / "checkpoint.pth")
+    capsys.readouterr()
+    run_main(main_linprobe, *own, "--epochs", "3")
+    assert f"resumed {tmp_path / 'checkpoint.pth'}: epoch 2" in capsys.readouterr().out
+    (tmp_path / "checkpoint_linear.pth").unlink()
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    args = main_linprobe.get_args_parser().parse_args(["--output_dir", str(tmp_path)])
+    assert "checkpoint.pth" not in resume_path(args, "linear")
 
 
 def test_run_without_the_average_goes_on_from_one_with_it_and_back(digits, finetuned, tmp_path, capsys):
