@@ -16,6 +16,8 @@ from cae import main_finetune
 from cae.models_vit import VisionTransformer
 from common import distributed
 
+PROCESSES = 32  # README: 32 GPUs
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of fine-tuning, with the augmentation off, and those of the probe."""
@@ -44,6 +46,16 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     return main_finetune.build_model(args, lin_probe=args.enable_linear_eval, linear_type=args.linear_type)
 
 
+def published_order(images: int) -> list[int]:
+    """Indices of the validation images as 32 processes take them: r, r + 32, ... by process r, one after the other.
+
+    The probe's batch norm takes each batch's own statistics in evaluations. In this order a batch has images of many
+    classes, as in the published rows, and the same ones on any number of processes; in that of the class folders it
+    would have those of one or two.
+    """
+    return [index for process in range(PROCESSES) for index in range(process, images, PROCESSES)]
+
+
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
@@ -54,9 +66,11 @@ def main(args: argparse.Namespace) -> None:
         head: nn.Linear = model.head  # type: ignore[assignment]
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    main_finetune.run(
-        args, model, device, prefix=f"{args.exp_name}_", stage="attentive", is_train=args.eval_bn == "batch"
-    )
+    own = args.eval_bn == "batch" and args.enable_linear_eval and args.linear_type == "attentive"
+    order = published_order if own else None
+    is_train = args.eval_bn == "batch"
+    prefix = f"{args.exp_name}_"
+    main_finetune.run(args, model, device, prefix=prefix, stage="attentive", val_order=order, is_train=is_train)
 
 
 if __name__ == "__main__":

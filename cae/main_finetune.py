@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
@@ -293,8 +294,10 @@ def build_transforms(args: argparse.Namespace):
     return augment, datasets.eval_transform(args.input_size, crop_pct, mean, std)
 
 
-def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, datasets.Loader]:
-    """Training and validation batches of the flags."""
+def build_loaders(
+    args: argparse.Namespace, device: torch.device, val_order: Callable[[int], list[int]] | None = None
+) -> tuple[datasets.Loader, datasets.Loader]:
+    """Training and validation batches of the flags; val_order: as in `supervised_loaders`."""
     if args.data_set == "IMNET100":
         raise distributed.UserError("--data_set IMNET100: has no definition upstream; use IMNET or image_folder")
     if args.data_set == "image_folder" and not args.eval_data_path:
@@ -307,6 +310,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
         device,
         val_path=args.eval_data_path or "",
         val_batch_size=int(1.5 * args.batch_size),
+        val_order=val_order,
         direct=args.data_set == "image_folder",
     )
 
@@ -324,6 +328,7 @@ def run(
     head_std: float = 0.0,
     prefix: str = "",
     stage: str = "finetune",
+    val_order: Callable[[int], list[int]] | None = None,
     **kwargs,
 ) -> None:
     """Load, train, evaluate as the flags say.
@@ -331,13 +336,14 @@ def run(
     Args:
         model: whose frozen parts are frozen. head_std: as in `load_encoder`.
         prefix: prefix of the numbered checkpoints' names. stage: as in `resume_path`.
+        val_order: as in `build_loaders`.
         kwargs: arguments of the forward pass in evaluations.
     """
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
     args.accum_iter = args.update_freq
     # ---- data
-    loader, val_loader = build_loaders(args, device)
+    loader, val_loader = build_loaders(args, device, val_order)
     with distributed.user_errors("--mixup, --cutmix and their options"):
         mixup = build_mixup(args)
     # ---- model

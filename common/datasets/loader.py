@@ -177,6 +177,8 @@ class Loader:
         drop_last: leave out an epoch's last batch where it is smaller.
         whole_updates: leave out the batches beyond images // (batch size * accum_iter * processes) updates, as BEiT.
         collate: makes a batch of what `transform` returns.
+        order: evaluation: number of images -> their indices in another order, of whose batches rank r of R takes whole
+            ones, r, r + R, ..., so that the batches are the same on any number of processes.
     Raises:
         UserError: the training images do not fill one batch.
     """
@@ -197,6 +199,7 @@ class Loader:
         drop_last: bool = True,
         collate: Callable = default_collate,
         whole_updates: bool = False,
+        order: Callable[[int], list[int]] | None = None,
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
         self.batch_size, self.whole_updates = batch_size, whole_updates
@@ -216,8 +219,11 @@ class Loader:
             samples = _Samples(dataset, transform, seed, replace_bad=train and bad_images == "skip")
             if train:
                 sampler = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
-            else:
+            elif order is None:
                 sampler = [(0, index) for index in range(rank(), self.images, world_size())]
+            else:
+                indices, firsts = order(self.images), range(rank() * batch_size, self.images, world_size() * batch_size)
+                sampler = [(0, index) for first in firsts for index in indices[first : first + batch_size]]
         self.sampler = sampler
         self.loader = DataLoader(
             samples,
@@ -346,13 +352,15 @@ def supervised_loaders(
     val_path: str = "",
     val_batch_size: int = 0,
     whole_updates: bool = False,
+    val_order: Callable[[int], list[int]] | None = None,
     **kwargs,
 ) -> tuple[Loader, Loader]:
     """Training and validation batches of the flags, whose classes agree.
 
     Args:
         val_path: folder of the validation images, if not --data_path. val_batch_size: if not --batch_size.
-        whole_updates: of training, as `Loader`. kwargs: `lists` and `direct` as in `image_dataset`.
+        whole_updates: of training, as `Loader`. val_order: `Loader`'s order of the validation images.
+        kwargs: `lists` and `direct` as in `image_dataset`.
     """
     kwargs["skip"] = args.output_dir
     train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, **kwargs)
@@ -360,7 +368,8 @@ def supervised_loaders(
     val = image_dataset(path, False, True, args.dataset, args.val_split, args.batch_size, **kwargs)
     args.class_names = check_classes(train, val, args.nb_classes)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": whole_updates}
+    val_batch = val_batch_size or args.batch_size
     return (
         build_loader(args, train, transform, device, **own),
-        build_loader(args, val, val_transform, device, train=False, batch_size=val_batch_size or args.batch_size),
+        build_loader(args, val, val_transform, device, train=False, batch_size=val_batch, order=val_order),
     )

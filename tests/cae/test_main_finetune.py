@@ -12,8 +12,9 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from cae import main_attentive, main_finetune
-from common import distributed
+from common import datasets, distributed
 from tests.support.helpers import assert_close
+from tests.support.runs import CPU
 
 
 def finetune_transforms(*flags: str, main: ModuleType = main_finetune) -> tuple[list, list]:
@@ -76,3 +77,48 @@ def test_mixup():
         assert targets.min() == pytest.approx(0.2 / 3)
     with pytest.raises(distributed.UserError, match="--batch_size 5: Mixup and CutMix need an even number"):
         main_finetune.build_mixup(parser.parse_args(["--batch_size", "5", "--mixup", "0.8"]))
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Images that know their number."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (1, 1)), index
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_attentive_evaluation_has_the_same_batches_on_any_number_of_processes(world, monkeypatch):
+    """Those of 32 processes: r, r + 32, ... of each in turn, cut into full batches; every image once."""
+    expected = [index for process in range(32) for index in range(process, 100, 32)]
+    assert main_attentive.published_order(100) == expected
+    assert sorted(expected) == list(range(100))
+    batches: dict[int, list[int]] = {}
+    for rank in range(world):
+        monkeypatch.setattr("common.datasets.loader.world_size", lambda: world)
+        monkeypatch.setattr("common.datasets.loader.rank", lambda rank=rank: rank)
+        loader = datasets.Loader(
+            Numbers(), transforms.ToTensor(), 6, CPU, False, num_workers=0, order=main_attentive.published_order
+        )
+        found = [targets.tolist() for _, targets in loader.batches()]
+        assert len(found) == len(loader)
+        batches |= {rank + i * world: batch for i, batch in enumerate(found)}
+    assert [batches[i] for i in sorted(batches)] == [expected[i : i + 6] for i in range(0, 100, 6)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "ordered"),
+    [
+        (["--enable_linear_eval", "--linear_type", "attentive"], True),
+        (["--enable_linear_eval", "--linear_type", "attentive", "--eval_bn", "running"], False),
+        (["--enable_linear_eval"], False),
+    ],
+)
+def test_attentive_probing_orders_what_batch_statistics_see(flags, ordered, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(main_finetune, "run", lambda *_, **kwargs: seen.update(kwargs))
+    toy = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "8", "--nb_classes", "5", "--device", "cpu"]
+    main_attentive.main(main_attentive.get_args_parser().parse_args([*toy, *flags]))
+    assert (seen["val_order"] is main_attentive.published_order) == ordered
