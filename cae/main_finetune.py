@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from cae import optim
 from cae.augmentation import HALF
-from cae.engine_finetune import evaluate_checkpoint, fit
+from cae.engine_finetune import evaluate, evaluate_checkpoint, fit
 from cae.files import resume_path, run_files
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common import datasets, distributed, lr_decay
@@ -194,7 +194,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     g.output.add_argument("--save_ckpt", action="store_true", default=True, help="write checkpoints (default)")
     g.output.add_argument("--no_save_ckpt", action="store_false", dest="save_ckpt", help="write no checkpoints")
-    g.output.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    g.output.add_argument(
+        "--eval",
+        action="store_true",
+        help="only evaluate the checkpoint of --resume, of --output_dir, or of --finetune",
+    )
     g.unused.add_argument("--dist_eval", action="store_true", help="processes always share the validation images")
     distributed.add_flags(p)
     g.process.add_argument("--enable_deepspeed", action="store_true", help="not supported, is refused")
@@ -310,6 +314,7 @@ def build_loaders(
         device,
         val_path=args.eval_data_path or "",
         val_batch_size=int(1.5 * args.batch_size),
+        whole_updates=True,
         val_order=val_order,
         direct=args.data_set == "image_folder",
     )
@@ -348,9 +353,16 @@ def run(
         mixup = build_mixup(args)
     # ---- model
     resume = resume_path(args, stage)
-    if args.finetune and not args.eval and not resume:
+    if args.finetune and not resume:
         keys = tuple(args.model_key.split("|"))
-        load_encoder(model, args.finetune, head_std, keys, args.model_prefix, keep_norm=not args.new_cls_norm)
+        load_encoder(
+            model,
+            args.finetune,
+            0.0 if args.eval else head_std,
+            keys,
+            args.model_prefix,
+            keep_norm=not args.new_cls_norm,
+        )
     elif args.finetune and resume:
         distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     model.to(device)
@@ -360,11 +372,11 @@ def run(
     # ---- optimizer
     images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)
-    updates = max(1, len(loader) // args.accum_iter)
+    updates = len(loader) // args.accum_iter
     by_update = optim.build_rates(args, updates)
 
     def rates(epoch: int, step: int) -> tuple[float, float]:
-        return by_update(epoch * updates + min(step // args.accum_iter, updates - 1))
+        return by_update(epoch * updates + step // args.accum_iter)
 
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     # Mixup folds the smoothing into its soft targets.
@@ -375,6 +387,9 @@ def run(
         f"{loader.images} images, {images_per_update} per update, lr {args.lr:.2e}"
     )
     # ---- loop
+    if args.eval and args.finetune and not resume:
+        evaluate(model, val_loader, updater, **kwargs)
+        return
     if args.eval:
         evaluate_checkpoint(resume, model, val_loader, updater, **kwargs)
         return

@@ -202,7 +202,7 @@ class Loader:
         order: Callable[[int], list[int]] | None = None,
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
-        self.batch_size, self.whole_updates = batch_size, whole_updates
+        self.batch_size, self.whole_updates, self.processes = batch_size, whole_updates, world_size()
         self.drop_last = drop_last or not train or isinstance(dataset, IterableDataset)
         streamed = isinstance(dataset, IterableDataset)
         if streamed:  # its reader shares the images out to ranks and workers
@@ -252,12 +252,12 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch and rank."""
-        own = self.images // world_size() if self.sampler is None else len(self.sampler)
+        own = self.images // self.processes if self.sampler is None else len(self.sampler)
         batches = own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
         if not self.whole_updates or batches < self.accum_iter:
             return batches
         # Processes may share out a few images twice, which upstream does not count.
-        return self.accum_iter * max(1, self.images // (self.batch_size * self.accum_iter * world_size()))
+        return self.accum_iter * max(1, self.images // (self.batch_size * self.accum_iter * self.processes))
 
     def match_classes(self, state: dict[str, Any], path: str) -> None:
         """Let targets be the class indices of a checkpoint read from path, by the names of the classes.

@@ -1,6 +1,7 @@
 """Pre-training and fine-tuning that are stopped, resumed and replayed; and users' mistakes with all scripts."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -220,6 +221,32 @@ def test_fine_tuning_without_checkpoints_or_evaluations(digits, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert len(lines) == 2
     assert not [name for name in lines[0] if name.startswith("test_")]
+
+
+def test_fine_tuning_skips_what_fills_no_update(digits, tmp_path, monkeypatch):
+    """48 images, 5 per batch, 4 batches per update: 2 updates of an epoch; the ninth batch is not computed."""
+    seen, plain = [], VisionTransformer.forward
+
+    def counted(self, *args, **kwargs):
+        seen.append(self.training)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTransformer, "forward", counted)
+    flags = finetune_flags(digits, tmp_path, "--batch_size", "5", "--update_freq", "4", "--mixup", "0", "--cutmix", "0")
+    run_main(main_finetune, *flags)
+    assert sum(seen) == 3 * 8
+    assert state_of(tmp_path)["optimizer"]["state"][0]["step"] == 3 * 2
+
+
+def test_eval_takes_the_file_of_finetune_where_the_folder_has_none(digits, finetuned, tmp_path, capsys):
+    own = ["--eval", "--finetune", str(finetuned / "checkpoint.pth")]
+    run_main(main_finetune, *finetune_flags(digits, tmp_path, *own))
+    found = capsys.readouterr().out
+    run_main(main_finetune, *finetune_flags(digits, finetuned, "--eval"))
+    expected = re.findall(r"\* Acc@1.*", capsys.readouterr().out)
+    assert re.findall(r"\* Acc@1.*", found) == expected
+    assert len(expected) == 1
+    assert not list(tmp_path.glob("*.pth"))
 
 
 def test_no_output_folder_writes_nothing(digits, tokenizer, tmp_path, monkeypatch):
