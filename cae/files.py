@@ -74,8 +74,7 @@ def stage_of(path: str) -> str:
         names = set(distributed.weights_of(state, path))
     except distributed.UserError:
         return ""
-    args = state.get("args")
-    flags = args if isinstance(args, dict) else getattr(args, "__dict__", {})  # of the stages only these have ...
+    flags = distributed.flags_of(state)
     if "discrete_vae_type" in flags or any(name.startswith(("encoder.", "pretext_neck.")) for name in names):
         return "pretrain"
     if "blr" in flags or "head.1.weight" in names:
@@ -111,7 +110,7 @@ def resume_path(args: argparse.Namespace, stage: str = "pretrain") -> str:
 
 def _refuse_another_encoder(args: argparse.Namespace, path: str) -> None:
     state = distributed.load(path)
-    before = state["args"].get("finetune", "") if isinstance(state.get("args"), dict) else args.finetune
+    before = distributed.flags_of(state).get("finetune", "")
     finished = state.get("epoch") == args.epochs - 1 and not state.get("images")
     if finished and before and Path(before).resolve() != Path(args.finetune).resolve():
         raise distributed.UserError(

@@ -66,6 +66,8 @@ def main(args: argparse.Namespace) -> None:
         head: nn.Linear = model.head  # type: ignore[assignment]
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
+    elif not args.aa:  # as upstream: without the probe it is fine-tuning, which always has RandAugment
+        args.aa = main_finetune.get_args_parser().get_default("aa")
     own = args.eval_bn == "batch" and args.enable_linear_eval and args.linear_type == "attentive"
     order = published_order if own else None
     is_train = args.eval_bn == "batch"

@@ -205,7 +205,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.model.add_argument(
         "--enable_linear_eval",
         action="store_true",
-        help="freeze the encoder: train the head and fc_norm only, or the probe of main_attentive.py",
+        help="freeze the encoder and train a head on its class token, or the probe of main_attentive.py",
     )
     g.unused.add_argument("--enable_multi_print", action="store_true", help="process 0 prints")
     g.output.add_argument(
@@ -300,23 +300,43 @@ def build_transforms(args: argparse.Namespace):
 
 def build_loaders(
     args: argparse.Namespace, device: torch.device, val_order: Callable[[int], list[int]] | None = None
-) -> tuple[datasets.Loader, datasets.Loader]:
-    """Training and validation batches of the flags; val_order: as in `supervised_loaders`."""
+) -> tuple[datasets.Loader, datasets.Loader | None]:
+    """Training batches of the flags, and validation batches, or None where no evaluation needs them.
+
+    val_order: as in `supervised_loaders`.
+    """
     if args.data_set == "IMNET100":
         raise distributed.UserError("--data_set IMNET100: has no definition upstream; use IMNET or image_folder")
     if args.data_set == "image_folder" and not args.eval_data_path:
         raise distributed.UserError("--data_set image_folder: needs --eval_data_path")
     if args.data_set == "CIFAR":
         args.dataset = args.dataset or "torch/cifar100"
+    augment, val_transform = build_transforms(args)
+    direct = args.data_set == "image_folder"
+    if args.disable_eval_during_finetuning and not args.eval:
+        images = datasets.image_dataset(
+            args.data_path,
+            True,
+            True,
+            args.dataset,
+            args.train_split,
+            args.batch_size,
+            direct=direct,
+            skip=args.output_dir,
+        )
+        args.class_names = datasets.check_classes(images, images, args.nb_classes)
+        options = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": True}
+        return datasets.build_loader(args, images, augment, device, **options), None
     return datasets.supervised_loaders(
         args,
-        *build_transforms(args),
+        augment,
+        val_transform,
         device,
         val_path=args.eval_data_path or "",
         val_batch_size=int(1.5 * args.batch_size),
         whole_updates=True,
         val_order=val_order,
-        direct=args.data_set == "image_folder",
+        direct=direct,
     )
 
 
@@ -366,7 +386,7 @@ def run(
     elif args.finetune and resume:
         distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     model.to(device)
-    net = distributed.wrap(model, device, args.compile)
+    net = distributed.wrap(model, device, args.compile, find_unused=args.abs_pos_emb)  # positions get no gradient
     place = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None
     # ---- optimizer
@@ -387,10 +407,10 @@ def run(
         f"{loader.images} images, {images_per_update} per update, lr {args.lr:.2e}"
     )
     # ---- loop
-    if args.eval and args.finetune and not resume:
+    if val_loader is not None and args.eval and args.finetune and not resume:
         evaluate(model, val_loader, updater, **kwargs)
         return
-    if args.eval:
+    if val_loader is not None and args.eval:
         evaluate_checkpoint(resume, model, val_loader, updater, **kwargs)
         return
     files = run_files(args, args.save_ckpt_freq, prefix, stage=stage)
@@ -399,13 +419,12 @@ def run(
         parts["model_ema"] = ema.module
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
     checkpoint.writes = checkpoint.writes and args.save_ckpt
-    val = None if args.disable_eval_during_finetuning else val_loader
     fit(
         args,
         net,
         criterion,
         loader,
-        val,
+        val_loader,
         updater,
         rates,
         checkpoint,
@@ -421,9 +440,9 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
-    model = build_model(args)
-    if args.enable_linear_eval:
-        freeze(model, "head", "fc_norm")
+    model = build_model(args, lin_probe=args.enable_linear_eval)
+    if args.enable_linear_eval:  # as upstream: the class token, without fc_norm
+        freeze(model, "head")
         if args.aa == get_args_parser().get_default("aa"):
             args.aa = ""  # as upstream
     run(args, model, device, head_std=0.01 if args.enable_linear_eval else 0.0)

@@ -54,6 +54,8 @@ def pretrain_flags(state: dict[str, Any], given: argparse.Namespace) -> argparse
     flags = main_pretrain.get_args_parser().parse_args([])
     for source in (distributed.flags_of(state), vars(given)):
         flags.__dict__.update({k: v for k, v in source.items() if v is not None})
+    if isinstance(flags.patch_size, (tuple, list)):  # as the authors' files have it
+        flags.patch_size = flags.patch_size[0]
     return flags
 
 

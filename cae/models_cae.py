@@ -10,6 +10,7 @@ Legend: B batch, N patches, M masked and V = N - M visible ones, C encoder width
 K visual tokens, G side of the patch grid.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -278,6 +279,13 @@ class ContextAutoencoderViT(nn.Module):
         self._tie()  # moving parameters to a device parts them
         return self
 
+    def __deepcopy__(self, memo: dict) -> "ContextAutoencoderViT":
+        """A copy whose targets' encoder shares the copy's weights."""
+        memo[id(self)] = new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new._tie()
+        return new
+
     def _complete(self, _module: nn.Module, state: dict, prefix: str, *_) -> None:
         """Read files of the earlier revision, and those without the targets' encoder, or with an older state of it."""
         for key in [key for key in state if key.startswith(prefix)]:
@@ -300,9 +308,12 @@ class ContextAutoencoderViT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, fix_init_weight: bool) -> None:
-        """Xavier-uniform linear layers, or, with fix_init_weight, truncated normal ones rescaled by depth."""
+        """Xavier-uniform linear layers, or, with fix_init_weight, truncated normal ones rescaled by depth.
+
+        As upstream: with fix_init_weight the projection to the regressor's width keeps torch's initialisation.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not (fix_init_weight and module is self.encoder_to_regresser):
                 truncated_(module.weight) if fix_init_weight else nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

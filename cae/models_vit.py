@@ -87,7 +87,7 @@ class VisionTransformer(nn.Module):
         init_values: initial layer scale; 0 leaves it out.
         use_rel_pos_bias: a table of relative position biases in every block. use_shared_rel_pos_bias: one for all.
         use_mean_pooling: classify the mean of the patch tokens (after `fc_norm`), not the class token (after `norm`).
-        sin_pos_emb: add fixed sin-cos positions. abs_pos_emb: add learned positions instead.
+        sin_pos_emb: add fixed sin-cos positions. abs_pos_emb: add positions that a file brings, else random ones.
         init_scale: factor on the initial weight and bias of the head.
         lin_probe: classify frozen features: the class token after `norm`, or, with linear_type "attentive", what a
             query token gathers from all tokens, after a batch norm.
@@ -185,7 +185,7 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) -> the given rows of the tokens (B, T, C) after the last block."""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)  # (B, T, C)
         if self.pos_embed is not None:
-            x = x + self.pos_embed  # (1, T, C)
+            x = x + self.pos_embed.detach()  # (1, T, C); as upstream: learned positions stay as they are loaded, too
         x = self.pos_drop(x)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (h, T, T)
         for block in self.blocks[:-1]:
@@ -272,7 +272,8 @@ def load_pretrained(
     Relative position biases of another grid are resized; a head of another shape is dropped. The encoder's final norm
     becomes `fc_norm` where the model pools, and `norm` where it classifies the class token.
     Args:
-        resize_positions: resize positions of another grid, bicubic (linear probing); else the model's own stay.
+        resize_positions: resize positions of another grid, bicubic (linear probing, and learned positions in any case);
+            else the model's own stay.
         keep_norm: False leaves `norm` of a model for fine-tuning by the class token as it is, as upstream.
     Returns:
         the missing keys and the unexpected ones.
@@ -301,7 +302,7 @@ def load_pretrained(
         elif key.endswith("relative_position_bias_table") and key in own:
             state[key] = resize_relative_positions(state[key], grid)
     if "pos_embed" in state and "pos_embed" in own:
-        if resize_positions:
+        if resize_positions or (model.pos_embed is not None and model.pos_embed.requires_grad):
             state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid)
         elif state["pos_embed"].shape != own["pos_embed"].shape:
             del state["pos_embed"]

@@ -67,14 +67,18 @@ def test_crop_boxes(path):
     """Upstream seeds before the first of the rows of a size (and scale)."""
     ref = load_golden(path)
     last: Any = None
-    for *given, top, left, height, width in ref["out/two_view_boxes64"].tolist():
+    boxes = {
+        key: ref[f"out/{key}"].tolist() for key in ("two_view_boxes64", "linear_probe_boxes") if f"out/{key}" in ref
+    }
+    assert boxes
+    for *given, top, left, height, width in boxes.get("two_view_boxes64", []):
         if given != last:
             random.seed(ref.meta["seed"])
         last = given
         w, h, *scale = given
         assert crop_box(int(w), int(h), tuple(scale)) == (top, left, height, width)
     last = None
-    for w, h, *box in ref["out/linear_probe_boxes"].tolist():
+    for w, h, *box in boxes.get("linear_probe_boxes", []):
         if (w, h) != last:
             torch.manual_seed(ref.meta["seed"])
         last = (w, h)
@@ -95,7 +99,8 @@ def test_views_of_one_box(path):
         views[key] = TF.resized_crop(image, top, left, height, width, sizes, interpolation_of(name))  # type: ignore[arg-type]
         difference = np.asarray(views[key]).astype(int) - ref[f"out/{key}"].numpy().astype(int)
         assert np.abs(difference).max() <= tol["u8"]
-    assert_close(map_pixels(TF.to_tensor(views["token_u8"])), ref["out/map_pixels"], rtol=0, atol=tol["atol"])
+    if "out/map_pixels" in ref:
+        assert_close(map_pixels(TF.to_tensor(views["token_u8"])), ref["out/map_pixels"], rtol=0, atol=tol["atol"])
     for key in ref.group("out"):
         if re.fullmatch(r"eval\d+", key):
             size = int(key.removeprefix("eval"))

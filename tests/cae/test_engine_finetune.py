@@ -102,11 +102,16 @@ def test_top5_of_few_classes():
     assert stats["acc5"] == 100
 
 
-def test_linear_evaluation_of_fine_tuning_trains_head_and_norm():
-    model = classifier(init_values=0.1)
-    main_finetune.freeze(model, "head", "fc_norm")
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+def test_linear_evaluation_of_fine_tuning_trains_a_head_on_the_class_token(monkeypatch):
+    seen: list[VisionTransformer] = []
+    monkeypatch.setattr(main_finetune, "run", lambda _args, model, *_, **__: seen.append(model))
+    toy = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "8", "--nb_classes", "5", "--device", "cpu"]
+    main_finetune.main(main_finetune.get_args_parser().parse_args([*toy, "--enable_linear_eval"]))
+    (model,) = seen
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    assert not [name for name in model.state_dict() if "norm." in name and not name.startswith("blocks.")]
+    imgs = torch.rand(2, 3, 16, 16)
+    assert_close(model.eval().forward_features(imgs), model.tokens(imgs)[:, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_linear_probe_trains_its_head_only():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cae import engine_finetune, engine_pretrain, main_attentive, main_finetune, main_pretrain, optim
+from cae import engine_finetune, engine_pretrain, main_attentive, main_finetune, main_pretrain, main_visualize, optim
 from cae.files import resume_path, run_files
 from cae.models_cae import ContextAutoencoderViT
 from cae.models_vit import VisionTransformer
@@ -222,6 +222,17 @@ def test_best_official_checkpoint_gives_its_weights_only(tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value), name
         assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_pictures_of_an_official_file(tmp_path):
+    """Its flags are a Namespace whose patch size is a pair."""
+    sizes = {"model": "cae_nano", "input_size": 32, "decoder_embed_dim": 96, "decoder_num_heads": 3}
+    stored = argparse.Namespace(**sizes, patch_size=(8, 8), decoder_num_classes=5, regressor_depth=1, decoder_depth=1)
+    given = main_visualize.get_args_parser().parse_args(["--checkpoint", str(tmp_path / "official.pth")])
+    model = main_pretrain.build_model(main_visualize.pretrain_flags({"args": stored}, given))
+    torch.save({"model": model.state_dict(), "args": stored}, tmp_path / "official.pth")
+    loaded, flags = main_visualize.load_model(str(tmp_path / "official.pth"), given)
+    assert (flags.patch_size, loaded.encoder.patch_embed.grid_size) == (8, 4)
 
 
 def test_checkpoints_load_without_executing_anything(tmp_path):

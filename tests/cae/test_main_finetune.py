@@ -79,6 +79,15 @@ def test_mixup():
         main_finetune.build_mixup(parser.parse_args(["--batch_size", "5", "--mixup", "0.8"]))
 
 
+def test_attentive_probing_without_a_probe_is_fine_tuning_with_its_augmentation(monkeypatch):
+    toy = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "8", "--nb_classes", "5", "--device", "cpu"]
+    seen: list[str] = []
+    monkeypatch.setattr(main_finetune, "run", lambda args, *_, **__: seen.append(args.aa))
+    for flags in ([], ["--enable_linear_eval"], ["--aa", "rand-m5"]):
+        main_attentive.main(main_attentive.get_args_parser().parse_args([*toy, *flags]))
+    assert seen == ["rand-m9-mstd0.5-inc1", "", "rand-m5"]
+
+
 class Numbers(torch.utils.data.Dataset):
     """Images that know their number."""
 

@@ -1,5 +1,6 @@
 """The pre-training network against the authors' numbers, its targets' encoder, masks and initial weights."""
 
+import copy
 import math
 import re
 from collections import defaultdict
@@ -186,7 +187,10 @@ def test_fix_init_weight_shrinks_with_the_depth(fix):
             assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.02), i
             assert not linear.bias.any()
     first: Any = model.encoder.blocks[0]
-    own = {"qkv": first.attn.qkv, "fc1": first.mlp.fc1, "head": model.decoder.head, "proj": model.encoder_to_regresser}
+    own = {"qkv": first.attn.qkv, "fc1": first.mlp.fc1, "head": model.decoder.head}
+    assert model.encoder_to_regresser is not None  # which upstream leaves at torch's initialisation
+    own_bound = 1 / math.sqrt(64) if fix else math.sqrt(6 / (64 + 96))
+    assert model.encoder_to_regresser.weight.abs().max().item() == pytest.approx(own_bound, rel=0.02)
     for name, linear in own.items():
         bound = 0.02 if fix else math.sqrt(6 / sum(linear.weight.shape))
         assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.02), name
@@ -318,6 +322,22 @@ def randomised(model: ContextAutoencoderViT) -> ContextAutoencoderViT:
         if param.requires_grad and not name.startswith("alignment_encoder."):
             param.data.add_(0.3 * torch.randn_like(param))
     return model
+
+
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_a_copy_has_a_targets_encoder_of_its_own_weights(momentum):
+    model = randomised(small(base_momentum=momentum))
+    other = copy.deepcopy(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert other.encoder.norm.weight is not model.encoder.norm.weight
+    with torch.no_grad():
+        other.encoder.norm.weight.add_(1)  # type: ignore[operator]
+    shares = torch.equal(other.alignment_encoder.norm.weight, other.encoder.norm.weight)  # type: ignore[arg-type]
+    assert shares == (momentum is None)
+    assert not torch.equal(other.encoder.norm.weight, model.encoder.norm.weight)  # type: ignore[arg-type]
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.encoder.norm.weight, model.encoder.norm.weight)  # type: ignore[arg-type]
 
 
 def test_targets_carry_no_gradient():

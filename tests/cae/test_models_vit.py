@@ -487,6 +487,18 @@ def test_encoder_of_another_image_size(tmp_path):
     assert torch.equal(model.state_dict()["pos_embed"], expected)
 
 
+def test_learned_positions_are_loaded_and_stay(tmp_path):
+    """As in the authors' earlier revision: resized bicubically from a file, and detached."""
+    tuned = small(seed=1, img_size=24, abs_pos_emb=True)
+    model = small(abs_pos_emb=True)
+    load_encoder(model, file_of({"model": tuned.state_dict()}, tmp_path))
+    assert model.pos_embed is not None
+    assert torch.equal(model.pos_embed, interpolate_pos_embed(tuned.state_dict()["pos_embed"], 4))
+    model(torch.rand(2, 3, 16, 16)).sum().backward()
+    assert model.pos_embed.grad is None
+    assert model.cls_token.grad is not None
+
+
 def test_shared_biases_are_given_to_every_block(tmp_path):
     tuned = small(seed=1, use_shared_rel_pos_bias=True)
     model = small(use_rel_pos_bias=True)

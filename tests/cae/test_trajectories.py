@@ -158,6 +158,7 @@ def test_linear_probe_trajectory(path):
     before = copy.deepcopy(model.state_dict())
     args = args_of(main_linprobe, hyper, "")
     optimizer = main_linprobe.build_optimizer(args, head, args.lr)
+    optimizer.param_groups[0].update({k: hyper[k] for k in ("momentum", "trust_coefficient") if k in hyper})
     updater, history = distributed.Updater(optimizer, CPU, "fp32", accum), []
     steps = len(ref["in/x"]) // args.epochs
 
@@ -176,4 +177,5 @@ def test_linear_probe_trajectory(path):
     for name, value in model.state_dict().items():
         assert name.startswith("head.") or torch.equal(value, before[name]), name
     model.eval()
-    assert_close(model(ref["in/x"][0]), ref["out/eval_logits"], **tolerance(ref, "final"))
+    if "out/eval_logits" in ref:
+        assert_close(model(ref["in/x"][0]), ref["out/eval_logits"], **tolerance(ref, "final"))
