@@ -1,14 +1,16 @@
 """SAIM pre-training network: autoregression over image patches in random order.
 
-Two streams run through the network. The content stream h holds a class token and the patches; patch t sees itself and
-its predecessors in the order. The query stream g holds positions only; g_t cross-attends to the strict predecessors of
-t in h and regresses the pixels of patch t. All patches are predicted in one pass.
+Two streams run through the network (arXiv 2212.01610, Fig. 1). The content stream h, the encoder, holds a class token
+and the patches; a patch sees the class token, itself and the patches before it in the order. The query stream g, the
+decoder, begins as positions without pixels; each sees the class token and the patches before its own one in h, and
+predicts the pixels of its own patch. All patches are predicted in one pass.
 
-Sorted by the order, both visibility rules are the same lower triangle: row r sees columns 0..r of
-[cls, patch pi_1, ..., patch pi_{L-1}]. So the default `attn_impl="causal"` sorts patches, positions and targets once
-and needs no mask tensor; `attn_impl="mask"` keeps the authors' formulation with additive masks in image order.
+The code has this twice, with equal results. `_predict_masked` is the paper's formulation: patches stay in image order,
+two masks hide what comes later. `_predict_sorted`, the default, sorts patches, positions and targets by the order once.
+Then both masks are the same lower triangle, plain causal attention, and no mask is made.
 
-Legend: N batch, H W pixels, p patch side, L patches, T = L + 1 tokens, D width, P = 3 p² pixels per patch.
+Legend: N batch, H W pixels, p patch side, L patches, T = L + 1 tokens, D width, P = 3 p² pixels per patch,
+pi_1 .. pi_L the patches in the order of prediction.
 """
 
 import math
@@ -55,11 +57,12 @@ def gather_rows(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 class SaimViT(nn.Module):
-    """SAIM with a ViT encoder (content stream) and a cross-attending decoder (query stream).
+    """SAIM: a ViT encoder (content stream), and a decoder (query stream) that reads the encoder's blocks.
 
     Args:
-        query_depth: decoder blocks; block j runs after encoder block (j + 1) * (depth // query_depth) - 1. 0 builds the
-            single-stream iGPT baseline, where the encoder's own row t predicts patch t + 1.
+        query_depth: number of decoder blocks. As many as encoder blocks (Fig. 1b): decoder block i takes keys and
+            values from encoder block i. Fewer: from every (depth // query_depth)-th one. 0: no decoder, the ViT-iGPT
+            baseline, where row t of the encoder predicts patch t + 1.
         share_weight: the decoder's blocks are the encoder's first ones.
         prediction_head_type: "MLP" or "LINEAR".
         gaussian_kernel_size, gaussian_sigma: blur of the target; both or no blur.
@@ -172,7 +175,11 @@ class SaimViT(nn.Module):
 
     @torch.no_grad()
     def make_target(self, imgs: Tensor) -> Tensor:
-        """Pixels to predict, (N, 3, H, W) -> (N, L, P) float32: blurred, patchified, standardised if asked for."""
+        """Pixels to predict, (N, 3, H, W) -> (N, L, P) float32.
+
+        The whole image is blurred by a Gaussian, then cut into patches, then each patch is standardised; blur and
+        standardisation only where the constructor was asked for them.
+        """
         with torch.autocast(imgs.device.type, enabled=False):  # a blur in half precision would round the targets
             imgs = imgs.float()
             target = self.patchify(imgs if self.gaussian_blur is None else self.gaussian_blur(imgs))
@@ -185,7 +192,11 @@ class SaimViT(nn.Module):
         return F.mse_loss(pred.float(), target) if self.loss_type == "L2" else F.l1_loss(pred.float(), target)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Mean error of pred (N, L, P), in image order; further rows in front (a class token's) are ignored. -> ()."""
+        """Error of pred (N, L, P), in image order, averaged over all N * L * P pixels -> ().
+
+        Every patch counts alike, also pi_1, which is predicted from the class token alone. Rows in front of the last L
+        (upstream's row of the class token) do not count.
+        """
         return self._loss(pred[:, -self.patch_embed.num_patches :], self.make_target(imgs))
 
     # ---- order
@@ -198,17 +209,17 @@ class SaimViT(nn.Module):
         return torch.rand(n, length, device=like.device)
 
     def generate_order(self, x: Tensor, noise: Tensor | None = None) -> Tensor | None:
-        """Patch indices (N, L) in the order of prediction, for a batch like x; None stands for the raster order."""
+        """Patch indices pi_1 .. pi_L, (N, L), an order per image of a batch like x; None stands for raster order."""
         if noise is None and self.token_order == "raster":
             return None
         noise = self._draw_noise(x) if noise is None else noise
         return noise.argsort(dim=1, stable=True)
 
     def generate_attention_mask(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Additive masks of the content and the query stream for a batch like x.
+        """Additive masks of the content and the query stream for a batch like x (Fig. 1a).
 
-        Patch a sees patch b if noise_b <= noise_a (content) or noise_b < noise_a (query). The class token sees only
-        itself and is seen by all.
+        Patch a sees patch b if noise_b <= noise_a (content: itself and those before it) or noise_b < noise_a (query:
+        those before it). The class token sees only itself and is seen by all (the figure leaves it out).
         Returns:
             two (N, 1, T, T) tensors of 0 and -inf, index 0 = class token.
         """
@@ -225,37 +236,42 @@ class SaimViT(nn.Module):
     # ---- network
 
     def _predict_sorted(self, imgs: Tensor, order: Tensor | None) -> Tensor:
-        """Predictions (N, L, P) in the order of prediction, by causal attention over sorted tokens."""
+        """Predictions (N, L, P) of pi_1 .. pi_L in this order, by causal attention over sorted tokens.
+
+        The rule, rows counted from 0: row r of h is cls (r = 0) or patch pi_r, row r of g is the position of pi_{r+1}.
+        Row r of both sees rows 0 .. r of h, that is cls, pi_1 .. pi_r: up to and with itself in h, strictly before
+        itself in g.
+        """
         n, length = len(imgs), self.patch_embed.num_patches
         pos = self.pos_embed[0, 1:]  # (L, D)
         patches = gather_rows(self.patch_embed.unfold(imgs), order)
         sorted_pos = pos.expand(n, -1, -1) if order is None else F.embedding(order, pos)
-        # The last patch informs no other: it is never embedded.
+        # pi_L comes before no patch: it is never embedded.
         tokens = self.patch_embed.embed(patches[:, :-1]) + sorted_pos[:, :-1]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1)
-        h = torch.cat([cls, tokens], dim=1)  # (N, L, D): class token and all but the last patch
+        h = torch.cat([cls, tokens], dim=1)  # (N, L, D): cls, pi_1 .. pi_{L-1}
         if not self.query_blocks:
             for block in self.blocks:
                 h = block(h, is_causal=True)
             return self.prediction_head(self.norm(h))
-        g = pos  # (L, D): the first decoder step projects one table for all samples and sorts it afterwards
+        g = pos  # (L, D), all images' in image order: the first decoder block projects it once, and sorts it then
         table_order = torch.arange(length, device=imgs.device).expand(n, -1) if order is None else order
         for i, block in enumerate(self.blocks[: self.step * len(self.query_blocks)]):
             h = block(h, is_causal=True)
             if (i + 1) % self.step == 0:
                 g = self.query_blocks[i // self.step](g, h, is_causal=True, order=table_order if g is pos else None)
-        return self.prediction_head(self.norm(g))
+        return self.prediction_head(self.norm(g))  # row r saw cls, pi_1 .. pi_r and predicts pi_{r+1}
 
     def _predict_masked(self, imgs: Tensor, noise: Tensor | None) -> Tensor:
-        """Predictions (N, L, P) in image order, by the authors' additive masks."""
+        """Predictions (N, L, P) in image order, by the two masks (Fig. 1)."""
         tokens = self.patch_embed(imgs) + self.pos_embed[:, 1:]
         content_mask, query_mask = self.generate_attention_mask(tokens, noise)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
         h = torch.cat([cls, tokens], dim=1)  # (N, T, D)
-        g = self.pos_embed.expand(len(imgs), -1, -1)
+        g = self.pos_embed.expand(len(imgs), -1, -1)  # (N, T, D): positions alone; row 0 is never read
         for i, block in enumerate(self.blocks):
             h = block(h, mask=content_mask)
-            if self.query_blocks and (i + 1) % self.step == 0:
+            if self.query_blocks and (i + 1) % self.step == 0:  # keys and values: the encoder block's output
                 g = self.query_blocks[i // self.step](g, h, query_mask)
         rows = g[:, 1:] if self.query_blocks else h[:, :-1]  # one stream: row t predicts patch t + 1
         return self.prediction_head(self.norm(rows))
