@@ -63,7 +63,7 @@ class SaimViT(nn.Module):
         query_depth: number of decoder blocks. As many as encoder blocks (Fig. 1b): decoder block i takes keys and
             values from encoder block i. Fewer: from every (depth // query_depth)-th one. 0: no decoder, the ViT-iGPT
             baseline, where row t of the encoder predicts patch t + 1.
-        share_weight: the decoder's blocks are the encoder's first ones.
+        share_weight: the decoder's list of blocks is the encoder's; query_depth of them serve as decoder blocks.
         prediction_head_type: "MLP" or "LINEAR".
         gaussian_kernel_size, gaussian_sigma: blur of the target; both or no blur.
         loss_type: "L2" or "L1".
@@ -112,6 +112,7 @@ class SaimViT(nn.Module):
         if query_depth < 0 or (query_depth and depth // max(depth // query_depth, 1) != query_depth):
             fitting = [q for q in range(1, depth + 1) if depth // (depth // q) == q]
             raise ValueError(f"query_depth {query_depth} does not fit depth {depth}; possible: {fitting}")
+        self.query_depth = query_depth
         self.step = depth // query_depth if query_depth else 0
         self.loss_type = loss_type
         self.norm_pix_loss = norm_pix_loss
@@ -129,7 +130,9 @@ class SaimViT(nn.Module):
             return Block(embed_dim, num_heads, mlp_ratio, True, drop_path=drop_path[i], norm_layer=norm_layer)
 
         self.blocks = nn.ModuleList(block(i) for i in range(depth))
-        self.query_blocks = nn.ModuleList(self.blocks[i] if share_weight else block(i) for i in range(query_depth))
+        # As upstream, shared blocks are one list: all of them have both names, and are initialised once.
+        shared = share_weight and query_depth
+        self.query_blocks = self.blocks if shared else nn.ModuleList(block(i) for i in range(query_depth))
         self.norm = norm_layer(embed_dim)
         patch_pixels = 3 * patch_size**2
         if prediction_head_type == "MLP":
@@ -158,7 +161,7 @@ class SaimViT(nn.Module):
     @property
     def idle_blocks(self) -> int:
         """Trailing encoder blocks after the last decoder step: no output depends on them (paper models have none)."""
-        return len(self.blocks) - self.step * len(self.query_blocks) if self.query_blocks else 0
+        return len(self.blocks) - self.step * self.query_depth if self.query_depth else 0
 
     # ---- targets and loss
 
@@ -250,13 +253,13 @@ class SaimViT(nn.Module):
         tokens = self.patch_embed.embed(patches[:, :-1]) + sorted_pos[:, :-1]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1)
         h = torch.cat([cls, tokens], dim=1)  # (N, L, D): cls, pi_1 .. pi_{L-1}
-        if not self.query_blocks:
+        if not self.query_depth:
             for block in self.blocks:
                 h = block(h, is_causal=True)
             return self.prediction_head(self.norm(h))
         g = pos  # (L, D), all images' in image order: the first decoder block projects it once, and sorts it then
         table_order = torch.arange(length, device=imgs.device).expand(n, -1) if order is None else order
-        for i, block in enumerate(self.blocks[: self.step * len(self.query_blocks)]):
+        for i, block in enumerate(self.blocks[: self.step * self.query_depth]):
             h = block(h, is_causal=True)
             if (i + 1) % self.step == 0:
                 g = self.query_blocks[i // self.step](g, h, is_causal=True, order=table_order if g is pos else None)
@@ -271,9 +274,9 @@ class SaimViT(nn.Module):
         g = self.pos_embed.expand(len(imgs), -1, -1)  # (N, T, D): positions alone; row 0 is never read
         for i, block in enumerate(self.blocks):
             h = block(h, mask=content_mask)
-            if self.query_blocks and (i + 1) % self.step == 0:  # keys and values: the encoder block's output
+            if self.query_depth and (i + 1) % self.step == 0:  # keys and values: the encoder block's output
                 g = self.query_blocks[i // self.step](g, h, query_mask)
-        rows = g[:, 1:] if self.query_blocks else h[:, :-1]  # one stream: row t predicts patch t + 1
+        rows = g[:, 1:] if self.query_depth else h[:, :-1]  # one stream: row t predicts patch t + 1
         return self.prediction_head(self.norm(rows))
 
     def forward_saim(self, imgs: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from saim.blocks import sincos_pos_embed
 from saim.models_saim import MODELS, GaussianConv2d, SaimViT, saim_base
@@ -271,6 +272,20 @@ def test_targets_stay_float32_under_autocast():
     plain = model.make_target(imgs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.make_target(imgs), plain)
+
+
+def test_shared_blocks_are_one_list(monkeypatch):
+    """Upstream's decoder list is the encoder's: all blocks have both names, and draw their initial weights once."""
+    drawn: list[torch.Tensor] = []
+    draw = nn.init.xavier_uniform_
+    monkeypatch.setattr(nn.init, "xavier_uniform_", lambda weight: drawn.append(weight) or draw(weight))
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 2}
+    model = SaimViT(**sizes, query_depth=2, share_weight=True)
+    keys = {key for key in model.state_dict() if key.startswith("blocks.")}
+    assert {key for key in model.state_dict() if key.startswith("query_blocks.")} == {f"query_{key}" for key in keys}
+    assert len(keys) == 4 * 16
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    assert [id(weight) for weight in drawn[1:]] == [id(weight) for weight in linears]  # the first is the convolution's
 
 
 def test_igpt_has_no_decoder():
