@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from saim import main_finetune, main_linprobe, main_pretrain
 from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
 from tests.support.helpers import ROOT
+from tests.support.processes import launch
 
 README = r"""
 python -m torch.distributed.launch --nproc_per_node 32 main_pretrain.py \
@@ -87,13 +87,14 @@ def test_readme_commands__run_inside_the_method_folder(runs):
     assert all((folder / "checkpoint.pth").is_file() for folder in runs.values())
 
 
-@pytest.mark.parametrize("stage, alone", [("finetune", "saim/main_finetune.py"), ("linprobe", "-m saim.main_linprobe")])
-def test_eval__counts_every_image_once_on_any_number_of_processes(commands, runs, stage, alone):
-    evaluate = f" --eval --resume {runs[stage]}/checkpoint.pth"
-    single = f"python {alone} " + shlex.join(flags(commands[stage])) + evaluate
-    processes = [start(single, ROOT), start(commands[stage] + evaluate, ROOT / "saim")]
+@pytest.mark.parametrize("stage", ["finetune", "linprobe"])
+def test_eval__counts_every_image_once_on_any_number_of_processes(commands, runs, stage, tmp_path):
+    evaluate = [*flags(commands[stage]), "--eval", "--resume", f"{runs[stage]}/checkpoint.pth"]
     trained = last_line(runs[stage])
-    for out in map(finish, processes):
+    for number in (1, 2):
+        log = tmp_path / f"on_{number}"
+        assert not any(launch(log, f"main_{stage}.py", *evaluate, processes=number, cwd=ROOT / "saim"))
+        out = log.read_text()
         found = re.findall(r"Accuracy of the network on the .*", out)
         assert found == [f"Accuracy of the network on the 19 test images: {trained['test_acc1']:.1f}%"]
         assert f"* Acc@1 {trained['test_acc1']:.3f} Acc@5 {trained['test_acc5']:.3f} loss" in out

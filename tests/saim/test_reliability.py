@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common import distributed
+from tests.support.processes import begin, launch
 from tests.support.runs import FAULTS, FixedLoader, assert_same, command, finish, mistake, start, wait_for
 
 PRETRAIN = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
@@ -19,6 +20,14 @@ PRETRAIN += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "1", 
 FINETUNE = ["--model", "vit_nano_patch16", "--input_size", "16", "--patch_size", "8", "--nb_classes", "10"]
 FINETUNE += ["--batch_size", "8", "--warmup_epochs", "1", "--num_workers", "0", "--mixup", "0.8", "--cutmix", "1"]
 FINETUNE += ["--finetune", ""]
+
+
+def train(log: Path, processes: int, script: str, *flags: str) -> None:
+    """A run that must end well; several processes are started by the launcher."""
+    if processes > 1:
+        finish(command(processes, script, *flags), log)
+    else:
+        assert launch(log, script, *flags) == [0], log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +39,7 @@ def reference(tmp_path_factory, digits):
         if processes not in runs:
             folder = tmp_path_factory.mktemp("reference")
             flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(folder), "--epochs", "24"]
-            finish(command(processes, "saim/main_pretrain.py", *flags), folder / "out")
+            train(folder / "out", processes, "saim/main_pretrain.py", *flags)
             runs[processes] = folder
         return runs[processes]
 
@@ -40,26 +49,27 @@ def reference(tmp_path_factory, digits):
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_kill_at_random_instants(tmp_path, digits, reference, processes):
     flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "24"]
-    argv = command(processes, "saim/main_pretrain.py", *flags)
+    argv = ["saim/main_pretrain.py", *flags]
     for attempt in range(2):
-        process = start(argv, tmp_path / "out")
-        wait_for(process, tmp_path / "out", f"Epoch: [{10 * attempt + 3}]")
+        log = tmp_path / f"killed{attempt}"
+        process = start(command(processes, *argv), log) if processes > 1 else begin(log, *argv)
+        wait_for(process, log, f"Epoch: [{10 * attempt + 3}]")
         time.sleep(random.random() / 5)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait() if processes > 1 else process.join()
         assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] < 23
-    finish(argv, tmp_path / "out")
+    train(tmp_path / "out", processes, *argv)
     assert "resumed" in (tmp_path / "out").read_text()
     assert_same(tmp_path, reference(processes))
 
 
 def test_kill_inside_a_checkpoint_write(tmp_path, digits, reference):
     flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "24"]
-    process = start(command(1, str(FAULTS), "saim/main_pretrain.py", *flags), tmp_path / "out", FAULT="kill_in_save:5")
-    assert process.wait(timeout=120) == -signal.SIGKILL
+    faulty = [str(FAULTS), "saim/main_pretrain.py", *flags]
+    assert launch(tmp_path / "out", *faulty, FAULT="kill_in_save:5") == [-signal.SIGKILL]
     assert (tmp_path / "checkpoint.tmp").exists()
     assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] == 2
-    finish(command(1, "saim/main_pretrain.py", *flags), tmp_path / "out")
+    train(tmp_path / "out", 1, "saim/main_pretrain.py", *flags)
     assert_same(tmp_path, reference(1))
 
 
@@ -97,18 +107,19 @@ def test_fine_tuning_resumes_inside_an_epoch(tmp_path, digits):
         run.mkdir()
     flags = [*FINETUNE, "--data_path", digits, "--epochs", "6"]
     whole, stopped = ([*flags, "--output_dir", str(run)] for run in runs)
-    finish(command(1, "saim/main_finetune.py", *whole), runs[0] / "out")
-    process = start(command(1, str(FAULTS), "saim/main_finetune.py", *stopped), runs[1] / "out", FAULT="signal_at:9")
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM, (runs[1] / "out").read_text()
+    train(runs[0] / "out", 1, "saim/main_finetune.py", *whole)
+    faulty = [str(FAULTS), "saim/main_finetune.py", *stopped]
+    assert launch(runs[1] / "out", *faulty, FAULT="signal_at:9") == [128 + signal.SIGTERM], (
+        runs[1] / "out"
+    ).read_text()
     assert "saved epoch 1, step 4" in (runs[1] / "out").read_text()
-    finish(command(1, "saim/main_finetune.py", *stopped), runs[1] / "out")
+    train(runs[1] / "out", 1, "saim/main_finetune.py", *stopped)
     assert_same(*runs)
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path, digits):
     flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "4"]
-    process = start(command(1, str(FAULTS), "saim/main_pretrain.py", *flags), tmp_path / "out", FAULT="nan_at:9")
-    assert process.wait(timeout=120) == 1
+    assert launch(tmp_path / "out", str(FAULTS), "saim/main_pretrain.py", *flags, FAULT="nan_at:9") == [1]
     text = (tmp_path / "out").read_text()
     assert "loss is nan, stopping training before the update of step 3" in text
     assert "Traceback" not in text
@@ -117,19 +128,18 @@ def test_non_finite_loss_stops_before_the_update(tmp_path, digits):
     assert (bad["epoch"], bad["images"]) == (0, 24)
     # Without the fault, the saved state replays the step and goes on as if nothing had happened.
     run = [*flags, "--resume", str(tmp_path / "checkpoint-nonfinite.pth")]
-    finish(command(1, "saim/main_pretrain.py", *run), tmp_path / "out")
+    train(tmp_path / "out", 1, "saim/main_pretrain.py", *run)
     whole = tmp_path / "whole"
     whole.mkdir()
     flags[flags.index(str(tmp_path))] = str(whole)
-    finish(command(1, "saim/main_pretrain.py", *flags), whole / "out")
+    train(whole / "out", 1, "saim/main_pretrain.py", *flags)
     assert_same(tmp_path, whole)
 
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, digits):
     flags = [*PRETRAIN, "--data_path", digits, "--output_dir", str(tmp_path), "--epochs", "4"]
-    process = start(command(1, str(FAULTS), "saim/main_pretrain.py", *flags), tmp_path / "out", FAULT="full_disk_at:3")
-    assert process.wait(timeout=120) == 2
+    assert launch(tmp_path / "out", str(FAULTS), "saim/main_pretrain.py", *flags, FAULT="full_disk_at:3") == [2]
     text = (tmp_path / "out").read_text()
     assert text.count("cannot be written") == 1
     assert "Traceback" not in text
@@ -231,10 +241,11 @@ def test_evaluation_can_be_stopped_and_is_repeated(tmp_path, digits):
         run.mkdir()
     flags = [*FINETUNE, "--data_path", digits, "--epochs", "3"]
     whole, stopped = ([*flags, "--output_dir", str(run)] for run in runs)
-    finish(command(1, "saim/main_finetune.py", *whole), runs[0] / "out")
-    process = start(command(1, str(FAULTS), "saim/main_finetune.py", *stopped), runs[1] / "out", FAULT="stop_in_eval:1")
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM, (runs[1] / "out").read_text()
-    finish(command(1, "saim/main_finetune.py", *stopped), runs[1] / "out")
+    train(runs[0] / "out", 1, "saim/main_finetune.py", *whole)
+    faulty = [str(FAULTS), "saim/main_finetune.py", *stopped]
+    status = launch(runs[1] / "out", *faulty, FAULT="stop_in_eval:1")
+    assert status == [128 + signal.SIGTERM], (runs[1] / "out").read_text()
+    train(runs[1] / "out", 1, "saim/main_finetune.py", *stopped)
     assert_same(*runs)
 
 
@@ -364,10 +375,14 @@ def test_mistakes_are_one_line(script, flags, words, tmp_path, digits, monkeypat
     assert not list(out.glob("*.pth"))
 
 
-def test_unknown_flag_is_two_lines(run_script):
-    done = run_script("saim/main_pretrain.py", "--batchsize", "3", status=2)
-    assert done.stderr.count("\n") == 2
-    assert "--batchsize" in done.stderr
+def test_unknown_flag_is_two_lines(capsys):
+    from saim import main_pretrain
+
+    with pytest.raises(SystemExit) as end:
+        main_pretrain.get_args_parser().parse_args(["--batchsize", "3"])
+    error = capsys.readouterr().err
+    assert (end.value.code, error.count("\n")) == (2, 2)
+    assert "--batchsize" in error
 
 
 def test_bad_image_stops_and_saves(tmp_path, digits):
@@ -377,11 +392,11 @@ def test_bad_image_stops_and_saves(tmp_path, digits):
     victim = sorted((folder / "train" / "3").iterdir())[0]
     victim.write_bytes(b"no image")
     flags = [*PRETRAIN, "--data_path", str(folder), "--output_dir", str(tmp_path), "--epochs", "2"]
-    process = start(command(2, "saim/main_pretrain.py", *flags, "--batch_size", "4"), tmp_path / "out")
-    assert process.wait(timeout=120) != 0
+    pair = ["saim/main_pretrain.py", *flags, "--batch_size", "4"]
+    assert all(launch(tmp_path / "out", *pair, processes=2))
     text = (tmp_path / "out").read_text()
     assert f"{victim}: unreadable image" in text
     assert "--bad_images skip goes on without it" in text
     assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] == -1
-    finish(command(2, "saim/main_pretrain.py", *flags, "--batch_size", "4", "--bad_images", "skip"), tmp_path / "out")
+    assert launch(tmp_path / "out", *pair, "--bad_images", "skip", processes=2) == [0, 0]
     assert json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])["epoch"] == 1

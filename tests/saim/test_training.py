@@ -15,7 +15,7 @@ from saim import engine_finetune, engine_pretrain, main_finetune, main_linprobe,
 from saim.models_saim import SaimViT
 from saim.models_vit import VisionTransformer
 from tests.support.helpers import assert_close, golden_files, load_golden
-from tests.support.runs import CPU, FixedLoader, RecordingLog, schedule_of
+from tests.support.runs import CPU, FixedLoader, RecordingLog, run_main, schedule_of
 
 MAINS = {"main_pretrain": main_pretrain, "main_finetune": main_finetune, "main_linprobe": main_linprobe}
 
@@ -242,8 +242,8 @@ def test_optimizer_state_of_upstream_resumes(tmp_path):
 
 
 @golden_files("saim", "formats", ".json")
-def test_formats(path, tmp_path, digits, run_script):
-    """One epoch of each script writes upstream's files, keys and tags."""
+def test_formats(path, tmp_path, digits):
+    """One epoch of each main writes upstream's files, keys and tags."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     ref = load_golden(path)
@@ -252,12 +252,12 @@ def test_formats(path, tmp_path, digits, run_script):
         "16",
         "--patch_size",
         "8",
-        "--data_path",
-        digits,
         "--batch_size",
         "8",
         "--num_workers",
         "0",
+        "--data_path",
+        digits,
     ]
     encoder = tmp_path / "main_pretrain" / "checkpoint.pth"
     commands = {
@@ -268,7 +268,7 @@ def test_formats(path, tmp_path, digits, run_script):
     for name, flags in commands.items():
         out = tmp_path / name
         warmup = [] if name == "main_pretrain" else ["--warmup_epochs", "0", "--nb_classes", "10"]
-        run_script(f"saim/{name}.py", *small, *flags, *warmup, "--output_dir", str(out))
+        run_main(MAINS[name], *small, *flags, *warmup, "--output_dir", str(out))
         last = int(flags[flags.index("--epochs") + 1]) - 1
         lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
         assert [list(line) for line in lines] == [ref["log_txt"][name]] * (last + 1)

@@ -13,6 +13,7 @@ from common import distributed
 from saim import figures, main_linprobe, models_saim, models_vit, visualize_attention, visualize_prediction
 from saim.models_saim import SaimViT
 from tests.support.helpers import ROOT, assert_close, golden_files, load_golden
+from tests.support.processes import launch
 
 SIZES = {"img_size": 16, "patch_size": 4}
 VIT = ["--model", "vit_tiny_patch16", "--input_size", "16", "--patch_size", "4"]
@@ -57,22 +58,16 @@ def run(monkeypatch):
     return call
 
 
-RUN_SCRIPTS = """
-import runpy, sys
-for sys.argv in {commands!r}:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.fixture(scope="module")
-def drawn(run_script, checkpoints, digits, tmp_path_factory) -> Path:
-    """What the scripts write when they run from the method's folder; one process, as importing takes seconds."""
+def drawn(checkpoints, digits, tmp_path_factory) -> Path:
+    """What the scripts write when they run from the method's folder."""
     folder = tmp_path_factory.mktemp("drawn")
     own = ["--checkpoint", checkpoints["pretrain"], "--output_dir", str(folder), "--data_path", digits]
     pair = ["--compare", checkpoints["raster"], "--names", "raster", "SAIM"]
     attention = ["visualize_attention.py", *VIT, *own, *pair, "--num_images", "4", "--save_npy"]
     prediction = ["visualize_prediction.py", *own, "--num_images", "1", "--seed", "3"]
-    run_script("-c", RUN_SCRIPTS.format(commands=[attention, prediction]), cwd=ROOT / "saim")
+    for argv in (attention, prediction):
+        assert launch(folder / "log", *argv, cwd=ROOT / "saim") == [0], (folder / "log").read_text()
     return folder
 
 

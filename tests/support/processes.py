@@ -6,18 +6,22 @@ import runpy
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.support.helpers import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 MAINS = {
+    "saim": ("pretrain", "finetune", "linprobe"),
     "semaim": ("pretrain", "finetune", "linprobe", "knn"),
     "cae": ("pretrain", "finetune", "attentive", "linprobe"),
     "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier"),
     "udi": ("pretrain", "finetune", "linprobe", "knn"),
 }
 PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]
-CONTEXT.set_forkserver_preload([*PRELOAD, "scripts.tools.knn", __name__])
+PRELOAD += ["saim.visualize_attention", "saim.visualize_prediction", "scripts.tools.knn"]
+CONTEXT.set_forkserver_preload([*PRELOAD, __name__])
+QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def run_script(argv: list[str], log: str, env: dict[str, str], cwd: str = str(ROOT)) -> None:
@@ -34,12 +38,25 @@ def run_script(argv: list[str], log: str, env: dict[str, str], cwd: str = str(RO
     runpy.run_path(argv[0], run_name="__main__")
 
 
+def _lead(*args) -> None:
+    os.setsid()
+    run_script(*args)
+
+
+def begin(log: Path, *argv: str, **env: str) -> Any:
+    """A script's process that has begun, in a process group of its own, which can be killed with its workers."""
+    log.touch()
+    process = CONTEXT.Process(target=_lead, args=(list(argv), str(log), env | QUIET, str(ROOT)))
+    process.start()
+    return process
+
+
 def launch(log: Path, *argv: str, processes: int = 1, cwd: Path = ROOT, **env: str) -> list[int]:
     """Exit statuses of a script's processes; negative: the signal that ended one. They print into `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env |= QUIET
     ranks = [env] if processes == 1 else []
     for rank in range(processes if processes > 1 else 0):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}

@@ -135,10 +135,11 @@ def start(argv: list[str], log: Path, **env: str) -> subprocess.Popen:
         return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def wait_for(process: subprocess.Popen, log: Path, text: str, timeout: float = 120) -> None:
+def wait_for(process: Any, log: Path, text: str, timeout: float = 120) -> None:
+    """Wait until a process, of subprocess or of multiprocessing, has printed a text into its log."""
     end = time.monotonic() + timeout
     while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
+        assert (process.poll() if isinstance(process, subprocess.Popen) else process.exitcode) is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.02)
 
