@@ -123,7 +123,8 @@ class Checkpoint:
 
     def _write(self, position: Position, name: str) -> None:
         files, done = self.files, position.epoch
-        state: dict[str, Any] = {key: part.state_dict() for key, part in self.parts.items()}
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        state: dict[str, Any] = {key: own for key, own in parts.items() if own}  # an enabled GradScaler refuses {}
         state |= {files.weights: self.model.state_dict(), "epoch": done - 1 + files.epoch, "args": vars(self.args)}
         state |= {"images": position.images, "meters": position.meters, "best": self.best}
         state |= files.values(position) if callable(files.values) else files.values
@@ -203,7 +204,7 @@ class Checkpoint:
                 with user_errors(f"{path}: 'optimizer' does not fit this run"):
                     self.files.adapt(state, self.model, optimizer)
         for key, part in self.parts.items():
-            if complete and state.get(key):  # a scaler that was off left an empty state
+            if complete and state.get(key):  # a scaler that was off has no state, in earlier files an empty one
                 restore(part, state[key], path, key)
             else:
                 self.missing.append(key)

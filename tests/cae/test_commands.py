@@ -206,7 +206,7 @@ def test_files__have_upstreams_names(runs, folder):
     for stage, own in expected.items():
         found = {path.name for path in (folder / stage).iterdir() if not path.name.startswith("events.")}
         assert found - {"checkpoint-previous.pth", "checkpoint_attentive-previous.pth"} == always | own, stage
-        keys = {"model", "optimizer", "epoch", "scaler", "args"}
+        keys = {"model", "optimizer", "epoch", "args"}
         assert keys <= set(torch.load(latest(folder, stage), weights_only=True))
 
 

@@ -223,8 +223,15 @@ def test_state_of_a_scaler_that_was_off_is_passed_over(tmp_path):
     checkpoint = save_good(tmp_path)
     checkpoint.parts["scaler"] = torch.amp.GradScaler("cpu", enabled=False)
     checkpoint.save(distributed.Position(3))
+    path = tmp_path / "checkpoint.pth"
+    state = distributed.load(str(path))
+    assert "scaler" not in state  # an enabled GradScaler, such as the authors', raises on an empty state
     checkpoint.parts["scaler"] = torch.amp.GradScaler("cpu", enabled=True)
-    assert checkpoint.resume(str(tmp_path / "checkpoint.pth")).epoch == 3
+    assert checkpoint.resume(str(path)).epoch == 3
+    torch.save(state | {"scaler": {}}, path)  # as earlier files have it
+    assert checkpoint.resume(str(path)).epoch == 3
+    checkpoint.save(distributed.Position(4))
+    assert distributed.load(str(path))["scaler"] == torch.amp.GradScaler("cpu", enabled=True).state_dict()
 
 
 def test_no_output_folder_writes_nothing(tmp_path, monkeypatch):

@@ -273,7 +273,7 @@ def test_formats(path, tmp_path, digits):
         lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
         assert [list(line) for line in lines] == [ref["log_txt"][name]] * (last + 1)
         state = distributed.load(str(out / "checkpoint.pth"))
-        assert set(ref["checkpoint_keys"]) <= set(state)
+        assert set(ref["checkpoint_keys"]) - set(state) == {"scaler"}  # off on a CPU; the authors' scaler refuses {}
         assert state["epoch"] == last
         for file in ref["checkpoint_files"]:
             assert (out / file.replace("<epoch>", str(last))).exists()

@@ -155,7 +155,7 @@ def test_files_of_a_run(digits, tmp_path, capsys):
     assert numbered == ["aim_nano.a.0002.pth", "aim_nano.a.0003.pth"]  # every second one, and the last
     assert [state_of(tmp_path, name)["epoch"] for name in numbered] == [2, 3]
     state = state_of(tmp_path, "aim_nano.a.temp.pth")
-    assert {"epoch", "state_dict", "optimizer", "model", "loss_scaler", "ema_state_dict"} <= set(state)
+    assert {"epoch", "state_dict", "optimizer", "model", "ema_state_dict"} <= set(state)
     assert (state["epoch"], state["model"]) == (3, "aim_nano")
     assert set(state["ema_state_dict"]) == set(state["state_dict"])
     lines = [json.loads(line) for line in (tmp_path / "aim_nano.a.log.txt").read_text().splitlines()]
@@ -172,7 +172,7 @@ def test_files_of_a_run(digits, tmp_path, capsys):
         run_main(module, *common, *own, "--experiment", experiment)
         name = f"vit_nano_patch16.{experiment}"
         state = state_of(tmp_path, f"{name}.{ending}.pth")
-        assert {"epoch", "state_dict", "optimizer", "model", "loss_scaler"} <= set(state)
+        assert {"epoch", "state_dict", "optimizer", "model"} <= set(state)
         assert (state["epoch"], state["model"]) == (1, "vit_nano_patch16")
         line = json.loads((tmp_path / f"{name}.log.txt").read_text())
         expected = ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]

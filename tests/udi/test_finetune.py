@@ -104,7 +104,7 @@ def test_extract_fine_tune_evaluate(digits, pretrained, tmp_path, capsys):
     assert "tensors matched; missing: head (2); unexpected: none" in out
     folder = tmp_path / "fine-tuning-2-1-b-8-lr-1.000e-02-0.10-0.80-0.00-pos-1-cls-0-aug-0.8-1.0"
     state = state_of(folder)
-    assert {"model", "optimizer", "epoch", "args", "scaler"} <= set(state)
+    assert {"model", "optimizer", "epoch", "args"} <= set(state)
     assert (state["epoch"], state["model"]["cls_token"].shape) == (1, (1, 2, 96))
     assert (folder / "checkpoint-best.pth").exists()
     log = lines(folder)

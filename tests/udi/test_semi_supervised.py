@@ -228,7 +228,7 @@ def test_files_and_logs(digits, names, tmp_path, capsys):
     assert [line.split(":")[0:2] for line in log] == [["INFO", "epoch 0"], ["INFO", "epoch 1"]]
     state = distributed.load(str(folder / "checkpoint.pth"))
     assert state["epoch"] == 1
-    assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"} <= set(state)
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "args"} <= set(state)
     assert state["model"]["cls_token"].shape[1] == 2
     assert {"head.mlp.0.weight", "head.cls_head.bias"} <= set(state["model"])
     assert set(state["model_ema"]) == set(state["model"])

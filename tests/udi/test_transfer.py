@@ -171,7 +171,7 @@ def test_runs(name, make, classes, tmp_path):
     )
     assert newest["epoch"] == 1
     assert before["epoch"] < newest["epoch"]
-    assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"} <= set(newest)
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "args"} <= set(newest)
     assert newest["model"]["head.weight"].shape == best["model"]["head.weight"].shape == (classes, 96)
     assert len((folder / "log.txt").read_text().splitlines()) == 2
 
