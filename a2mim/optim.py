@@ -269,8 +269,8 @@ def lr_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_schedule(cfg: dict[str, Any], epochs: int) -> None:
-    """Raise UserError for a warm-up that leaves nothing of the run, or `step` without epochs."""
-    if cfg["warmup_iters"] >= epochs:
+    """Raise UserError for a cosine that would begin where the run ends, or `step` without epochs."""
+    if cfg["policy"] == "StepFixCosineAnnealing" and cfg["warmup_iters"] == epochs:
         raise distributed.UserError(f"--warmup_epochs {cfg['warmup_iters']}: expected less than --epochs {epochs}")
     if cfg["policy"] == "step" and not cfg["step"]:
         raise distributed.UserError("--sched step: needs the epochs of --steps, such as --steps 60 80")

@@ -101,8 +101,6 @@ def main(args: argparse.Namespace) -> None:
         at = epoch + step / len(loader)
         return lr_sched.warmup_cosine(at, lr, args.min_lr, args.warmup_epochs, args.epochs), args.weight_decay
 
-    with distributed.user_errors("--epochs and --warmup_epochs"):
-        rates(0, 0)
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter)
     distributed.log(
         f"{args.model}: {sum(p.numel() for p in head.parameters()):,} trained parameters on {device}, {updater.dtype}; "

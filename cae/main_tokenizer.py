@@ -146,8 +146,6 @@ def main(args: argparse.Namespace) -> None:
     schedule = partial(
         lr_sched.warmup_cosine, base=args.lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
     )
-    with distributed.user_errors("--epochs and --warmup_epochs"):
-        schedule(0.0)
 
     def temperature(epoch: float) -> float:
         return temperature_at(epoch / args.epochs, args.temperature, args.min_temperature, args.anneal)

@@ -11,15 +11,11 @@ from numpy.typing import NDArray
 
 
 def warmup_cosine(epoch: float, base: float, final: float, warmup: float, epochs: float) -> float:
-    """Linear from 0 over `warmup` epochs, then half a cosine from base to final at `epochs`.
-
-    Raises:
-        ValueError: the warm-up is as long as the whole run or longer.
-    """
-    if epochs <= warmup:
-        raise ValueError(f"{epochs} epochs leave nothing after {warmup} warm-up epochs")
+    """Linear from 0 over `warmup` epochs, then half a cosine from base to final at `epochs`, if that is later."""
     if epoch < warmup:
         return base * epoch / warmup
+    if epochs <= warmup:
+        return base
     return final + (base - final) * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 

@@ -161,8 +161,6 @@ def main(args: argparse.Namespace) -> None:
     schedule = partial(
         lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
     )
-    with distributed.user_errors("--epochs and --warmup_epochs"):
-        schedule(0.0)
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     # Mixup folds the smoothing into its soft targets.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)

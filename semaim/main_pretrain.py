@@ -203,8 +203,6 @@ def main(args: argparse.Namespace) -> None:
     schedule = partial(
         lr_sched.warmup_cosine, base=lr, final=args.min_lr, warmup=args.warmup_epochs, epochs=args.epochs
     )
-    with distributed.user_errors("--epochs and --warmup_epochs"):
-        schedule(0.0)
     precision = "fp32" if args.not_use_fp16 else args.amp_dtype
     updater = distributed.Updater(optimizer, device, precision, args.accum_iter, args.clip_grad)
     distributed.log(

@@ -251,6 +251,9 @@ class Checkpoint:
             header: of progress lines, with {epoch} counted from 0 or {done} from 1.
             ticks: units of TensorBoard's horizontal axis per epoch, default one per step.
         """
+        warmup = getattr(self.args, "warmup_epochs", 0)
+        if warmup >= self.args.epochs:
+            log(f"WARNING: --warmup_epochs {warmup} of --epochs {self.args.epochs}: the learning rate only rises")
         start, sums = loader.start(position)
         run_log = self.run_log(position.epoch, start / len(loader), ticks or len(loader))
         for epoch in range(position.epoch, self.args.epochs):

@@ -308,7 +308,11 @@ def test_schedules__user_errors():
         lr_of(0, policy="poly")
     parser = main_pretrain.get_args_parser()
     with pytest.raises(distributed.UserError, match="--warmup_epochs 10: expected less than --epochs 10"):
-        optim.check_schedule(optim.lr_config(parser.parse_args(["--warmup_epochs", "10"])), 10)
+        fixed = ["--sched", "StepFixCosineAnnealing", "--warmup_epochs", "10"]
+        optim.check_schedule(optim.lr_config(parser.parse_args(fixed)), 10)
+    optim.check_schedule(
+        optim.lr_config(parser.parse_args(["--sched", "CosineAnnealing", "--warmup_epochs", "10"])), 10
+    )
     with pytest.raises(distributed.UserError, match="--sched step: needs the epochs of --steps"):
         optim.check_schedule(optim.lr_config(parser.parse_args(["--sched", "step"])), 100)
     optim.check_schedule(optim.lr_config(parser.parse_args(["--sched", "step", "--steps", "60", "80"])), 100)

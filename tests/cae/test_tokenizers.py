@@ -367,7 +367,6 @@ def test_length_of_a_run_by_default(tmp_path, digits, monkeypatch):
         (["--second_interpolation", "cubic"], "interpolation cubic, expected one of lanczos, bicubic"),
         (["--anneal", "0"], "expected 0 < t1 <= t0, 0 < share <= 1"),
         (["--min_temperature", "2"], "expected 0 < t1 <= t0, 0 < share <= 1"),
-        (["--epochs", "2", "--warmup_epochs", "2"], "--epochs and --warmup_epochs: 2 epochs leave nothing"),
         (["--batch_size", "64"], "48 training images do not fill one batch"),
     ],
 )

@@ -49,9 +49,11 @@ def test_finetune_tables__udi(path):
         assert_close(table, ref[f"out/{i}"], rtol=1e-12, atol=1e-15)
 
 
-def test_warmup_as_long_as_the_run_is_refused():
-    with pytest.raises(ValueError, match="10 epochs"):
-        lr_sched.warmup_cosine(0, 1.0, 0.0, 10, 10)
+def test_warmup_as_long_as_the_run_or_longer():
+    """The rate rises to the end, as in the authors' programs; a table, as theirs, must fit."""
+    assert [lr_sched.warmup_cosine(e, 1.0, 0.0, 10, 10) for e in (0, 2.5, 9.5, 10)] == [0, 0.25, 0.95, 1]
+    assert [lr_sched.warmup_cosine(e, 1.0, 0.0, 40, 30) for e in (0, 10, 29)] == [0, 0.25, 0.725]
+    assert lr_sched.cosine_table(1.0, 0.0, 1, 4, warmup_epochs=1).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
     with pytest.raises(ValueError, match="30 steps"):
         lr_sched.cosine_table(1.0, 0.0, 2, 10, warmup_epochs=3)
 

@@ -241,6 +241,15 @@ def test_optimizer_state_of_upstream_resumes(tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_warmup_as_long_as_the_run_trains(tmp_path, digits, capsys):
+    """--epochs 30 with the default warm-up of 30 is a run of the authors' program, too."""
+    small = ["--model", "saim_nano", "--query_depth", "1", "--input_size", "16", "--patch_size", "8"]
+    small += ["--batch_size", "24", "--num_workers", "0", "--lr", "1e-3", "--epochs", "1", "--warmup_epochs", "1"]
+    run_main(main_pretrain, *small, "--data_path", digits, "--output_dir", str(tmp_path))
+    assert "WARNING: --warmup_epochs 1 of --epochs 1: the learning rate only rises" in capsys.readouterr().out
+    assert json.loads((tmp_path / "log.txt").read_text())["train_lr"] == pytest.approx(1e-3 * (0 + 0.5) / 2)
+
+
 @golden_files("saim", "formats", ".json")
 def test_formats(path, tmp_path, digits):
     """One epoch of each main writes upstream's files, keys and tags."""
