@@ -11,8 +11,12 @@ options: tokens that are frozen or means, `mask_detach`, `residual` and a `kerne
 B batch, C channels, D width, H W pixels, h w grid of features, N patch tokens, K classes, s stride of the encoder.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

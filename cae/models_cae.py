@@ -11,8 +11,12 @@ K visual tokens, G side of the patch grid.
 """
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -6,8 +6,12 @@ Legend: B batch, s image side, n layers, g = s / 2^n side of the code grid, V co
 """
 
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -8,9 +8,13 @@ Legend: B batch, N patches, T = N + 1 tokens, C width, h heads, G side of the pa
 
 import math
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F

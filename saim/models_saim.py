@@ -14,8 +14,12 @@ pi_1 .. pi_L the patches in the order of prediction.
 """
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp

@@ -3,9 +3,13 @@
 Legend: N batch, L patches, T = L + 1 tokens, D width, H heads, K classes.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

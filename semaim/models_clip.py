@@ -5,11 +5,14 @@ Legend: N batch, L patches, T = L + 1 tokens, D width, E output width, p patch s
 
 import pickle
 import re
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch._utils
 from timm.models.vision_transformer import VisionTransformer as TimmViT

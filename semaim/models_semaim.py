@@ -15,8 +15,12 @@ Legend: N batch, H W pixels, p patch side, w grid side, L = w² patches, T = L +
 """
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp

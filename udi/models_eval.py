@@ -3,6 +3,11 @@
 B batch, c class tokens, N patches, D width, K classes.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

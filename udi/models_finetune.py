@@ -4,10 +4,14 @@ Legend: B batch, N patches, c class tokens, T = c + N tokens, C width, h heads, 
 """
 
 import math
+import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
