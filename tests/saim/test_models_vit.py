@@ -22,11 +22,11 @@ def test_forward_and_gradients(path):
     soft = F.cross_entropy(logits, ref["in/soft"])
     losses = {
         "soft": soft,
-        "smooth": F.cross_entropy(logits, ref["in/hard"], label_smoothing=0.1),
+        "smooth": F.cross_entropy(logits, ref["in/hard"], label_smoothing=ref.meta.get("smoothing", 0.1)),
         "ce": F.cross_entropy(logits, ref["in/hard"]),
     }
-    for name, loss in losses.items():
-        assert_close(loss, ref[f"out/loss_{name}"], rtol=1e-5, atol=0, what=name)
+    for name in [key.removeprefix("out/loss_") for key in ref.arrays if key.startswith("out/loss_")]:
+        assert_close(losses[name], ref[f"out/loss_{name}"], rtol=1e-5, atol=0, what=name)
     soft.backward()
     assert_gradients(model, ref.group("out/grad"), ref.meta["params_without_grad"])
 

@@ -33,6 +33,15 @@ class FixedNoise(nn.Module):
         return loss
 
 
+def assert_settings(optimizer: torch.optim.Optimizer, optim: dict[str, Any]):
+    """The constants of the file are those that the main sets."""
+    assert type(optimizer).__name__ == optim["opt"]
+    for name in {"betas", "eps", "momentum"} & set(optim):
+        assert all(list(np.atleast_1d(g[name])) == list(np.atleast_1d(optim[name])) for g in optimizer.param_groups), (
+            name
+        )
+
+
 def assert_params(model, expected):
     for name, value in expected.items():
         assert_close(model.get_parameter(name), value, rtol=1e-3, atol=2e-5, what=name)
@@ -53,6 +62,7 @@ def test_pretraining_trajectory(path):
     net = FixedNoise(model, ref["in/noise"])
     args = main_pretrain.get_args_parser().parse_args(["--weight_decay", str(meta["optim"]["weight_decay"])])
     optimizer = main_pretrain.build_optimizer(args, model, meta["lr"])
+    assert_settings(optimizer, meta["optim"])
     updater = distributed.Updater(optimizer, CPU, "fp32", meta.get("accum_iter", 1), meta.get("clip_grad"))
     loader = FixedLoader(ref["in/imgs"], ref["in/imgs"])
     history, stats = [], []
@@ -75,9 +85,11 @@ def test_finetuning_trajectory(path):
     optim = meta["optim"]
     flags = ["--weight_decay", str(optim["weight_decay"]), "--layer_decay", str(optim["layer_decay"])]
     optimizer = main_finetune.build_optimizer(main_finetune.get_args_parser().parse_args(flags), model, meta["lr"])
+    assert_settings(optimizer, optim)
     updater = distributed.Updater(optimizer, CPU, "fp32", meta.get("accum_iter", 1), meta.get("clip_grad"))
     losses, rates, norms, stats = [], [], [], []
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1 if meta.get("criterion") == "smooth" else 0.0)
+    smoothing = meta.get("smoothing", 0.1) if meta.get("criterion") == "smooth" else 0.0
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def recorded(logits, targets):
         losses.append(criterion(logits, targets))
@@ -106,6 +118,7 @@ def test_linear_probe_trajectory(path):
     head = main_linprobe.add_probe(model)
     flags = ["--weight_decay", str(meta["optim"]["weight_decay"])]
     optimizer = main_linprobe.build_optimizer(main_linprobe.get_args_parser().parse_args(flags), head, meta["lr"])
+    assert_settings(optimizer, meta["optim"])
     updater = distributed.Updater(optimizer, CPU, "fp32", meta.get("accum_iter", 1))
     losses, history, stats = [], [], []
 
@@ -173,7 +186,7 @@ def test_parameter_groups_in_upstreams_order(path):
                 skip = model.no_weight_decay()
                 groups = lr_decay.layer_decay_groups(model, ref["weight_decay"], ref["layer_decay"], depth, skip)
             else:
-                model = main_linprobe.MODELS["vit_base_patch16"]()
+                model = main_linprobe.MODELS[ref.get("model", "vit_base_patch16")]()
                 groups = [{"params": list(main_linprobe.add_probe(model).parameters()), "weight_decay": 0.0}]
         names = {p: n for n, p in model.named_parameters()}
         for group, expected in zip(groups, ref["groups"], strict=True):
