@@ -13,8 +13,17 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from tests.support.helpers import unregistered_files
+
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # tiny networks wait longer for a second thread than they compute
+
+
+def pytest_sessionstart(session) -> None:
+    """A golden file that matches no kind ends the run before it begins."""
+    unknown = unregistered_files() if not hasattr(session.config, "workerinput") else []
+    if unknown:
+        raise pytest.UsageError(f"no test runs {', '.join(unknown)}: tests/golden/README.md lists the kinds of files")
 
 
 @pytest.fixture(scope="session")
