@@ -192,6 +192,12 @@ class RunLog:
             os.replace(temporary, file)
 
 
+def _images_of(batch: Any, usual: int) -> int:
+    """How many images a batch (images, targets) holds: a last one may be smaller. Of other batches, what is usual."""
+    targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    return len(targets) if isinstance(targets, Tensor) and targets.ndim else usual
+
+
 class EpochLog:
     """The meters and the progress display of one epoch.
 
@@ -199,7 +205,7 @@ class EpochLog:
     costs nothing. Reports are collective.
     Args:
         header: such as "Epoch: [3]".
-        total: steps of the epoch. images: images per step and process, for the rate.
+        total: steps of the epoch. images: images per step and process; for the rate those of each batch count.
         run_log: of the run; default: none. tags: TensorBoard scalars to write per update, {value name: tag}.
         start, sums: position to continue from, and the sums there (`Position`).
         later: steps of the epochs that follow, for the time left of the run.
@@ -227,7 +233,7 @@ class EpochLog:
         self._totals = {k: list(v) for k, v in self._earlier.items()}  # running sum and count by name
         self._pending: list[tuple[int, bool, dict[str, Any]]] = []  # step, whether it completed an update, values
         self._records: list[tuple[int, dict[str, float]]] = []
-        self._times: list[tuple[int, float, float, float]] = []  # step, begin, wait and end, until they have a line
+        self._times: list[tuple[int, float, float, float, int]] = []  # step, begin, wait, end and images of a next line
         self._text = ""
 
     def update(self, step: int, updated: bool = True, **values: Tensor | float | None) -> None:
@@ -271,7 +277,7 @@ class EpochLog:
         options = {"disable": not terminal, "dynamic_ncols": True, "leave": False, "bar_format": shape}
         bar = tqdm(total=self.total, initial=self.start, desc=self.header, **options)
         begun = last = time.perf_counter()
-        waited = 0.0
+        waited, images = 0.0, 0
         for step, batch in enumerate(self._guarded(batches), self.start):
             asked, wait = last, time.perf_counter() - last
             waited += wait
@@ -280,17 +286,18 @@ class EpochLog:
             if report or self.device.type == "cpu":
                 self._flush()
             last = time.perf_counter()
-            self._times.append((step, asked, wait, last))
+            images += (own := _images_of(batch, self.images))
+            self._times.append((step, asked, wait, last, own))
             if report or self.device.type == "cpu":
                 self._write_progress(report)
             if report or terminal:
                 done = step + 1 - self.start
-                seconds = (last - begun) / done
-                self._text = self._describe(seconds, waited / done)
+                seconds, rate = (last - begun) / done, images * world_size() / (last - begun)
+                self._text = self._describe(rate, seconds, waited / done)
                 if (report and not terminal) or step + 1 == self.total:  # on a terminal a line per epoch stays
                     bar.clear()
                     log(f"{self.header}  [{step + 1}/{self.total}]  {self._eta(seconds, step)}  {self._text}")
-                bar.set_postfix_str(self._short(seconds, step), refresh=False)
+                bar.set_postfix_str(self._short(rate, seconds, step), refresh=False)
             bar.update()
         bar.close()
         self._flush()
@@ -309,19 +316,19 @@ class EpochLog:
         while self._times and (report or self.run_log.lines < FIRST_STEPS):
             count = 1 if self.run_log.lines < FIRST_STEPS else len(self._times)
             done, self._times = self._times[:count], self._times[count:]
-            (first, begun, _, _), (last, _, _, end) = done[0], done[-1]
+            (first, begun, *_), (last, _, _, end, _) = done[0], done[-1]
             sums: dict[str, list[float]] = {}
             for step, values in reversed(self._records):
                 if step < first:
                     break
                 if step <= last:
                     _add(sums, values)
-            rate = self.images * world_size() * count / (end - begun)
+            rate = sum(images for *_, images in done) * world_size() / (end - begun)
             line = {"epoch": self.epoch, "step": last + 1, "steps": self.total, "images_per_second": round(rate, 4)}
-            line |= {"data": round(sum(wait for _, _, wait, _ in done) / count, 6), "memory": peak_memory(self.device)}
+            line |= {"data": round(sum(wait for _, _, wait, *_ in done) / count, 6), "memory": peak_memory(self.device)}
             self.run_log.progress(end, line | {name: total / n for name, (total, n) in sums.items()})
 
-    def _describe(self, seconds: float, data: float) -> str:
+    def _describe(self, rate: float, seconds: float, data: float) -> str:
         parts = []
         window = [values for _, values in self._records[-WINDOW:]]
         for name, (total, count) in self._totals.items():
@@ -330,16 +337,15 @@ class EpochLog:
                 parts.append(f"lr: {recent[-1]:.3g}")
             elif recent:
                 parts.append(f"{name}: {statistics.median(recent):.4f} ({total / count:.4f})")
-        parts.append(f"{self.images * world_size() / seconds:.1f} images/s  time: {seconds:.4f}  data: {data:.4f}")
+        parts.append(f"{rate:.1f} images/s  time: {seconds:.4f}  data: {data:.4f}")
         parts.append(f"max mem: {peak_memory(self.device) / 2**20:.0f} MB")
         return "  ".join(parts)
 
-    def _short(self, seconds: float, step: int) -> str:
+    def _short(self, rate: float, seconds: float, step: int) -> str:
         """What fits beside a bar of 80 columns: the first meter, the speed, and the time left of the run."""
         name, (total, count) = next(iter(self._totals.items()), ("", (0.0, 1)))
         mean = f"{name} {total / count:.4g}, " if name else ""
         left = self.total - step - 1 + self.later
-        rate = self.images * world_size() / seconds
         return f"{mean}{rate:.{0 if rate > 100 else 2}f} images/s, left {duration(seconds * left)}"
 
     def _eta(self, seconds: float, step: int) -> str:

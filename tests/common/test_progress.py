@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import pytest
@@ -68,6 +69,18 @@ def test_times_and_memory(tmp_path):
     times = [line["seconds"] for line in lines(tmp_path)]
     assert times[0] < times[1] < times[2]
     assert 4 / lines(tmp_path)[2]["images_per_second"] == pytest.approx(times[2] - times[1], abs=1e-3)
+
+
+def test_rates_count_the_images_that_a_batch_has(tmp_path, capsys):
+    """The last batch of an evaluation may be smaller: 8 images are no batch of 64."""
+    log = distributed.EpochLog("Test:", 2, 64, CPU, run_log=distributed.RunLog(str(tmp_path)))
+    for _ in log.steps((torch.zeros(n, 3), torch.zeros(n, dtype=torch.long)) for n in (6, 2)):
+        time.sleep(0.1)
+    first, second = lines(tmp_path)
+    assert first["images_per_second"] == pytest.approx(6 / 0.1, rel=0.2)
+    assert second["images_per_second"] == pytest.approx(2 / 0.1, rel=0.2)
+    said = float(re.findall(r"([\d.]+) images/s", capsys.readouterr().out)[-1])
+    assert said == pytest.approx(8 / 0.2, rel=0.2)
 
 
 def test_a_gpu_is_read_at_reports_only(tmp_path, monkeypatch):
