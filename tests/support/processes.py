@@ -1,5 +1,6 @@
 """Scripts in real processes that are forked from one in which their imports are done: a start takes no seconds."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -34,8 +35,12 @@ def run_script(argv: list[str], log: str, env: dict[str, str], cwd: str = str(RO
     os.environ.update(env)
     os.chdir(cwd)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that nobody forked
     sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # ends loader workers; processes of multiprocessing leave it out
 
 
 def _lead(*args) -> None:
