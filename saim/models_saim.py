@@ -164,7 +164,7 @@ class SaimViT(nn.Module):
 
     @property
     def idle_blocks(self) -> int:
-        """Trailing encoder blocks after the last decoder step: no output depends on them (paper models have none)."""
+        """Encoder blocks after the last decoder step, on which no output depends; the authors' sizes have none."""
         return len(self.blocks) - self.step * self.query_depth if self.query_depth else 0
 
     # ---- targets and loss
