@@ -15,6 +15,7 @@ from common import datasets
 Mode = transforms.InterpolationMode
 INTERPOLATIONS = {"bicubic": Mode.BICUBIC, "lanczos": Mode.LANCZOS, "hamming": Mode.HAMMING, "bilinear": Mode.BILINEAR}
 HALF = (0.5, 0.5, 0.5)
+RANGES = dict.fromkeys(("crop_min_size", "crop_max_size"), (1e-6, 1.0))  # of flags, shares of an image's area
 
 
 def interpolation_of(name: str) -> Mode:

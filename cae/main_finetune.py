@@ -1,4 +1,4 @@
-"""Fine-tuning of a CAE encoder with labels. Recipes of the paper's rows: scripts/cae_*.sh."""
+"""Fine-tuning of a CAE encoder with labels. Recipes of the published rows: scripts/cae_*.sh."""
 
 import argparse
 import sys

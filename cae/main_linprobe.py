@@ -1,4 +1,4 @@
-"""Linear probing of a CAE encoder. Recipes of the paper's rows: scripts/cae_*.sh."""
+"""Linear probing of a CAE encoder. Recipes of the published rows: scripts/cae_*.sh."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""CAE pre-training. Recipes of the paper's rows: scripts/cae_*.sh."""
+"""CAE pre-training. Recipes of the published rows: scripts/cae_*.sh."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from cae import optim
-from cae.augmentation import HALF, PretrainAugmentation
+from cae.augmentation import HALF, RANGES, PretrainAugmentation
 from cae.engine_pretrain import train_one_epoch
 from cae.files import resume_path, run_files
 from cae.masking_generator import MaskingGenerator, RandomMaskingGenerator
@@ -272,6 +272,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")

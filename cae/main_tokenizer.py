@@ -15,6 +15,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 from torchvision import transforms
 
+from cae.augmentation import RANGES
 from cae.engine_tokenizer import CodeUsage, temperature_at, train_one_epoch
 from cae.models_dvae import MEAN, STD, DiscreteVAE
 from common import datasets, distributed, lr_sched
@@ -122,6 +123,7 @@ def report(stats: dict[str, float], num_tokens: int, epoch: int, epochs: int) ->
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     # ---- data

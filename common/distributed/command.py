@@ -26,7 +26,6 @@ RANGES: Ranges = {  # of flags that several methods have
     **dict.fromkeys(("mixup_prob", "mixup_switch_prob"), (0, 1)),
     **dict.fromkeys(("clip_grad", "temperature"), (1e-12, math.inf)),
     "layer_decay": (1e-12, 1),
-    **dict.fromkeys(("crop_min_size", "crop_max_size"), (1e-6, 1)),
     "nb_classes": (0, 1e7),
     "seed": (0, 2**32 - 1),
 }
