@@ -15,7 +15,10 @@ from common import datasets
 Mode = transforms.InterpolationMode
 INTERPOLATIONS = {"bicubic": Mode.BICUBIC, "lanczos": Mode.LANCZOS, "hamming": Mode.HAMMING, "bilinear": Mode.BILINEAR}
 HALF = (0.5, 0.5, 0.5)
-RANGES = dict.fromkeys(("crop_min_size", "crop_max_size"), (1e-6, 1.0))  # of flags, shares of an image's area
+RANGES: dict[str, tuple[float, float]] = {  # of flags, shares of an image's area
+    "crop_min_size": (1e-6, 1.0),
+    "crop_max_size": (1e-6, 1.0),
+}
 
 
 def interpolation_of(name: str) -> Mode:

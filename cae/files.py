@@ -27,7 +27,7 @@ def run_files(
     if "/" in prefix:
         raise distributed.UserError(f"--exp_name {args.exp_name}: expected a part of file names, without /")
     numbered = prefix.replace("{", "{{").replace("}", "}}") + "checkpoint-{epoch}.pth"
-    own = {"latest": f"checkpoint_{stage}.pth", "log": f"{stage}.log.txt"} if stage in PROBES else {}
+    own: dict[str, Any] = {"latest": f"checkpoint_{stage}.pth", "log": f"{stage}.log.txt"} if stage in PROBES else {}
     events = args.log_dir or ""
     return distributed.Files(
         **own, numbered=numbered, every=every, phase=phase, events=events, adapt=reorder_revision_a

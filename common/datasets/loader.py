@@ -132,7 +132,8 @@ class _EpochSampler(Sampler):
     """Yields (epoch, index), or (epoch, index, copy) of a sampler that numbers copies; can start inside an epoch."""
 
     def __init__(self, sampler: Any):
-        self.sampler, self.epoch, self.first, self.last = sampler, 0, 0, None
+        self.sampler, self.epoch, self.first = sampler, 0, 0
+        self.last: int | None = None  # None: to the end
 
     def __len__(self) -> int:
         return len(self.sampler)
