@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_kill_at_random_instants(tmp_path, digits, reference, processes):
         wait_for(process, log, f"Epoch: [{10 * attempt + 3}]")
         time.sleep(random.random() / 5)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait() if processes > 1 else process.join()
+        process.wait() if isinstance(process, subprocess.Popen) else process.join()
         assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] < 23
     train(tmp_path / "out", processes, *argv)
     assert "resumed" in (tmp_path / "out").read_text()
