@@ -250,7 +250,7 @@ def test_image_sets__are_those_of_the_run(digits, tmp_path):
         (tmp_path / name).symlink_to(Path(digits) / name)
         (tmp_path / f"{name}.txt").write_text("3/0003.png 3\n" if name == "train" else "8/0048.png 8\n")
     args = argparse.Namespace(data_path=str(tmp_path), batch_size=1)
-    for count, kind in ((48, "ClassFolders"), (1, "ListedImages")):
+    for count, kind in ((48, "ImageFiles"), (1, "ListedImages")):
         found = doctor.image_sets(args, True, count)
         assert [type(images).__name__ for images in found.values()] == [kind] * 2
     assert doctor.image_sets(args, True, 7) == {}
