@@ -15,31 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    Sampler,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 
+from common import distributed
 from common.datasets.files import to_rgb
 from common.datasets.images import check_classes, image_dataset
-from common.distributed import (
-    Position,
-    Stopped,
-    UserError,
-    agree,
-    catch_signals,
-    flag_groups,
-    flags_of,
-    log,
-    rank,
-    stop_signal,
-    world_size,
-)
+from common.distributed import Position, Stopped, UserError, agree, flag_groups, log, rank, stop_signal, world_size
 
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
 
@@ -64,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's CPU generators by key; in the main process restore them afterwards."""
-    in_main = get_worker_info() is None
+    in_main = torch.utils.data.get_worker_info() is None
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if in_main else None  # noqa: NPY002
     words = np.random.SeedSequence(key).generate_state(3).tolist()
     random.seed(words[0])
@@ -122,7 +103,7 @@ class _Stream(IterableDataset):
         self.base, self.transform, self.seed, self.epoch = base, transform, seed, 0
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
+        worker = torch.utils.data.get_worker_info()
         for count, (image, target) in enumerate(self.base):
             with seeded(self.seed, self.epoch, rank(), worker.id if worker else 0, count):
                 yield Sample(self.transform(image), target, [])
@@ -238,7 +219,7 @@ class Loader:
             generator=torch.Generator(),  # keeps the loader's own draws out of the model's
             persistent_workers=num_workers > 0 and sampler is not None,
         )
-        catch_signals()
+        distributed.catch_signals()
         self._running: list[Any] = []  # the iterator whose workers are alive
         weakref.finalize(self, _end_workers, self._running)
         if train and len(self) == 0:
@@ -266,7 +247,7 @@ class Loader:
         Raises:
             UserError: a class here is none of the checkpoint's.
         """
-        names = flags_of(state).get("class_names")
+        names = distributed.flags_of(state).get("class_names")
         if not names or names == self.classes or not all(isinstance(name, str) for name in self.classes):
             return
         unknown = [name for name in self.classes if name not in names]

@@ -83,12 +83,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self,
-        folder: str,
-        args: argparse.Namespace,
-        model: Stateful,
-        files: Files | None = None,
-        **parts: Stateful,
+        self, folder: str, args: argparse.Namespace, model: Stateful, files: Files | None = None, **parts: Stateful
     ):
         self.folder = Path(folder)
         self.log_folder = folder  # '' writes no log
@@ -229,12 +224,6 @@ class Checkpoint:
         log(f"resumed {path}: epoch {position.epoch}, {position.images} images of it done, {world_size()} processes")
         return position
 
-    def run_log(self, epoch: int, done: float, ticks: int = 1000) -> RunLog:
-        """The run's logs, continued from the share `done` of `epoch`; what the resumed run wrote later is cut off."""
-        return RunLog(
-            self.log_folder, self.files.log, self.files.events, (epoch + done) * ticks, ticks, self._log_bytes
-        )
-
     def epochs(
         self,
         loader: Batches,
@@ -255,7 +244,9 @@ class Checkpoint:
         if warmup >= self.args.epochs:
             log(f"WARNING: --warmup_epochs {warmup} of --epochs {self.args.epochs}: the learning rate only rises")
         start, sums = loader.start(position)
-        run_log = self.run_log(position.epoch, start / len(loader), ticks or len(loader))
+        files, ticks = self.files, ticks or len(loader)
+        first = (position.epoch + start / len(loader)) * ticks  # what the resumed run wrote later is cut off
+        run_log = RunLog(self.log_folder, files.log, files.events, first, ticks, self._log_bytes)
         for epoch in range(position.epoch, self.args.epochs):
             title, steps, images = header.format(epoch=epoch, done=epoch + 1), len(loader), loader.batch_size
             later = (self.args.epochs - epoch - 1) * steps

@@ -21,9 +21,7 @@ from common.distributed.process import is_main
 SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64")),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
 ]
