@@ -28,7 +28,12 @@ MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip g
 def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     """Add the flags that say where images come from."""
     group = flag_groups(parser).data
-    group.add_argument("--data_path", default="../imagenet", type=str, help="folder with train/ and val/")
+    group.add_argument(
+        "--data_path",
+        default="../imagenet",
+        type=str,
+        help="folder with train/ and val/; pre-training takes any images",
+    )
     timm = "data set of timm's in --data_path (torch/cifar10, wds/..., hfds/...); default: folders"
     group.add_argument("--dataset", default="", help=timm)
     group.add_argument("--train_split", default="train", help="name of that data set's training split")

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset, IterableDataset
 
 from common import datasets, distributed
+from common.datasets.files import split_folder
 from common.distributed import UserError, log
 from scripts.tools.encoders import load as encoders
 
@@ -217,6 +218,8 @@ def main(args: argparse.Namespace) -> None:
     train = args.split == "train"
     name = args.train_split if train else args.val_split
     images = datasets.image_dataset(args.data_path, train, False, args.dataset, name, args.batch_size)
+    if not args.dataset and not split_folder(Path(args.data_path), args.split).is_dir():
+        log(f"{args.data_path} has no folder {args.split}/: all {len(images)} images below it are read")
     streamed = isinstance(images, IterableDataset)
     if streamed and distributed.world_size() > 1:
         raise UserError(f"--dataset {args.dataset}: is read in sequence, which only one process can do")

@@ -85,7 +85,7 @@ def test_several_processes_write_the_same(checkpoint, digits, tmp_path):
         assert (tmp_path / f"1{ending}").read_bytes() == (tmp_path / f"2{ending}").read_bytes()
 
 
-def test_images_without_class_folders(checkpoint, digits, expected, tmp_path):
+def test_images_without_class_folders(checkpoint, digits, expected, tmp_path, capsys):
     folder = tmp_path / "flat"
     folder.mkdir()
     for path in Path(digits, "val").rglob("*.png"):
@@ -93,6 +93,7 @@ def test_images_without_class_folders(checkpoint, digits, expected, tmp_path):
     extract(
         "saim", checkpoint, "--data_path", folder, "--split", "val", "--out", tmp_path / "a.npy", "--dtype", "float32"
     )
+    assert f"{folder} has no folder val/: all 20 images below it are read" in capsys.readouterr().out
     features, labels, about = read(str(tmp_path / "a.npy"))
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6)
     assert set(labels.tolist()) == {-1}
