@@ -234,7 +234,6 @@ class EpochLog:
         self._pending: list[tuple[int, bool, dict[str, Any]]] = []  # step, whether it completed an update, values
         self._records: list[tuple[int, dict[str, float]]] = []
         self._times: list[tuple[int, float, float, float, int]] = []  # step, begin, wait, end and images of a next line
-        self._text = ""
 
     def update(self, step: int, updated: bool = True, **values: Tensor | float | None) -> None:
         """Record micro-step `step`; None values count for nothing. `updated`: it completed an optimizer update."""
@@ -293,10 +292,10 @@ class EpochLog:
             if report or terminal:
                 done = step + 1 - self.start
                 seconds, rate = (last - begun) / done, images * world_size() / (last - begun)
-                self._text = self._describe(rate, seconds, waited / done)
                 if (report and not terminal) or step + 1 == self.total:  # on a terminal a line per epoch stays
                     bar.clear()
-                    log(f"{self.header}  [{step + 1}/{self.total}]  {self._eta(seconds, step)}  {self._text}")
+                    text = self._describe(rate, seconds, waited / done)
+                    log(f"{self.header}  [{step + 1}/{self.total}]  {self._eta(seconds, step)}  {text}")
                 bar.set_postfix_str(self._short(rate, seconds, step), refresh=False)
             bar.update()
         bar.close()
