@@ -5,8 +5,9 @@ import argparse
 import torch
 from torch import nn
 
-from a2mim import openmixup, sync_bn
+from a2mim import openmixup
 from common import datasets, distributed
+from common.distributed import sync_bn
 
 
 def prepare(

@@ -1,7 +1,8 @@
 """Running on one or many processes. Stairs, each file uses only those before it:
 
-exits (one-line errors, stop signals), process (the group and its ranks), step (precision, the guarded update),
-metrics (meters, progress, logs), weights (reading files), checkpoint (exact resume), command (flags, run).
+exits (one-line errors, stop signals), process (the group and its ranks), sync_bn (batch norm over all processes),
+step (precision, the guarded update), metrics (meters, progress, logs), weights (reading files), checkpoint (exact
+resume), command (flags, run).
 """
 
 from common.distributed.checkpoint import Checkpoint, Files, find_checkpoint

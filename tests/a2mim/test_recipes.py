@@ -25,8 +25,8 @@ from a2mim import (
 )
 from a2mim.backbones import BACKBONES, is_convnext, is_vit
 from a2mim.models_a2mim import build_classifier
-from a2mim.sync_bn import HostSyncBatchNorm
 from common import distributed
+from common.distributed.sync_bn import HostSyncBatchNorm
 from tests.support.helpers import ROOT
 from tests.support.recipes import Captured, accuracies, capture, cases, compare, describe, recipes, without_numbers
 

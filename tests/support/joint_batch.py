@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from a2mim import sync_bn
 from common import distributed
+from common.distributed import sync_bn
 
 device = distributed.init("cpu")
 problem = torch.load(sys.argv[1], weights_only=True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common import distributed
+from common.distributed.process import world_size
 
 
 class _Sum(torch.autograd.Function):
@@ -30,7 +30,7 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
     """nn.SyncBatchNorm with any back end; the processes' batches may differ in size. Statistics are full precision."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or distributed.world_size() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(input)
         x, dims = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input, (0, 2, 3)
         sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])  # (C + 1,)
@@ -60,7 +60,7 @@ def statistics(model: nn.Module) -> list[Tensor]:
 
 def convert(model: nn.Module, device: torch.device) -> nn.Module:
     """Share the statistics of every BatchNorm2d over all processes; nothing changes on one process."""
-    if distributed.world_size() == 1:
+    if world_size() == 1:
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
