@@ -2,7 +2,15 @@
 
 from common.datasets.files import ENDINGS, ImageFiles, ListedImages, read_image, to_rgb
 from common.datasets.images import check_classes, image_dataset
-from common.datasets.loader import Loader, add_flags, build_loader, pretrain_loader, seeded, supervised_loaders
+from common.datasets.loader import (
+    Loader,
+    add_flags,
+    add_loader_flags,
+    build_loader,
+    pretrain_loader,
+    seeded,
+    supervised_loaders,
+)
 from common.datasets.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,

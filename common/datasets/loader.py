@@ -38,6 +38,12 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     group.add_argument("--dataset", default="", help=timm)
     group.add_argument("--train_split", default="train", help="name of that data set's training split")
     group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
+    add_loader_flags(parser, pin_mem)
+
+
+def add_loader_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
+    """Add the flags that say how images are read."""
+    group = flag_groups(parser).data
     unreadable = "what to do at an image that cannot be read"
     group.add_argument("--bad_images", default="stop", choices=["stop", "skip"], help=unreadable)
     group.add_argument("--num_workers", default=4, type=int, help="loader processes per training process")
@@ -65,17 +71,17 @@ def seeded(*key: int) -> Iterator[None]:
 
 class Sample(NamedTuple):
     image: Any  # None: unreadable
-    target: int
+    target: Any  # class index, or what a joint transform makes of the target
     problems: list[str]  # "path: reason" of unreadable images met on the way
 
 
 class _Samples(Dataset):
     """Decoded, augmented samples; keys are those of `_EpochSampler`, and random draws depend on (seed, *key)."""
 
-    def __init__(self, base: Any, transform: Callable, seed: int, replace_bad: bool):
-        self.base, self.transform, self.seed, self.replace_bad = base, transform, seed, replace_bad
+    def __init__(self, base: Any, transform: Callable, seed: int, replace_bad: bool, joint: bool):
+        self.base, self.transform, self.seed, self.replace_bad, self.joint = base, transform, seed, replace_bad, joint
 
-    def _decode(self, index: int) -> tuple[Image.Image, int]:
+    def _decode(self, index: int) -> tuple[Image.Image, Any]:
         reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
         image, target = self.base[index] if reader is None else reader[index]
         image = image if isinstance(image, Image.Image) else Image.open(image)
@@ -97,7 +103,8 @@ class _Samples(Dataset):
                 problems.append(f"{self._name(index)}: unreadable image ({reason})")
                 continue
             with seeded(self.seed, *key):
-                return Sample(self.transform(image), target, problems)
+                made = self.transform(image, target) if self.joint else (self.transform(image), target)
+            return Sample(*made, problems)
         return Sample(None, -1, problems)
 
 
@@ -130,9 +137,11 @@ class _EpochSampler(Sampler):
             yield (self.epoch, *index) if isinstance(index, tuple) else (self.epoch, index)
 
 
-def _collate(samples: list[Sample], collate: Callable = default_collate) -> tuple[Any, Tensor, list[str]]:
+def _collate(samples: list[Sample], collate: Callable, joint: bool) -> tuple[Any, Any, list[str]]:
     problems = [problem for sample in samples for problem in sample.problems]
     readable = [sample for sample in samples if sample.image is not None]
+    if joint:
+        return *(collate([sample[:2] for sample in readable]) if readable else (None, [])), problems
     images = collate([sample.image for sample in readable]) if readable else None
     return images, torch.tensor([sample.target for sample in readable]), problems
 
@@ -164,6 +173,8 @@ class Loader:
         drop_last: leave out an epoch's last batch where it is smaller.
         whole_updates: leave out the batches beyond images // (batch size * accum_iter * processes) updates, as BEiT.
         collate: makes a batch of what `transform` returns.
+        joint: `transform` takes and returns (image, target), such as an image with its mask; targets of a batch are
+            then what `collate` makes of a list of such pairs, and have its length.
         order: evaluation: number of images -> their indices in another order, of whose batches rank r of R takes whole
             ones, r, r + R, ..., so that the batches are the same on any number of processes.
     Raises:
@@ -187,6 +198,7 @@ class Loader:
         collate: Callable = default_collate,
         whole_updates: bool = False,
         order: Callable[[int], list[int]] | None = None,
+        joint: bool = False,
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
         self.batch_size, self.whole_updates, self.processes = batch_size, whole_updates, world_size()
@@ -203,7 +215,7 @@ class Loader:
             sampler = None
             samples: Dataset = _Stream(dataset, transform, seed)
         else:
-            samples = _Samples(dataset, transform, seed, replace_bad=train and bad_images == "skip")
+            samples = _Samples(dataset, transform, seed, train and bad_images == "skip", joint)
             if train:
                 sampler = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
             elif order is None:
@@ -217,7 +229,7 @@ class Loader:
             batch_size,
             sampler=sampler,
             num_workers=num_workers,
-            collate_fn=partial(_collate, collate=collate),
+            collate_fn=partial(_collate, collate=collate, joint=joint),
             pin_memory=pin_mem and device.type == "cuda",
             drop_last=train and self.drop_last,
             worker_init_fn=_ignore_signals,
@@ -279,7 +291,7 @@ class Loader:
         step = min(step, len(self) - 1)  # the epoch's means need at least one batch
         return step - step % self.accum_iter, {}
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Any, Any]]:
         """The batches of an epoch from number `start` on; images are a list where the transform gives several.
 
         Raises:
@@ -315,7 +327,10 @@ class Loader:
             if self._labels is not None:
                 targets = self._labels[targets]
             if images is not None:
-                yield tree_map(lambda x: x.to(self.device, non_blocking=True), (images, targets))
+                yield tree_map(self._on_device, (images, targets))
+
+    def _on_device(self, value: Any) -> Any:
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:

@@ -149,6 +149,24 @@ def test_evaluation_sees_each_image_once_in_order(digits, monkeypatch):
     assert sorted(torch.cat(shards).tolist()) == sorted(targets.tolist())
 
 
+def test_joint_transforms_see_image_and_target(digits):
+    """A target that is no class index, such as a mask, takes part in the transform's draws."""
+
+    def flip(image: Any, target: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        turn = torch.rand(()) < 0.5
+        pixels = transforms.functional.to_tensor(image)
+        return pixels.flip(-1) if turn else pixels, {"class": target, "flipped": bool(turn)}
+
+    def collate(pairs: list) -> tuple[torch.Tensor, list]:
+        return torch.stack([image for image, _ in pairs]), [target for _, target in pairs]
+
+    images = datasets.image_dataset(digits, train=True)
+    runs = [Loader(images, flip, 8, CPU, num_workers=n, joint=True, collate=collate) for n in (0, 1)]
+    (first, targets), (again, same) = (next(iter(run.batches(1, 2))) for run in runs)
+    assert torch.equal(first, again) and targets == same and len(targets) == 8
+    assert {target["flipped"] for target in targets} == {True, False}
+
+
 def test_resume_position(digits):
     data = loader(digits, num_workers=0, accum_iter=2)
     meters = {"loss": [3.0, 2.0]}
