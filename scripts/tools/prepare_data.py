@@ -1,8 +1,11 @@
 """Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link existing ones: a part, or in two splits.
 
+`shapes` draws a small one for segmentation, detection and video, in OUT/{ade20k,coco,davis}.
+
 Usage: python scripts/tools/prepare_data.py digits|cifar10|cifar100|stl10|imagenette OUT
        python scripts/tools/prepare_data.py subset OUT --source DIR (--per_class N | --percent P) [--val_per_class N]
        python scripts/tools/prepare_data.py split OUT --source DIR --val 0.1
+       python scripts/tools/prepare_data.py shapes OUT --images 200
 
 OUT appears only when it is complete: until then the images are in a hidden folder beside it.
 """
@@ -33,6 +36,7 @@ from tqdm import tqdm
 
 from common.datasets import image_dataset
 from common.distributed import Stopped, UserError, log, run
+from scripts.tools import shapes
 
 MARKER = ".prepared.json"  # in a complete OUT: {"name", "arguments", "counts"}
 SPLITS = ("train", "val", "unlabeled")
@@ -64,6 +68,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--val", default=0.1, type=float, metavar="SHARE", help="share of each class for val/, 0.1 if not given"
     )
     q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
+    q = parsers["shapes"]
+    q.add_argument("--images", default=200, type=int, metavar="N", help="pictures, a fifth of them for validation")
+    q.add_argument("--size", default=128, type=int, metavar="PIXELS", help="short side of the pictures and videos")
+    q.add_argument("--seed", default=0, type=int, help="the same seed draws the same pictures")
     return p
 
 
@@ -216,6 +224,18 @@ def halves(args: argparse.Namespace, folder: Path) -> None:
         link(args, folder, paths, split)
 
 
+def drawn_shapes(args: argparse.Namespace, folder: Path) -> None:
+    """Shapes on textures as ADE20K, COCO and DAVIS.
+
+    Raises:
+        UserError: a number cannot be used.
+    """
+    if args.images < 2 or args.size < 32 or args.seed < 0:
+        given = f"--images {args.images} --size {args.size} --seed {args.seed}"
+        raise UserError(f"{given}: expected at least 2 images of at least 32 pixels, and no negative seed")
+    shapes.write_shapes(folder, args.images, args.size, args.seed)
+
+
 DATA_SETS = {
     "digits": (digits, "1,797 greyscale digits of 8x8 pixels, part of scikit-learn: no download"),
     "cifar10": (arrays, "60,000 images of 32x32 pixels in 10 classes"),
@@ -223,6 +243,7 @@ DATA_SETS = {
     "stl10": (arrays, "13,000 images of 96x96 pixels in 10 classes, and 100,000 without labels"),
     "imagenette": (imagenette, "13,394 images of 10 ImageNet classes"),
     "subset": (subset, "few labels: links to some images of each class of another folder"),
+    "shapes": (drawn_shapes, "drawn shapes for segmentation, detection and video: no download"),
     "split": (halves, "links to class folders without train/ and val/, a share of each class in val/"),
 }
 
@@ -231,8 +252,8 @@ DATA_SETS = {
 
 
 def counts(out: Path) -> dict[str, int]:
-    """Images of each split."""
-    splits = [split for split in SPLITS if (out / split).is_dir()]
+    """Images of each split; of videos, all frames."""
+    splits = [split for split in (*SPLITS, *shapes.FOLDERS) if (out / split).is_dir()]
     return {split: sum(len(files) for *_, files in os.walk(out / split)) for split in splits}
 
 

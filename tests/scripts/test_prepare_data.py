@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as maskUtils
+from pycocotools.coco import COCO
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder, Imagenette
 
 from common.datasets import image_dataset
 from common.distributed import UserError, run
+from scripts.tools import shapes
 from scripts.tools.prepare_data import get_args_parser, main
 
 RNG = np.random.default_rng(0)
@@ -429,3 +432,68 @@ def test_split__and_subset_of_what_is_not_split(source, tmp_path):
         with pytest.raises(UserError, match=line):
             prepare("split", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+# ---- drawn shapes
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    prepare("shapes", out, "--images", 20, "--size", 64)
+    return out
+
+
+def test_shapes__the_same_seed_draws_the_same_files(drawn, tmp_path):
+    prepare("shapes", tmp_path / "again", "--images", 20, "--size", 64)
+    assert files(drawn) == files(tmp_path / "again")
+    prepare("shapes", tmp_path / "other", "--images", 2, "--size", 64, "--seed", 1)
+    name = "coco/train2017/000000000100.jpg"
+    assert (drawn / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_shapes__boxes_areas_and_labels_agree_with_the_masks(drawn):
+    known = set()
+    for split, year, count in (("training", "train2017", 16), ("validation", "val2017", 4)):
+        coco: Any = COCO(drawn / f"coco/annotations/instances_{year}.json")
+        assert len(coco.imgs) == count
+        folders = [drawn / "ade20k" / kind / split for kind in ("images", "annotations")]
+        pictures, masks = (sorted(folder.iterdir()) for folder in folders)
+        assert [p.stem for p in pictures] == [p.stem for p in masks]
+        for number, mask_file in zip(sorted(coco.imgs), masks, strict=True):
+            image, labels = coco.imgs[number], np.asarray(Image.open(mask_file))
+            assert labels.shape == (image["height"], image["width"])
+            with Image.open(drawn / "coco" / year / image["file_name"]) as picture:
+                assert picture.size == (image["width"], image["height"])
+            annotations = coco.loadAnns(coco.getAnnIds(number))
+            known |= {"empty"} if not annotations else {"crowd"} if any(a["iscrowd"] for a in annotations) else set()
+            for entry in annotations:
+                known.add(type(entry["segmentation"]))
+                mask = coco.annToMask(entry).astype(bool)
+                assert abs(int(mask.sum()) - entry["area"]) <= 0.1 * entry["area"] + 8  # polygons: pixels of the edge
+                assert np.abs(np.array(maskUtils.toBbox(coco.annToRLE(entry))) - entry["bbox"]).max() <= 2
+                inside = labels[mask]
+                wanted = 2 + list(shapes.CATEGORIES.values()).index(entry["category_id"])
+                assert ((inside == wanted) | (inside == 0)).mean() > 0.9
+    assert known == {"empty", "crowd", list, dict}
+    assert (drawn / "ade20k/classes.txt").read_text().split() == ["background", *shapes.NAMES]
+
+
+def test_shapes__objects_of_videos_keep_their_index_and_move(drawn):
+    names = (drawn / "davis/ImageSets/2017/val.txt").read_text().split()
+    assert len(names) == 3
+    for name in names:
+        frames = sorted((drawn / "davis/JPEGImages/480p" / name).iterdir())
+        masks = [np.asarray(Image.open(p)) for p in sorted((drawn / "davis/Annotations/480p" / name).iterdir())]
+        assert len(frames) == len(masks) == shapes.FRAMES
+        assert Image.open(frames[0]).size == masks[0].shape[::-1]
+        assert set(np.unique(masks[0])) == set(range(masks[0].max() + 1))  # all are seen at first
+        assert all(mask.max() <= masks[0].max() for mask in masks)
+        centres = [np.argwhere(mask == 1).mean(0) for mask in (masks[0], masks[1])]
+        assert np.abs(centres[1] - centres[0]).max() < 8
+
+
+@pytest.mark.parametrize("flag", ["--images=1", "--size=31", "--seed=-1"])
+def test_shapes__raises_on_numbers_that_draw_nothing(flag, tmp_path):
+    with pytest.raises(UserError, match="expected at least 2 images of at least 32 pixels, and no negative seed"):
+        prepare("shapes", tmp_path / "out", flag)
