@@ -11,6 +11,63 @@ from udi.models_udi import MODELS, VisionTransformer
 
 ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}
 PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+# Parts of a ViT's names: ours, and mmsegmentation's, in the order in which the latter are to be replaced.
+MMSEG_NAMES = (
+    ("mlp.fc1.", "ffn.layers.0.0."),
+    ("mlp.fc2.", "ffn.layers.1."),
+    ("attn.qkv.", "attn.attn.in_proj_"),
+    ("attn.proj.", "attn.attn.out_proj."),
+    ("patch_embed.proj.", "patch_embed.projection."),
+    (".norm1.", ".ln1."),
+    (".norm2.", ".ln2."),
+    ("blocks.", "layers."),
+)
+
+
+def mmseg_name(name: str) -> str:
+    """The name in mmsegmentation's ViT, as the authors' vit2mmseg.py writes it, of a weight of ours."""
+    name = f"ln1.{name.removeprefix('norm.')}" if name.startswith("norm.") else name
+    for own, other in MMSEG_NAMES:
+        name = name.replace(own, other)
+    return name
+
+
+def plain_name(name: str) -> str:
+    """Our name of a weight of mmsegmentation's ViT; names of ours stay."""
+    name = f"norm.{name.removeprefix('ln1.')}" if name.startswith("ln1.") else name
+    for own, other in MMSEG_NAMES:
+        name = name.replace(other, own)
+    return name
+
+
+def vit_weights(
+    state: dict[str, Any], checkpoint_key: str, path: str, parts: tuple[str, ...] = PARTS
+) -> dict[str, Tensor]:
+    """The weights of the ViT in a checkpoint's content, under their plain names; what was left out is logged.
+
+    Args:
+        checkpoint_key, path: as in `load_backbone`. parts: beginnings of the names that are to be there.
+    Raises:
+        UserError: it holds no ViT.
+    """
+    keys = (checkpoint_key, "model", "state_dict")
+    found = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
+    weights, left = {}, []
+    for key, value in found.items():
+        name = key.removeprefix("module.").removeprefix("backbone.").removeprefix("backbone.")
+        # The sampling module's own norm1 and attn begin no name of a ViT.
+        if isinstance(value, Tensor) and (name := plain_name(name)).startswith(PARTS):
+            weights[name] = value
+        else:
+            left.append(key.removeprefix("module."))
+    missing = [part for part in parts if not any(name.startswith(part) for name in weights)]
+    if missing:
+        shown = ", ".join(map(str, list(found)[:4])) or "none"
+        raise UserError(
+            f"{path}: holds no ViT under '{checkpoint_key}': {missing[0].rstrip('.')} is missing; its keys: {shown}"
+        )
+    log(f"{path}: {distributed.load_report(len(weights), [], left)}")
+    return weights
 
 
 def load_backbone(
@@ -32,23 +89,7 @@ def load_backbone(
     """
     path = checkpoint if isinstance(checkpoint, str) else path
     state = distributed.load(checkpoint) if isinstance(checkpoint, str) else checkpoint
-    keys = (checkpoint_key, "model", "state_dict")
-    found = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
-    weights, left = {}, []
-    for key, value in found.items():
-        name = key.removeprefix("module.").removeprefix("backbone.").removeprefix("backbone.")
-        # The sampling module's own norm1 and attn begin no name of a ViT.
-        if isinstance(value, Tensor) and name.startswith(PARTS):
-            weights[name] = value
-        else:
-            left.append(key.removeprefix("module."))
-    missing = [part for part in PARTS if not any(name.startswith(part) for name in weights)]
-    if missing:
-        shown = ", ".join(map(str, list(found)[:4])) or "none"
-        raise UserError(
-            f"{path}: holds no ViT under '{checkpoint_key}': {missing[0].rstrip('.')} is missing; its keys: {shown}"
-        )
-    log(f"{path}: {distributed.load_report(len(weights), [], left)}")
+    weights = vit_weights(state, checkpoint_key, path)
     tokens = weights["cls_token"].shape[1]
     if class_tokens == "first" and tokens > 1:
         pos = weights["pos_embed"]

@@ -153,6 +153,11 @@ class VisionTransformer(nn.Module):
         rows, columns = height // self.patch_size, width // self.patch_size
         if rows * columns == stored and rows == columns:
             return self.pos_embed
+        return self.interpolated(rows, columns)
+
+    def interpolated(self, rows: int, columns: int) -> Tensor:
+        """The stored positions resized to a grid of `rows` x `columns` patches, (1, c + N, D)."""
+        stored = self.pos_embed.shape[1] - self.num_class_token
         cls, patches = self.pos_embed.split([self.num_class_token, stored], dim=1)
         side = math.isqrt(stored)
         grid = patches.transpose(1, 2).unflatten(2, (side, side))
