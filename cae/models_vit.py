@@ -137,7 +137,7 @@ class VisionTransformer(nn.Module):
         # Registration order is upstream's: optimizer states refer to parameters by position.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        grid = (self.patch_embed.grid_size, self.patch_embed.grid_size)
+        self.grid = grid = (self.patch_embed.grid_size, self.patch_embed.grid_size)
         self.pos_embed = None
         if abs_pos_emb:
             self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
@@ -245,19 +245,31 @@ def resize_relative_positions(table: Tensor, grid_size: int) -> Tensor:
     return torch.cat([torch.from_numpy(new).to(table.dtype), table[-3:]])
 
 
-def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
-    """Resize the patch part of a position table (1, 1+G², C) to grid_size² cells, bicubic; the class row is kept."""
-    old = round((pos_embed.shape[1] - 1) ** 0.5)
-    if old == grid_size:
+def interpolate_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
+    """Resize the patch part of a position table (1, 1+G², C) to another grid, bicubic; the class row is kept.
+
+    Args:
+        grid: the new grid's side, or its (rows, columns).
+    Raises:
+        ValueError: the table is neither that of a square grid nor that of the new one.
+    """
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    count = pos_embed.shape[1] - 1
+    old = math.isqrt(count)
+    if (old, old) == (rows, columns) or old**2 != count == rows * columns:
         return pos_embed
+    if old**2 != count:
+        raise ValueError(f"pos_embed has {count} positions, expected those of a square grid")
     patches = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, C, G, G)
-    patches = F.interpolate(patches, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+    patches = F.interpolate(patches, size=(rows, columns), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's weights in a pre-training state dict of either revision, or all of any other, without prefixes."""
-    return distributed.part_of({key.removeprefix("module."): value for key, value in state.items()}, "encoder.")
+    """The encoder's weights in a pre-training state dict of either revision, the backbone's in that of a dense task, or
+    all of any other, without prefixes."""
+    weights = {key.removeprefix("module."): value for key, value in state.items()}
+    return distributed.part_of(distributed.part_of(weights, "encoder."), "backbone.")
 
 
 def rename_revision_a(state: dict[str, Tensor], *_) -> None:
@@ -297,17 +309,16 @@ def load_pretrained(
     if "rel_pos_bias.relative_position_bias_table" in state and model.rel_pos_bias is None:
         shared = state.pop("rel_pos_bias.relative_position_bias_table")
         state |= {f"blocks.{i}.attn.relative_position_bias_table": shared for i in range(len(model.blocks))}
-    grid = model.patch_embed.grid_size
     for key in list(state):
         if key.endswith("relative_position_index") or (
             key.startswith("head.") and (key not in own or state[key].shape != own[key].shape)
         ):
             del state[key]
         elif key.endswith("relative_position_bias_table") and key in own:
-            state[key] = resize_relative_positions(state[key], grid)
+            state[key] = resize_relative_positions(state[key], model.grid[0])
     if "pos_embed" in state and "pos_embed" in own:
         if resize_positions or (model.pos_embed is not None and model.pos_embed.requires_grad):
-            state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid)
+            state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.grid)
         elif state["pos_embed"].shape != own["pos_embed"].shape:
             del state["pos_embed"]
     missing = [key for key in own if key not in state]
