@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -42,7 +42,7 @@ def images(args: argparse.Namespace, train: bool, labelled: bool) -> Any:
     if not args.dataset and lists.is_file() and (not labelled or args.eval or all(x.is_file() for x in labels)):
         return datasets.ListedImages(lists, root / ("train" if train else "val"), root, labelled=lists in labels)
     split = args.train_split if train else args.val_split
-    return datasets.image_dataset(args.data_path, train, labelled, args.dataset, split, args.batch_size)
+    return datasets.image_dataset(args.data_path, train, labelled, args.dataset, split)
 
 
 class ChunkSampler(DistributedSampler):
@@ -68,12 +68,8 @@ def train_loader(
     args: argparse.Namespace, dataset: Any, transform: Any, device: torch.device, repeated: bool = False
 ) -> datasets.Loader:
     """Training batches in upstream's order; the last batch of an epoch may be smaller. repeated: every image thrice."""
-    sampler = None
-    if not isinstance(dataset, IterableDataset):
-        world, rank = distributed.world_size(), distributed.rank()
-        sampler = (
-            RepeatSampler(dataset, world, rank) if repeated else ChunkSampler(dataset, world, rank, seed=args.seed)
-        )
+    world, rank = distributed.world_size(), distributed.rank()
+    sampler = RepeatSampler(dataset, world, rank) if repeated else ChunkSampler(dataset, world, rank, seed=args.seed)
     return datasets.build_loader(
         args,
         dataset,

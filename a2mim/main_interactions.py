@@ -171,10 +171,7 @@ def open_images(args: argparse.Namespace) -> Any:
     folders = (root / "val").is_dir() or any(p.suffix.lower() in datasets.ENDINGS for p in root.glob("*/*"))
     if args.dataset == "cifar10" and not folders:
         name = "torch/cifar10"
-    images = datasets.image_dataset(args.data_path, train=False, name=name, direct=not (root / "val").is_dir())
-    if not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
-        raise UserError(f"--dataset {args.dataset}: is streamed; single images of it cannot be chosen")
-    return images
+    return datasets.image_dataset(args.data_path, train=False, name=name, direct=not (root / "val").is_dir())
 
 
 def read(images: Any, index: int, size: int) -> tuple[Tensor, int]:

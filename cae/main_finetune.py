@@ -320,7 +320,6 @@ def build_loaders(
             True,
             args.dataset,
             args.train_split,
-            args.batch_size,
             direct=direct,
             skip=args.output_dir,
         )

@@ -170,7 +170,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
     """Training batches, the last one of an epoch possibly smaller, and validation batches."""
     args.batch_size = args.batch_size_per_gpu
     train, val = (
-        datasets.image_dataset(args.data_path, is_train, True, args.dataset, split, args.batch_size)
+        datasets.image_dataset(args.data_path, is_train, True, args.dataset, split)
         for is_train, split in ((True, args.train_split), (False, args.val_split))
     )
     args.class_names = datasets.check_classes(train, val, args.num_labels)

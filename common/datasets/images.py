@@ -6,9 +6,10 @@ from typing import Any
 from timm.data.dataset_factory import create_dataset
 
 from common.datasets.files import ListedImages, read_folder, split_folder
+from common.datasets.tars import TarImages
 from common.distributed import UserError, log, on_main_first
 
-TIMM_READERS = ("torch", "wds", "hfds", "hfids", "tfds")
+READERS = ("torch", "wds", "hfds")  # images by number; what timm only streams has no order that could be resumed
 
 
 def image_dataset(
@@ -17,7 +18,6 @@ def image_dataset(
     labelled: bool = True,
     name: str = "",
     split: str = "",
-    batch_size: int = 1,
     lists: bool = False,
     direct: bool = False,
     skip: str = "",
@@ -29,14 +29,14 @@ def image_dataset(
         labelled: False (pre-training) takes all images below train/, or below data_path if it has neither train/ nor
             val/, whatever the folders in it.
         name: "" for folders, else a data set of timm's factory (torch/cifar10, wds/..., hfds/...) kept in data_path.
-        split: the factory's split, default train or validation. batch_size: whole batches of it are streamed.
+        split: the factory's split, default train or validation; of wds/, see `TarImages`.
         lists: go by the files train.txt and val.txt of data_path where both exist.
         direct: data_path itself holds the class folders. skip: a folder that is not read, such as the run's output.
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """
     if name:
-        return _timm_dataset(name, data_path, train, split, batch_size)
+        return _timm_dataset(name, data_path, train, split or ("train" if train else "validation"), labelled)
     folder = Path(data_path)
     if not folder.is_dir():
         raise UserError(f"--data_path {data_path}: no such folder")
@@ -53,15 +53,17 @@ def image_dataset(
     return dataset
 
 
-def _timm_dataset(name: str, root: str, train: bool, split: str, batch_size: int) -> Any:
-    split = split or ("train" if train else "validation")
-    if name.split("/")[0] not in TIMM_READERS or "/" not in name:
-        expected = ", ".join(f"{reader}/..." for reader in TIMM_READERS)
-        raise UserError(f"--dataset {name}: expected one of {expected}")
+def _timm_dataset(name: str, root: str, train: bool, split: str, labelled: bool) -> Any:
+    reader = name.split("/")[0]
+    if reader not in READERS or "/" not in name:
+        raise UserError(f"--dataset {name}: expected one of {', '.join(f'{reader}/...' for reader in READERS)}")
     try:
+        if reader == "wds":
+            return TarImages(Path(root), split, labelled)
         with on_main_first():
-            download = name.startswith("torch/")
-            return create_dataset(name, root, split, is_training=train, download=download, batch_size=batch_size)
+            return create_dataset(name, root, split, is_training=train, download=reader == "torch")
+    except UserError:
+        raise
     except Exception as error:  # the factory and its back ends raise many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"--dataset {name}: split {split} cannot be read from --data_path {root} ({reason})") from error

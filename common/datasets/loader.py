@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 from common import distributed
 from common.datasets.files import to_rgb
@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
         type=str,
         help="folder with train/ and val/; pre-training takes any images",
     )
-    timm = "data set of timm's in --data_path (torch/cifar10, wds/..., hfds/...); default: folders"
+    timm = "data set of timm's in --data_path (torch/cifar10, wds/... for tar files, hfds/...); default: folders"
     group.add_argument("--dataset", default="", help=timm)
     group.add_argument("--train_split", default="train", help="name of that data set's training split")
     group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
@@ -106,19 +106,6 @@ class _Samples(Dataset):
                 made = self.transform(image, target) if self.joint else (self.transform(image), target)
             return Sample(*made, problems)
         return Sample(None, -1, problems)
-
-
-class _Stream(IterableDataset):
-    """Augmented samples of a data set that can only be read in sequence; seeds count samples per worker."""
-
-    def __init__(self, base: Any, transform: Callable, seed: int):
-        self.base, self.transform, self.seed, self.epoch = base, transform, seed, 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker = torch.utils.data.get_worker_info()
-        for count, (image, target) in enumerate(self.base):
-            with seeded(self.seed, self.epoch, rank(), worker.id if worker else 0, count):
-                yield Sample(self.transform(image), target, [])
 
 
 class _EpochSampler(Sampler):
@@ -202,30 +189,21 @@ class Loader:
     ):
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
         self.batch_size, self.whole_updates, self.processes = batch_size, whole_updates, world_size()
-        self.drop_last = drop_last or not train or isinstance(dataset, IterableDataset)
-        streamed = isinstance(dataset, IterableDataset)
-        if streamed:  # its reader shares the images out to ranks and workers
-            dataset.set_loader_cfg(num_workers=num_workers)  # type: ignore[attr-defined]
-        size: int = len(dataset)  # type: ignore[arg-type]
-        self.images = size * (world_size() if streamed else 1)
+        self.drop_last = drop_last or not train
+        self.images = len(dataset)
         self.classes = list(getattr(dataset, "classes", None) or [])
         self._labels: Tensor | None = None  # replace the targets of the data set
         self.bad: list[str] = []  # unreadable images met so far, by this rank
-        if streamed:
-            sampler = None
-            samples: Dataset = _Stream(dataset, transform, seed)
+        if train:
+            sampler = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
+        elif order is None:
+            sampler = [(0, index) for index in range(rank(), self.images, world_size())]
         else:
-            samples = _Samples(dataset, transform, seed, train and bad_images == "skip", joint)
-            if train:
-                sampler = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
-            elif order is None:
-                sampler = [(0, index) for index in range(rank(), self.images, world_size())]
-            else:
-                indices, firsts = order(self.images), range(rank() * batch_size, self.images, world_size() * batch_size)
-                sampler = [(0, index) for first in firsts for index in indices[first : first + batch_size]]
-        self.sampler = sampler
+            indices, firsts = order(self.images), range(rank() * batch_size, self.images, world_size() * batch_size)
+            sampler = [(0, index) for first in firsts for index in indices[first : first + batch_size]]
+        self.sampler: Any = sampler
         self.loader = DataLoader(
-            samples,
+            _Samples(dataset, transform, seed, train and bad_images == "skip", joint),
             batch_size,
             sampler=sampler,
             num_workers=num_workers,
@@ -234,7 +212,7 @@ class Loader:
             drop_last=train and self.drop_last,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # keeps the loader's own draws out of the model's
-            persistent_workers=num_workers > 0 and sampler is not None,
+            persistent_workers=num_workers > 0,
         )
         distributed.catch_signals()
         self._running: list[Any] = []  # the iterator whose workers are alive
@@ -251,7 +229,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch and rank."""
-        own = self.images // self.processes if self.sampler is None else len(self.sampler)
+        own = len(self.sampler)
         batches = own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
         if not self.whole_updates or batches < self.accum_iter:
             return batches
@@ -280,9 +258,6 @@ class Loader:
         epoch_is_done = step == len(self) and rest == 0  # also when its last update was incomplete
         if epoch_is_done:
             return step, position.own_meters()
-        if self.sampler is None and position.images:
-            log("a streamed data set cannot be entered inside an epoch; starting the epoch anew")
-            return 0, {}
         whole_updates = rest == 0 and step % self.accum_iter == 0
         if whole_updates and step <= len(self):
             return step, position.own_meters() if step else {}
@@ -301,10 +276,6 @@ class Loader:
         if isinstance(self.sampler, _EpochSampler):
             self.sampler.epoch = epoch
             self.sampler.first = start * self.batch_size
-        elif isinstance(self.loader.dataset, _Stream):
-            self.loader.dataset.epoch = epoch
-            if hasattr(self.loader.dataset.base, "set_epoch"):
-                self.loader.dataset.base.set_epoch(epoch)
         self._running[:] = [iter(self.loader)]
         for step, (images, targets, problems) in enumerate(self._running[0], start):
             rest = self.batch_size if self.drop_last else len(self.sampler) - step * self.batch_size
@@ -341,8 +312,7 @@ def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, de
 
 def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device, **kwargs) -> Loader:
     """Training batches of the flags; labels are not needed. kwargs: of `Loader`."""
-    where = args.data_path, True, False, args.dataset, args.train_split, args.batch_size
-    images = image_dataset(*where, skip=args.output_dir)
+    images = image_dataset(args.data_path, True, False, args.dataset, args.train_split, skip=args.output_dir)
     return build_loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter, **kwargs)
 
 
@@ -365,9 +335,9 @@ def supervised_loaders(
         kwargs: `lists` and `direct` as in `image_dataset`.
     """
     kwargs["skip"] = args.output_dir
-    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size, **kwargs)
+    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, **kwargs)
     path = val_path or args.data_path
-    val = image_dataset(path, False, True, args.dataset, args.val_split, args.batch_size, **kwargs)
+    val = image_dataset(path, False, True, args.dataset, args.val_split, **kwargs)
     args.class_names = check_classes(train, val, args.nb_classes)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": whole_updates}
     val_batch = val_batch_size or args.batch_size

@@ -334,7 +334,7 @@ def image_sets(args: argparse.Namespace, labelled: bool, count: int) -> dict[str
         path = args.data_path if train else getattr(args, "eval_data_path", None) or args.data_path
         with contextlib.suppress(distributed.UserError):
             name, skip = getattr(args, "dataset", ""), getattr(args, "output_dir", "")
-            return datasets.image_dataset(path, train, labelled, name, split, batch_size(args), skip=skip, **form)
+            return datasets.image_dataset(path, train, labelled, name, split, skip=skip, **form)
 
     for form in ({}, {"lists": True}, {"direct": True}):
         sets = {"train": found(True, **form), "val": found(False, **form)}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from common import datasets, distributed
 from common.datasets.files import split_folder
@@ -188,7 +188,7 @@ def extract(backbone: encoders.Backbone, loader: datasets.Loader, rows: np.ndarr
     """
     precision = distributed.amp_dtype(amp_dtype, loader.device)
     autocast = torch.autocast(loader.device.type, precision, enabled=precision != torch.float32)
-    targets, done = [np.empty((0, 2), np.int64)], 0
+    targets = [np.empty((0, 2), np.int64)]
     steps = distributed.EpochLog("Features:", len(loader), loader.batch_size, loader.device)
     for _, (imgs, target) in steps.steps(loader.batches()):
         # Whole batches only: how a product is rounded depends on its size, and shares of processes end differently.
@@ -196,11 +196,6 @@ def extract(backbone: encoders.Backbone, loader: datasets.Loader, rows: np.ndarr
         with autocast:
             features = backbone(imgs)[: len(target)].float().cpu().numpy()
         own = target.cpu().numpy()
-        if own.ndim == 1:  # a stream: images are numbered as they come
-            own = np.stack([np.arange(done, done + len(own)), own], axis=1)
-        done += len(own)
-        if own[:, 0].max(initial=0) >= len(rows):
-            raise UserError(f"the data set has more images than the {len(rows)} that it tells of")
         with np.errstate(over="ignore"):
             rows[own[:, 0]] = features
         if not np.isfinite(rows[own[:, 0]]).all():
@@ -217,16 +212,13 @@ def main(args: argparse.Namespace) -> None:
     # ---- data
     train = args.split == "train"
     name = args.train_split if train else args.val_split
-    images = datasets.image_dataset(args.data_path, train, False, args.dataset, name, args.batch_size)
+    images = datasets.image_dataset(args.data_path, train, False, args.dataset, name)
     if not args.dataset and not split_folder(Path(args.data_path), args.split).is_dir():
         log(f"{args.data_path} has no folder {args.split}/: all {len(images)} images below it are read")
-    streamed = isinstance(images, IterableDataset)
-    if streamed and distributed.world_size() > 1:
-        raise UserError(f"--dataset {args.dataset}: is read in sequence, which only one process can do")
     # ---- model
     backbone = encoders.from_flags(args).to(device)
     transform = encoders.eval_transform(backbone)
-    loader = datasets.build_loader(args, images if streamed else Numbered(images), transform, device, train=False)
+    loader = datasets.build_loader(args, Numbered(images), transform, device, train=False)
     log(
         f"{backbone.model_name}, {backbone.input_size} pixels, {backbone.pool or 'own'} pooling: {loader.images} images"
     )

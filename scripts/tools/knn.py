@@ -41,8 +41,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def compute(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     """Unit-length features and labels of this process's training images, and of all validation images."""
-    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split, args.batch_size)
-    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split, args.batch_size)
+    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split)
+    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split)
     datasets.check_classes(train, val, sys.maxsize)
     backbone = encoders.from_flags(args).to(device)
     transform = encoders.eval_transform(backbone)

@@ -327,7 +327,7 @@ def test_skipping_gives_up_when_nothing_is_readable(folder):
 
 
 def test_unknown_timm_data_set(tmp_path):
-    for name in ("torch/nothing", "nothing", "folder/x"):
+    for name in ("torch/nothing", "nothing", "folder/x", "tfds/mnist"):
         with pytest.raises(UserError, match=f"--dataset {name}"):
             datasets.image_dataset(str(tmp_path), True, name=name)
 
@@ -357,45 +357,6 @@ def test_torchvision_data_set_by_name(tmp_path, monkeypatch):
     assert len(images) == 20
     assert sorted(epoch_of(data, 0)[1].tolist()) == sorted([0, 1, 2, 3] * 5)
     assert len(datasets.image_dataset(str(tmp_path), False, name="torch/cifar10")) == 4
-
-
-def test_web_data_set(tmp_path, digits):
-    pytest.importorskip("webdataset")
-    import io
-    import json
-    import tarfile
-
-    images = sorted(Path(digits, "train").rglob("*.png"))
-    shards = {}
-    for shard in range(2):
-        name = f"train-{shard:04d}.tar"
-        with tarfile.open(tmp_path / name, "w") as tar:
-            for image in images[shard::2]:
-                for suffix, content in (("png", image.read_bytes()), ("cls", image.parent.name.encode())):
-                    info = tarfile.TarInfo(f"{image.stem}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        shards[name] = len(images[shard::2])
-    split = {
-        "name": "train",
-        "filenames": list(shards),
-        "shard_lengths": list(shards.values()),
-        "num_samples": len(images),
-    }
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
-
-    def stream(workers: int = 0) -> Loader:
-        images = datasets.image_dataset(str(tmp_path), True, name="wds/digits", batch_size=8)
-        return Loader(images, datasets.probe_transform(SIZE), 8, CPU, num_workers=workers)
-
-    data = stream()
-    first = epoch_of(data, 0)
-    assert len(first[0]) == 48
-    assert torch.equal(first[0], epoch_of(stream(), 0)[0])
-    assert data.start(Position(0, 16)) == (0, {})
-    for workers in (0, 1, 2):
-        data = stream(workers)
-        assert len(list(data.batches(0))) == len(data) == 6
 
 
 def test_an_abandoned_epoch_ends_with_the_interpreter(digits, run_script, tmp_path):

@@ -1,7 +1,9 @@
 """Features of images in files: what is written, by one and by several processes, and users' mistakes."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +123,6 @@ def test_unreadable_images_stop_or_are_left_out(kind, checkpoint, digits, expect
 
 
 def test_timm_data_sets(checkpoint, digits, tmp_path, monkeypatch):
-    """One that is read by index, and one that is a stream; streams are for one process."""
-
     class Reader:
         def __init__(self, images):
             self.images = images
@@ -131,33 +131,31 @@ def test_timm_data_sets(checkpoint, digits, tmp_path, monkeypatch):
             path, label = self.images.samples[index]
             return open(path, "rb"), label
 
-    class Stream(torch.utils.data.IterableDataset):
-        def __init__(self, images):
-            self.images = images
-
-        def __len__(self):
-            return len(self.images)
-
-        def __iter__(self):
-            return iter(self.images)
-
-        def set_loader_cfg(self, num_workers):
-            assert num_workers == 0
-
     images: Any = ImageFolder(f"{digits}/val")
     indexed: Any = type("Indexed", (), {"reader": Reader(images), "__len__": lambda self: len(images)})()
-    found = []
-    for data in (indexed, Stream(images)):
-        monkeypatch.setattr(extract_features.datasets, "image_dataset", lambda *_, data=data: data)
-        extract("saim", checkpoint, "--dataset", "hfds/x", "--out", tmp_path / "a.npy")
-        features, labels, about = read(str(tmp_path / "a.npy"))
-        assert about["names"] == [str(i) for i in range(20)]
-        assert labels.tolist() == images.targets
-        found.append(np.array(features))
-    np.testing.assert_array_equal(*found)
-    monkeypatch.setattr(extract_features.distributed, "world_size", lambda: 2)
-    with pytest.raises(SystemExit):
-        extract("saim", checkpoint, "--dataset", "wds/x", "--out", tmp_path / "a.npy")
+    monkeypatch.setattr(extract_features.datasets, "image_dataset", lambda *_: indexed)
+    extract("saim", checkpoint, "--dataset", "hfds/x", "--out", tmp_path / "a.npy")
+    features, labels, about = read(str(tmp_path / "a.npy"))
+    assert about["names"] == [str(i) for i in range(20)]
+    assert labels.tolist() == images.targets
+    assert np.isfinite(features).all()
+
+
+def test_tar_files_are_read_once_in_order(checkpoint, digits, expected, tmp_path):
+    """Also those of a training split: the folder's features, labels and names."""
+    images = ImageFolder(f"{digits}/val")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for i, (path, label) in enumerate(images.samples):
+            for name, content in ((f"{i:03}.png", Path(path).read_bytes()), (f"{i:03}.cls", str(label).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    flags = ["--dataset", "wds/x", "--split", "train", "--data_path", tmp_path]
+    extract("saim", checkpoint, *flags, "--dtype", "float32", "--out", tmp_path / "a.npy")
+    features, labels, about = read(str(tmp_path / "a.npy"))
+    assert about["names"] == [f"train-0.tar/{i:03}.png" for i in range(20)]
+    assert labels.tolist() == images.targets
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6)
 
 
 # ---- networks
