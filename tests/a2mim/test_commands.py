@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from a2mim import config, main_finetune, main_linprobe, main_pretrain
-from tests.support.commands import commands_of, finish, start
+from tests.support.commands import commands_of, finish, run, start
 from tests.support.helpers import ROOT, golden_files, load_golden
 from tests.support.processes import launch
 from tests.support.runs import arguments, run_main
@@ -72,22 +72,6 @@ def checkout(tmp_path_factory, digits) -> Path:
     (lists / "train_labeled_full.txt").write_text("".join(f"{path} {path.parent}\n" for path in train))
     (lists / "val_labeled.txt").write_text("".join(f"{path.name} {path.parent.name}\n" for path in val))
     return folder / "a2mim"
-
-
-def run(command: str, folder: Path, shell: bool) -> str:
-    """What a command of a shell printed inside `folder`; or its script in processes that need no launcher."""
-    if shell:
-        return finish(start(command, folder))
-    told = finish(start(f"export PYTHON=echo; python() {{ echo $@; }}; {command}", folder))
-    words = shlex.split(told.splitlines()[-1])
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    processes = int(words[words.index("--nproc_per_node") + 1]) if script else 1
-    local = ["--local-rank=0"] if script else []  # as torch.distributed.launch adds it
-    log = folder / "printed"
-    log.unlink(missing_ok=True)
-    ends = launch(log, words[script], *local, *words[script + 1 :], processes=processes, cwd=folder)
-    assert ends == [0] * processes, log.read_text()
-    return log.read_text()
 
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["fast", "shell"])

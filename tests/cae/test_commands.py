@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cae import main_attentive, main_finetune, main_linprobe, main_pretrain
 from cae.files import PROBES
 from tests.support.cae import CODES, tokenizer_file
-from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.commands import commands_of, fill, flags, processes, run, uneven_images
 from tests.support.helpers import ROOT, golden_files, load_golden
 from tests.support.processes import launch
 from tests.support.runs import run_main
@@ -98,8 +98,14 @@ def words(command: str, variables: Mapping[str, str]) -> list[str]:
     return [re.sub(r"^\$(\w+|{\w+})$", lambda name: variables[name[1].strip("{}")], word) for word in flags(command)]
 
 
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["fast", "shell"])
+def shell(request) -> bool:
+    """Whether the first command is run to the letter, by the launcher."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(shell, tmp_path_factory) -> Path:
     """Outputs go to <folder>/<stage>."""
     return tmp_path_factory.mktemp("commands")
 
@@ -121,16 +127,11 @@ def commands() -> dict[str, str]:
     return {stage: fill(command, {}) + TOYS[stage] for stage, command in COMMANDS.items()}
 
 
-def begin(command: str, variables: dict[str, str]):
-    """Start a command inside of cae/ in a shell in which its variables are set."""
-    own = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-    return start(f"{own}; {command}", ROOT / "cae")
-
-
 @pytest.fixture(scope="module")
-def runs(commands, variables, folder) -> None:
-    """The finished commands: pre-training to the letter, the others from a process that has done its imports."""
-    finish(begin(commands["pretrain"], variables["pretrain"]))
+def runs(commands, variables, folder, shell) -> None:
+    """The commands have been run in cae/, pre-training in a shell in which its variables are set."""
+    own = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables["pretrain"].items())
+    run(f"{own}; {commands['pretrain']}", ROOT / "cae", shell)
     for stage, number in (("finetune", 2), ("attentive", 1), ("linear", 1)):
         script = re.findall(r"tools/\w+\.py", commands[stage])[0]
         own, log = words(commands[stage], variables[stage]), folder / f"{stage}.out"

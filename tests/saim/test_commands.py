@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saim import main_finetune, main_linprobe, main_pretrain
-from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.commands import commands_of, fill, finish, flags, processes, run, start, uneven_images
 from tests.support.helpers import ROOT
 from tests.support.processes import launch
 
@@ -60,10 +60,9 @@ def commands(tmp_path_factory, digits) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def runs(commands) -> dict[str, Path]:
-    """Folders of the three finished runs."""
-    finish(start(commands["pretrain"], ROOT / "saim"))
-    for process in [start(commands[stage], ROOT / "saim") for stage in ("finetune", "linprobe")]:
-        finish(process)
+    """Folders of the three finished runs; the first by the launcher, the others from processes without imports."""
+    for stage, command in commands.items():
+        run(command, ROOT / "saim", shell=stage == "pretrain")
     parsed = {stage: PARSERS[stage].parse_args(flags(command)) for stage, command in commands.items()}
     return {stage: Path(args.output_dir) for stage, args in parsed.items()}
 

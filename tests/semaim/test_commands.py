@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from semaim import main_finetune, main_knn, main_linprobe, main_pretrain
-from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.commands import commands_of, fill, flags, processes, run, uneven_images
 from tests.support.helpers import ROOT, golden_files, load_golden
 from tests.support.processes import launch
 from tests.support.runs import run_main
@@ -67,8 +67,14 @@ ENDINGS = {"pretrain": "temp", "finetune": "temp", "linprobe": "linear"}
 LATEST = {stage: f"{name}.{ENDINGS[stage]}" for stage, name in NAMES.items()}  # the last epoch's .pth
 
 
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["fast", "shell"])
+def shell(request) -> bool:
+    """Whether the first command is run to the letter, by the launcher."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(shell, tmp_path_factory) -> Path:
     """Outputs go to <folder>/<stage>, TensorBoard's to <folder>/<stage> logs, the k-NN's features to features."""
     return tmp_path_factory.mktemp("commands")
 
@@ -86,9 +92,9 @@ def commands(folder, digits) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(commands, folder) -> dict[str, str]:
-    """What the finished commands printed, by stage. The first is run to the letter, the others without the launcher."""
-    printed = {"pretrain": finish(start(commands["pretrain"], ROOT / "semaim"))}
+def runs(commands, folder, shell) -> dict[str, str]:
+    """What the finished commands printed, by stage."""
+    printed = {"pretrain": run(commands["pretrain"], ROOT / "semaim", shell)}
     extra = {"knn": ("--dump_features", f"{folder}/features")}
     return printed | {stage: forked(commands, folder, stage, *extra.get(stage, ())) for stage in list(COMMANDS)[1:]}
 
@@ -150,10 +156,10 @@ def test_tensorboard__has_upstreams_tags_and_steps(runs, folder):
 
 
 @pytest.fixture(scope="module")
-def again(commands, runs, folder) -> dict[str, str]:
-    """What the probe's --eval on 2 processes prints, and the k-NN from its dump, run by -m from the root."""
-    from_dump = f"python -m semaim.main_knn {shlex.join(flags(commands['knn']))} --data_path nowhere"
-    knn = finish(start(f"{from_dump} --load_features {folder}/features", ROOT))
+def again(commands, runs, folder, shell) -> dict[str, str]:
+    """What the probe's --eval on 2 processes prints, and the k-NN from its dump, run from the root."""
+    from_dump = f"python semaim/main_knn.py {shlex.join(flags(commands['knn']))} --data_path nowhere"
+    knn = run(f"{from_dump} --load_features {folder}/features", ROOT, shell)
     return {"linprobe": forked(commands, folder, "linprobe", "--eval"), "knn": knn}
 
 

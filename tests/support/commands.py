@@ -1,4 +1,8 @@
-"""Commands of the authors' READMEs: taken apart, and run as a user runs them, at toy size."""
+"""Commands of the authors' READMEs: taken apart, and run as a user runs them, at toy size.
+
+A launcher and its processes import torch anew, which takes most of the seconds: only saim/'s first command is run to
+the letter in every test run, the other methods' by the tests marked `slow`.
+"""
 
 import os
 import re
@@ -7,9 +11,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+
+from tests.support.processes import launch
 
 
 def commands_of(readme: str, *stages: str) -> dict[str, str]:
@@ -56,6 +63,23 @@ def finish(process: subprocess.Popen[str]) -> str:
         process.kill()
     assert process.returncode == 0, out
     return out
+
+
+def run(command: str, folder: Path, shell: bool) -> str:
+    """What a command of a shell printed inside `folder`; or its script in processes that need no launcher."""
+    if shell:
+        return finish(start(command, folder))
+    say = 'python() { printf \'%q \' "$@"; echo; }; torchrun() { python "$@"; }; export PYTHON=echo; '
+    told = finish(start(say + command, folder))
+    words = shlex.split(told.splitlines()[-1])
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    number = processes(" ".join(words[:script]))
+    local = ["--local-rank=0"] if "torch.distributed.launch" in words else []  # as it adds it
+    with tempfile.NamedTemporaryFile() as file:
+        log = Path(file.name)
+        ends = launch(log, words[script], *local, *words[script + 1 :], processes=number, cwd=folder)
+        assert ends == [0] * number, log.read_text()
+        return log.read_text()
 
 
 def uneven_images(digits: str, folder: Path) -> Path:

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from common import distributed
-from tests.support.commands import commands_of, fill, finish, flags, processes, start, uneven_images
+from tests.support.commands import commands_of, fill, finish, flags, processes, run, start, uneven_images
 from tests.support.helpers import ROOT, golden_files, load_golden
-from tests.support.processes import launch
 from udi import (
     main_finetune,
     main_knn,
@@ -91,21 +90,6 @@ TOYS = {
 
 
 # ---- the README
-
-
-def run(command: str, folder: Path, shell: bool) -> str:
-    """What a command of a shell printed inside `folder`; or its script in processes that need no launcher."""
-    if shell:
-        return finish(start(command, folder))
-    told = finish(start(f"torchrun() {{ echo $@; }}; python() {{ echo $@; }}; {command}", folder))
-    words = shlex.split(told.splitlines()[-1])
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    number = int(re.findall(r"--nproc_per_node=(\d+)|$", told)[0] or 1)
-    log = folder / "printed"
-    log.unlink(missing_ok=True)
-    ends = launch(log, *words[script:], processes=number, cwd=folder)
-    assert ends == [0] * number, log.read_text()
-    return log.read_text()
 
 
 @pytest.fixture(scope="module")
