@@ -48,6 +48,15 @@ def cosine(position: float, base: float, final: float) -> float:
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * position))
 
 
+def warmup_poly(
+    step: int, base: float, total: int, warmup: int, ratio: float = 1e-6, power: float = 1.0, final: float = 0.0
+) -> float:
+    """From base to final at step `total` by (1 - step / total)^power; in the first `warmup` steps times a factor that
+    rises linearly from `ratio` to 1, as mmcv's recipes warm up."""
+    rate = final + (base - final) * (1 - step / total) ** power
+    return rate * (1 - (1 - step / warmup) * (1 - ratio)) if step < warmup else rate
+
+
 def set_lr(param_groups: Iterable[dict], lr: float) -> None:
     """Write lr to every group, times the group's `lr_scale` where it has one."""
     for group in param_groups:

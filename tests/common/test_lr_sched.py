@@ -60,3 +60,12 @@ def test_warmup_as_long_as_the_run_or_longer():
 
 def test_no_warmup_starts_at_the_base():
     assert lr_sched.warmup_cosine(0, 0.8, 0.0, 0, 90) == 0.8
+
+
+def test_warmup_poly():
+    """160,000 steps, 1,500 of warm-up from a millionth: the segmentation recipes' values, worked out by hand."""
+    rates = [lr_sched.warmup_poly(step, 2e-4, 160000, 1500) for step in (0, 750, 1499, 1500, 80000, 159999)]
+    half = 2e-4 * (1 - 750 / 160000) * (0.5 + 0.5e-6)
+    last = 2e-4 * (1 - 1499 / 160000) * (1 - (1 - 1e-6) / 1500)
+    assert rates == pytest.approx([2e-10, half, last, 2e-4 * (1 - 1500 / 160000), 1e-4, 2e-4 / 160000], rel=1e-12)
+    assert lr_sched.warmup_poly(50, 0.01, 100, 0, power=0.9, final=1e-4) == pytest.approx(0.0099 * 0.5**0.9 + 1e-4)
