@@ -103,8 +103,8 @@ class _Samples(Dataset):
                 problems.append(f"{self._name(index)}: unreadable image ({reason})")
                 continue
             with seeded(self.seed, *key):
-                made = self.transform(image, target) if self.joint else (self.transform(image), target)
-            return Sample(*made, problems)
+                image, target = self.transform(image, target) if self.joint else (self.transform(image), target)
+            return Sample(image, target, problems)
         return Sample(None, -1, problems)
 
 
@@ -128,7 +128,8 @@ def _collate(samples: list[Sample], collate: Callable, joint: bool) -> tuple[Any
     problems = [problem for sample in samples for problem in sample.problems]
     readable = [sample for sample in samples if sample.image is not None]
     if joint:
-        return *(collate([sample[:2] for sample in readable]) if readable else (None, [])), problems
+        images, targets = collate([sample[:2] for sample in readable]) if readable else (None, [])
+        return images, targets, problems
     images = collate([sample.image for sample in readable]) if readable else None
     return images, torch.tensor([sample.target for sample in readable]), problems
 

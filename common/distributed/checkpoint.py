@@ -232,6 +232,7 @@ class Checkpoint:
         header: str = "Epoch: [{epoch}]",
         print_freq: int = 20,
         ticks: int = 0,
+        total: int = 0,
     ) -> Iterator[tuple[int, EpochLog]]:
         """The epochs from a position to the last one, and the log of each.
 
@@ -239,17 +240,19 @@ class Checkpoint:
             tags: TensorBoard scalars to write per update, {value name: tag}.
             header: of progress lines, with {epoch} counted from 0 or {done} from 1.
             ticks: units of TensorBoard's horizontal axis per epoch, default one per step.
+            total: steps of the run, where they are less than all epochs': the last one is then shorter.
         """
         warmup = getattr(self.args, "warmup_epochs", 0)
         if warmup >= self.args.epochs:
             log(f"WARNING: --warmup_epochs {warmup} of --epochs {self.args.epochs}: the learning rate only rises")
         start, sums = loader.start(position)
-        files, ticks = self.files, ticks or len(loader)
-        first = (position.epoch + start / len(loader)) * ticks  # what the resumed run wrote later is cut off
-        run_log = RunLog(self.log_folder, files.log, files.events, first, ticks, self._log_bytes)
+        files, length = self.files, len(loader)
+        ticks, total = ticks or length, total or self.args.epochs * length
+        first = (position.epoch + start / length) * ticks  # what the resumed run wrote later is cut off
+        run_log = RunLog(self.log_folder, files.log, files.events, first, ticks, self._log_bytes, length)
         for epoch in range(position.epoch, self.args.epochs):
-            title, steps, images = header.format(epoch=epoch, done=epoch + 1), len(loader), loader.batch_size
-            later = (self.args.epochs - epoch - 1) * steps
-            place = epoch, start, sums, later
+            title, images = header.format(epoch=epoch, done=epoch + 1), loader.batch_size
+            steps = min(length, total - epoch * length)
+            place = epoch, start, sums, total - epoch * length - steps
             yield epoch, EpochLog(title, steps, images, loader.device, print_freq, run_log, tags, *place)
             start, sums = 0, {}

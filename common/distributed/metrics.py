@@ -99,7 +99,7 @@ class RunLog:
     Args:
         folder: of the log; '' writes none. events: of the TensorBoard events, if another.
         start: where TensorBoard's curves continue; what is there from then on is dropped.
-        ticks: units of TensorBoard's horizontal axis per epoch.
+        ticks: units of TensorBoard's horizontal axis per epoch of `steps` steps.
         keep: bytes of an existing log to keep; None keeps all.
     Raises:
         UserError: a folder cannot be written.
@@ -113,13 +113,13 @@ class RunLog:
         start: float = 0.0,
         ticks: int = 1000,
         keep: int | None = None,
+        steps: int = 1000,
     ):
         self.writer: Any = None
         self.path = Path(folder) / name if folder else None
-        self.ticks = ticks
+        self.ticks, self.length = ticks, steps
         self._earlier: list[dict[str, Any]] | None = None  # starts before this one
-        self._begun = time.time()
-        self._clock = time.perf_counter()
+        self._begun, self._clock = time.time(), time.perf_counter()
         self.lines = 0  # of progress.jsonl, by this start
         if folder or events:
             main_does(lambda: self._open(events or folder, start, keep))
@@ -267,7 +267,8 @@ class EpochLog:
             means = iter(all_sum([values[name] for _, values in steps for name in self.tags if name in values]))
             for step, values in steps:
                 scalars = {tag: next(means) / world_size() for name, tag in self.tags.items() if name in values}
-                self.run_log.scalars(scalars, (self.epoch * self.total + step) * self.run_log.ticks // self.total)
+                ticks, length = self.run_log.ticks, self.run_log.length
+                self.run_log.scalars(scalars, self.epoch * ticks + step * ticks // length)
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Number the batches from `start` on and report while they are consumed."""
