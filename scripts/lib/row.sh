@@ -1,7 +1,8 @@
 # Sourced by the row scripts, scripts/<method>_<model>_<epochs>e.sh [--dry_run] [stage ...]: launches their stages.
 # Usage: DATA=<folder with train/ and val/> [OUT=... GPUS=...] bash scripts/<row>.sh [--dry_run] [stage ...]
 #   --dry_run        print the commands, run nothing
-#   stage ...        the stages to run, in the script's order; default: all
+#   stage ...        the stages to run, in the script's order; default: all but segmentation, detection and video, which
+#                    read ADE20K, COCO and DAVIS, the folders of those data sets, in place of DATA
 #   OUT              the stages' folders go here; default: runs/<row> of this checkout; nodes share it
 #   GPUS             processes on this node; default: the CUDA devices that torch sees, else 1
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    default: 1 0 127.0.0.1 29500; run the same line on every node
@@ -44,6 +45,16 @@ show() {
 # is_chosen STAGE: whether the stage is to run
 is_chosen() {
     [[ " $chosen " == *" $1 "* ]]
+}
+
+# data_variable STAGE: name of the environment variable that holds the folder of a stage's images
+data_variable() {
+    case $1 in
+        segmentation) echo ADE20K ;;
+        detection) echo COCO ;;
+        video) echo DAVIS ;;
+        *) echo DATA ;;
+    esac
 }
 
 # is_first_node: whether files that a stage of one process makes are made here
@@ -92,7 +103,8 @@ launch() {
     for n in "${!flags[@]}"; do
         if [[ ${flags[n]} =~ ^([0-9]+)xaccum$ ]]; then flags[n]=$((BASH_REMATCH[1] * accum)); fi
     done
-    execute "$stage" "$main" "${flags[@]}" --data_path "$DATA" --output_dir "$OUT/$stage" "${extra[@]}"
+    name=$(data_variable "$stage")
+    execute "$stage" "$main" "${flags[@]}" --data_path "${!name}" --output_dir "$OUT/$stage" "${extra[@]}"
 }
 
 # evaluate STAGE MAIN flags...: a stage that trains nothing and prints its result; EXTRA_<STAGE> is for it, EXTRA is not
@@ -100,7 +112,8 @@ evaluate() {
     local name=EXTRA_${1^^} extra
     is_chosen "$1" || return 0
     read -rd '' -a extra <<<"${!name:-}" || true
-    execute "$@" --data_path "$DATA" "${extra[@]}"
+    name=$(data_variable "$1")
+    execute "$@" --data_path "${!name}" "${extra[@]}"
 }
 
 # convert STAGE SCRIPT words...: a stage of one process that makes a file of another; the other nodes wait in the next
@@ -155,7 +168,11 @@ for argument in "$@"; do
         fail "'$argument' is neither --dry_run nor a stage ($stages)"
     fi
 done
-chosen=${chosen:-$stages}
+if [[ -z $chosen ]]; then
+    for stage in $stages; do
+        if [[ $(data_variable "$stage") == DATA ]]; then chosen+=" $stage"; fi
+    done
+fi
 
 # ---- environment
 if [[ -z ${GPUS:-} ]]; then
@@ -166,14 +183,23 @@ for name in GPUS NNODES; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: expected a whole number of at least 1"
 done
 if [[ -z $dry_run ]]; then
-    [[ -n ${DATA:-} ]] || fail "set DATA to the folder with train/ and val/: DATA=/imagenet bash $0"
-    [[ -d $DATA/train || ${EXTRA:-} == *--dataset* ]] || fail "DATA=$DATA: has no folder train/"
+    for stage in $chosen; do
+        name=$(data_variable "$stage")
+        if [[ $name == DATA ]]; then
+            [[ -n ${DATA:-} ]] || fail "set DATA to the folder with train/ and val/: DATA=/imagenet bash $0"
+            [[ -d $DATA/train || ${EXTRA:-} == *--dataset* ]] || fail "DATA=$DATA: has no folder train/"
+        else
+            [[ -n ${!name:-} ]] || fail "$stage: set $name to the folder of the data set: $name=/${name,,} bash $0 $stage"
+            [[ -d ${!name} ]] || fail "$name=${!name}: is no folder"
+        fi
+    done
     [[ $NNODES == 1 || (-n ${NODE_RANK:-} && -n ${MASTER_ADDR:-}) ]] ||
         fail "NNODES=$NNODES: on every node set NODE_RANK, 0 to $((NNODES - 1)), and MASTER_ADDR, the address of node 0"
     # A mistake in a later stage shall not wait until the earlier ones are done.
     GPUS=$GPUS bash "$0" ${leading[@]+"${leading[@]}"} --dry_run "$@" >/dev/null
 fi
-DATA=${DATA:-/path/to/imagenet} NODE_RANK=${NODE_RANK:-0}
+DATA=${DATA:-/path/to/imagenet} ADE20K=${ADE20K:-/path/to/ade20k} COCO=${COCO:-/path/to/coco} DAVIS=${DAVIS:-/path/to/davis}
+NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
 export ROW_SCRIPT=${row:-$(basename "$0" .sh)} # run.json of every stage keeps it
 OUT=${OUT:-$ROOT/runs/$ROW_SCRIPT}

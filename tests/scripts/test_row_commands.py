@@ -114,6 +114,36 @@ def test_mistakes__are_one_line(tmp_path, arguments, env, message):
     assert done.stderr.startswith("saim_vit_base_800e.sh: ")
 
 
+DENSE = f"""source {ROOT}/scripts/lib/row.sh
+launch pretrain a.py 4 --batch_size 4
+launch segmentation b.py 4 --batch_size 4
+evaluate video c.py
+"""
+
+
+@pytest.mark.parametrize(
+    "stages, env, expected",
+    [
+        ([], {}, [("a.py", "/path/to/imagenet")]),
+        (["segmentation"], {}, [("b.py", "/path/to/ade20k")]),
+        (["video", "pretrain"], {"DAVIS": "/d", "DATA": "/i"}, [("a.py", "/i"), ("c.py", "/d")]),
+    ],
+)
+def test_dense_stages__run_only_when_named_and_have_data_of_their_own(tmp_path, stages, env, expected):
+    (tmp_path / "row.sh").write_text(DENSE)
+    done = row(tmp_path / "row", "--dry_run", *stages, GPUS="1", **env)
+    words = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+    assert [(line[1].split("/")[-1], line[line.index("--data_path") + 1]) for line in words] == expected, done.stderr
+
+
+def test_dense_stages__need_no_images_of_pre_training(tmp_path):
+    (tmp_path / "row.sh").write_text(DENSE)
+    done = row(tmp_path / "row", "segmentation", GPUS="1")
+    assert f"segmentation: set ADE20K to the folder of the data set: ADE20K=/ade20k bash {tmp_path}" in refused(done)
+    done = row(tmp_path / "row", "segmentation", GPUS="1", ADE20K=str(tmp_path / "none"))
+    assert f"ADE20K={tmp_path}/none: is no folder" in refused(done)
+
+
 @pytest.mark.parametrize("path", [*(f"{name}.sh" for name in ROWS), "lib/row.sh"])
 def test_syntax(path):
     assert subprocess.run(["bash", "-n", str(ROOT / "scripts" / path)]).returncode == 0

@@ -155,7 +155,7 @@ ALONE = ("extract", "attention")  # stages of one process
 PATHS = {"data_path", "output_dir", "log_dir", "experiment", "finetune", "pretrained_weights"}  # each user's own
 PATHS |= {"discrete_vae_weight_path", "pretrained", "checkpoint", "output", "image_path"}
 VARIABLES = ["GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DATA", "OUT", "EXTRA"]
-VARIABLES += ["TEACHER", "TOKENIZER", "IMAGE"]
+VARIABLES += ["TEACHER", "TOKENIZER", "IMAGE", "ADE20K", "COCO", "DAVIS"]
 VARIABLES += {f"EXTRA_{stage.upper()}" for method in METHODS.values() for stage in method.commands}
 
 
@@ -190,8 +190,9 @@ def method_of(name: str) -> Method:
     return Method(commands, A2MIM_PARSERS, lambda args: a2mim_files(args, 1), mains={"extract": extract})
 
 
-def row(name: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a row script with `python` being this interpreter and nothing inherited of what the scripts read."""
+def row(name: str | Path, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a row script, or another by its path without .sh, with `python` being this interpreter and nothing inherited
+    of what the scripts read."""
     inherited = {key: value for key, value in os.environ.items() if key not in VARIABLES}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
