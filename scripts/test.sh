@@ -2,7 +2,7 @@
 # Installs what is needed and runs the test suite: bash scripts/test.sh [pytest arguments].
 # Without arguments: formatting, lint, types and the default tests. `-m slow` and `-m gpu` select the others.
 set -euo pipefail
-packages=(pytest pytest-timeout pytest-xdist ruff pyright braceexpand pycocotools)
+packages=(pytest pytest-timeout pytest-xdist ruff pyright setuptools braceexpand pycocotools)
 source "$(dirname "$0")/lib/environment.sh"
 
 if [ $# -eq 0 ]; then

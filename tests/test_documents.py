@@ -64,7 +64,8 @@ def parse(monkeypatch, tmp_path) -> Callable[[Command], None]:
 
     def launched(read: Callable[..., Any], words: list[str]) -> list[str]:
         args = read(words)
-        return [args.training_script, *args.training_script_args]
+        module = ["-m"] if args.module else []
+        return [*module, args.training_script, *args.training_script_args]
 
     def shell(command: Command, script: Path) -> None:
         dry = ["--dry_run"] if "lib/row.sh" in script.read_text() else []

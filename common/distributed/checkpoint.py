@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from common import __version__
 from common.distributed.exits import Exit, NonFinite, UserError, user_errors
 from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import is_main, log, main_does, world_size
@@ -121,7 +122,7 @@ class Checkpoint:
         parts = {key: part.state_dict() for key, part in self.parts.items()}
         state: dict[str, Any] = {key: own for key, own in parts.items() if own}  # an enabled GradScaler refuses {}
         state |= {files.weights: self.model.state_dict(), "epoch": done - 1 + files.epoch, "args": vars(self.args)}
-        state |= {"images": position.images, "meters": position.meters, "best": self.best}
+        state |= {"version": __version__, "images": position.images, "meters": position.meters, "best": self.best}
         state |= files.values(position) if callable(files.values) else files.values
         log_file = self.folder / files.log
         state["log_bytes"] = log_file.stat().st_size if log_file.exists() else 0

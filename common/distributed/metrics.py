@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common import __version__
 from common.distributed.exits import Exit, NonFinite, UserError
 from common.distributed.process import agree, all_sum, gather, is_main, log, main_does, rank, world_size
 
@@ -182,6 +183,7 @@ class RunLog:
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "processes": world_size(),
             "hardware": hardware(),
+            "version": __version__,
             "torch": torch.__version__,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._begun)),
             "seconds": round(time.time() - self._begun, 1),

@@ -1,0 +1,10 @@
+"""SemAIM (AAAI 2024): a ViT pre-trained by autoregression from semantic to less semantic patches."""
+
+import sys
+from pathlib import Path
+
+import common
+
+if Path(common.__file__ or "").resolve().parent.parent != Path(__file__).resolve().parent.parent:
+    print(f"error: {common} hides this project's own `common`; rename it or run in another folder", file=sys.stderr)
+    sys.exit(2)
