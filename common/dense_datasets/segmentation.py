@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from common.datasets import add_loader_flags, read_image
+from common.datasets import Loader, add_loader_flags, build_loader, read_image
 from common.datasets.files import Listing
-from common.dense_datasets.transforms import IGNORED
+from common.dense_datasets.iterations import IterationLoader
+from common.dense_datasets.transforms import IGNORED, EvalTransform, TrainTransform
 from common.distributed import UserError, flag_groups, log
 
 
@@ -141,3 +143,19 @@ def segmentation_images(args: argparse.Namespace, train: bool) -> SegmentationIm
         f"{root / layout.images}: {len(images)} images, masks in {layout.masks}; label 0: {'a' if zero else 'no'} class"
     )
     return SegmentationImages([(images[name], masks[name]) for name in images], args.nb_classes, zero)
+
+
+def segmentation_loaders(
+    args: argparse.Namespace, device: torch.device, transform: TrainTransform, val_transform: EvalTransform
+) -> tuple[IterationLoader | None, Loader]:
+    """Training batches of the flags, or None with --eval; validation batches of one image each.
+
+    Sets args.nb_classes and args.class_names.
+    """
+    args.class_names = class_names(args)
+    val = segmentation_images(args, train=False)
+    val_loader = build_loader(args, val, val_transform, device, train=False, batch_size=1, joint=True)
+    if args.eval:
+        return None, val_loader
+    passes = build_loader(args, segmentation_images(args, train=True), transform, device, seed=args.seed, joint=True)
+    return IterationLoader(passes, args.iters, args.eval_interval, args.accum_iter), val_loader

@@ -112,6 +112,8 @@ def spoil(monkeypatch: Any, network: type, when: int, stop: bool) -> None:
             return out
         if isinstance(out, dict):
             return {**out, "loss": out["loss"] * float("nan")}
+        if isinstance(out, list):
+            return [out[0] * float("nan"), *out[1:]]
         if not isinstance(out, tuple):
             return out * float("nan")
         return getattr(out, "_make", tuple)((out[0] * float("nan"), *out[1:]))  # a named tuple stays one
