@@ -38,7 +38,7 @@ def resume_path(args: argparse.Namespace) -> str:
     path = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
     if not path or args.resume:
         return path
-    stored = distributed.flags_of(distributed.load(path))
+    stored = distributed.flags_of(distributed.load(path, ("latest*.pth", "epoch_*.pth")))
     for flag in ("pretrained", "load_checkpoint"):
         given = getattr(args, flag)
         began = stored.get(flag, given)

@@ -109,7 +109,7 @@ def resume_path(args: argparse.Namespace, stage: str = "pretrain") -> str:
 
 
 def _refuse_another_encoder(args: argparse.Namespace, path: str) -> None:
-    state = distributed.load(path)
+    state = distributed.load(path, (f"{Path(path).stem}-*.pth",))
     before = distributed.flags_of(state).get("finetune", "")
     finished = state.get("epoch") == args.epochs - 1 and not state.get("images")
     if finished and before and Path(before).resolve() != Path(args.finetune).resolve():

@@ -42,6 +42,11 @@ class Files:
         """Name of a file beside the latest one, such as checkpoint-previous.pth."""
         return f"{Path(self.latest).stem}-{word}.pth"
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of the names of a run's checkpoints: the latest, the one before it, and the numbered ones."""
+        return self.latest, self.variant("previous"), re.sub(r"\{.*?\}", "*", self.numbered)
+
 
 def find_checkpoint(folder: str, resume: str, latest: str = Files.latest) -> str:
     """The file to continue from: the explicit `resume`, else an existing file `latest` in folder, else ''."""
@@ -143,10 +148,13 @@ class Checkpoint:
             except (OSError, RuntimeError) as error:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
-                why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+                cause = (
+                    error.__context__ if isinstance(error.__context__, OSError) else error
+                )  # torch hides a full disk
+                why = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
                 raise UserError(f"{target}: cannot be written ({why}); earlier checkpoints are intact") from error
         if len(names) > 1 and not files.keep_all:
-            for path in self.folder.glob(re.sub(r"\{.*?\}", "*", files.numbered)):
+            for path in self.folder.glob(files.patterns[-1]):
                 if path.name not in names:
                     path.unlink()
 
@@ -189,7 +197,9 @@ class Checkpoint:
         if not path:
             return Position(start_epoch)
         optimizer = self.parts.get("optimizer")
-        state = load_weights(self.model, path, tuple(dict.fromkeys((self.files.weights, *WEIGHT_KEYS))))
+        keys = tuple(dict.fromkeys((self.files.weights, *WEIGHT_KEYS)))
+        is_here = Path(path).resolve().parent == self.folder.resolve()
+        state = load_weights(self.model, path, keys, self.files.patterns if is_here else ())
         epoch = state.get("epoch", state["meta"].get("epoch") if isinstance(state.get("meta"), dict) else None)
         complete = "optimizer" in state and isinstance(epoch, int)
         settings = set(getattr(optimizer, "defaults", ()))  # before loading, which adds some
@@ -218,7 +228,7 @@ class Checkpoint:
             odd = next(iter(set(names) ^ set(kept)), "their order")
             raise UserError(f"{path}: its classes are not this run's, first {odd}; start in another --output_dir")
         self.best = state.get("best", 0.0)
-        if Path(path).resolve().parent == self.folder.resolve():
+        if is_here:
             self._log_bytes = state.get("log_bytes")
         done = epoch + 1 - self.files.epoch
         position = Position(done, state.get("images", 0), state.get("meters", []))

@@ -1,7 +1,9 @@
 """The command line of a program: flags that all have, their ranges, and how main() ends."""
 
 import argparse
+import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -57,7 +59,11 @@ def run(main: Callable, args) -> None:
             time.sleep(2)
         if rank() == 0 or not stop_signal():
             where = f"[rank {rank()}] " if world_size() > 1 else ""
-            print(f"{where}{Path(sys.argv[0]).name}: {end}", file=sys.stderr, flush=True)
+            line = f"{where}{Path(sys.argv[0]).name}: {end}"
+            print(line, file=sys.stderr, flush=True)
+            if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with a traceback and this line
+                about = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+                Path(file).write_text(json.dumps({"message": about}))
         sys.exit(end.status)
     except RuntimeError as error:
         if world_size() == 1 or "Connection closed by peer" not in str(error):

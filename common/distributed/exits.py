@@ -26,7 +26,8 @@ def user_errors(flag: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300] or "not understood"
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        reason = reason or "not understood"
         raise UserError(f"{flag}: {reason}") from error
 
 

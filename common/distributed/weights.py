@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +17,28 @@ from torch import Tensor
 from common.distributed.exits import UserError, user_errors
 from common.distributed.process import is_main
 
-# What released checkpoints hold besides tensors and plain Python values: their parsed flags and NumPy scalars.
+
+class _Inert:
+    """Stands for configuration classes in files: what is read in their place is a plain dict that executes nothing."""
+
+    def __new__(cls, *args) -> Any:
+        return OrderedDict(*args)
+
+
+# What released checkpoints hold besides tensors and plain Python values: parsed flags, NumPy scalars, configurations.
 SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
+    bytes,  # empty ones
     np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64")),
+    *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"},  # no objects
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (_Inert, "yacs.config.CfgNode"),  # SimMIM, Swin
+    *(
+        (_Inert, f"{name}.AttributeDict")
+        for name in ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data")
+    ),
+    (_Inert, "pytorch_lightning.utilities.parsing.AttributeDict"),
 ]
 
 
@@ -56,7 +71,14 @@ def local_file(path: str) -> str:
 
 
 def _read(path: str) -> Any:
-    """Content of a file of torch's, or of a .safetensors: its tensors under 'model', its flags under 'args'."""
+    """Content of a file of torch's, or of a .safetensors: its tensors under 'model', its flags under 'args'.
+
+    The index of a file in several parts stands for them: their tensors under 'model'.
+    """
+    if path.endswith(".index.json"):
+        parts = sorted(set(json.loads(Path(path).read_text("utf-8"))["weight_map"].values()))
+        contents = [_read(str(Path(path).with_name(part))) for part in parts]
+        return {"model": {name: value for part in contents for name, value in part.get("model", part).items()}}
     if Path(path).suffix != ".safetensors":
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -68,9 +90,11 @@ def _read(path: str) -> Any:
         }
 
 
-def load(path: str) -> dict[str, Any]:
+def load(path: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a checkpoint file or https address as tensors and plain values.
 
+    Args:
+        others: patterns of the names of a run's checkpoints, of which an error names the newest one.
     Raises:
         UserError: it is missing, damaged, not a checkpoint, or needs code to be executed.
     """
@@ -78,7 +102,9 @@ def load(path: str) -> dict[str, Any]:
     try:
         state = _read(path)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint file") from error
+        missing = Path(error.filename or path).name
+        what = "no such checkpoint file" if Path(path).name == missing else f"its part {missing} is missing"
+        raise UserError(f"{path}: {what}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a folder, expected a checkpoint file") from error
     except PermissionError as error:
@@ -86,18 +112,22 @@ def load(path: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it would execute {code[1]}; refused" if code else "not a checkpoint"
-        raise UserError(f"{path}: {why}{_others(path)}") from error
+        raise UserError(f"{path}: {why}{_newest(path, others)}") from error
     except Exception as error:  # torch reports a damaged file by many types
-        raise UserError(f"{path}: truncated or not a checkpoint{_others(path)}") from error
+        if "TorchScript" in str(error):
+            way = f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth') keeps its weights alone"
+            raise UserError(f"{path}: is a TorchScript program, expected a checkpoint; {way}") from error
+        raise UserError(f"{path}: truncated or not a checkpoint{_newest(path, others)}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a checkpoint")
     return state
 
 
-def _others(path: str) -> str:
-    """Names the newest other checkpoint beside a damaged one."""
-    others = [p for p in Path(path).parent.glob("*.pth") if p != Path(path) and p.stat().st_size]
-    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
+def _newest(path: str, patterns: tuple[str, ...]) -> str:
+    """Names the newest other checkpoint of the same run beside a damaged one."""
+    found = (other for pattern in patterns for other in Path(path).parent.glob(pattern))
+    others = [other for other in found if other != Path(path) and other.stat().st_size]
+    newest = max(others, key=lambda other: other.stat().st_mtime, default=None)
     return f"; the newest other checkpoint is {newest}" if newest else ""
 
 
@@ -143,13 +173,15 @@ def flags_of(state: dict[str, Any]) -> dict[str, Any]:
     return dict(args) if isinstance(args, dict) else dict(getattr(args, "__dict__", {}))
 
 
-def load_weights(model: Stateful, path: str, keys: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Any]:
-    """Load the weights of a checkpoint strictly, and return the whole checkpoint; keys as in `weights_of`.
+def load_weights(
+    model: Stateful, path: str, keys: tuple[str, ...] = WEIGHT_KEYS, others: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Load the weights of a checkpoint strictly, and return all of it; keys as in `weights_of`, others in `load`.
 
     Raises:
         UserError: the file is damaged or its weights are not the model's.
     """
-    state = load(path)
+    state = load(path, others)
     restore(model, weights_of(state, path, keys), path, "model")
     return state
 
