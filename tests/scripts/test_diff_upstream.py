@@ -381,6 +381,15 @@ def test_the_script__in_a_process_of_its_own(saim, run_script):
     assert "is no checkout of https://github.com/qiy20/SAIM (no models_saim.py)" in done.stderr
 
 
+@pytest.mark.parametrize("wrong", ["--no_such", "--checkpoint", "--all=1"])
+def test_a_wrong_flag__is_one_line(wrong, capsys):
+    with pytest.raises(SystemExit) as end:
+        distributed.run(diff.main, lambda: diff.get_args_parser().parse_args(["saim", "--upstream", "x", wrong]))
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert (text.count("\n"), wrong.partition("=")[0] in text) == (1, True)
+
+
 def test_the_report__lists_everything_on_request(saim):
     status, short = run("saim", "--upstream", str(saim))
     _, full = run("saim", "--upstream", str(saim), "--all")
@@ -430,7 +439,18 @@ def test_record__names_files_that_are_here(method):
             for path in (ROOT / here).glob("*.py"):
                 ours = diff.our_config(f"{here}/{path.name}")
                 rules = [rule if isinstance(rule, str) else rule[0] for rule in record["values"].values()]
-                assert len({rule for rule in rules if diff.lookup(ours, rule) is not None}) > 10, path
+                assert len({rule for rule in rules if diff.at(ours, rule) is not None}) > 10, path
+
+
+@pytest.mark.parametrize("method", diff.METHODS)
+def test_record__reasons_are_ids_or_sentences(method):
+    record = diff.read_record(method)
+    known = {row["id"] for row in diff.differences(record)}
+    for repository in record["repositories"]:
+        parts = [*repository["flags"].values(), repository["configs"]]
+        parts += [part for names in repository["definitions"].values() for part in names.values()]
+        reasons = {reason for part in parts for reason in [part.get("why"), *part.get("differs", {})] if reason}
+        assert {reason for reason in reasons if " " not in reason} <= known
 
 
 @pytest.mark.parametrize(("method", "index"), CHECKOUTS)
@@ -463,7 +483,7 @@ def test_record__of_a_wrong_form(tmp_path, monkeypatch):
 def test_readme__names_every_key():
     """The form of upstream/<method>.json is told beside it."""
     told = set(re.findall(r"\w+", (diff.TOOLS / "upstream" / "README.md").read_text()))
-    assert {key for required, optional in diff.RECORD.values() for key in required | optional} - told == set()
+    assert set(re.findall(r"\w+", " ".join(diff.RECORD.values()))) - told == set()
 
 
 # ---- checkpoints

@@ -86,13 +86,9 @@ def test_definitions__by_another_name_and_in_branches(tmp_path):
     }
     assert found["x"] is None
     nets = [found[n] for n in ("Net", "Net.__init__")]
-    assert all(n is not None and n.keywords == {"depth": (True, 3), "width": (True, 8)} for n in nets)
+    assert all(n is not None and n.keywords == {"depth": 3, "width": 8} for n in nets)
     assert {n for n, d in found.items() if d and not d.open} == {"net_partial"}
-    factories = {n for n, d in found.items() if d and d.inherited.get("width") == (True, 8)}
+    factories = {n for n, d in found.items() if d and d.inherited.get("width") == 8}
     assert factories == {"net", "net_dict", "net_partial"}
     passed = {n: d.keywords.get("depth") for n, d in found.items() if d}
-    assert passed == {"Net": (True, 3), "Net.__init__": (True, 3)} | {
-        "net": (True, 2),
-        "net_dict": (True, 5),
-        "net_partial": (True, 6),
-    }
+    assert passed == {"Net": 3, "Net.__init__": 3, "net": 2, "net_dict": 5, "net_partial": 6}
