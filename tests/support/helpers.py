@@ -60,8 +60,6 @@ NOT_RUN = {
     ("semaim", "lars"): "the authors' programs import LARS and do not use it",
     ("cae", "caev2_"): "CAE v2 is not implemented",
     ("cae", "clip_visual"): "CAE v2 is not implemented",
-    ("udi", "davis_scores"): "video segmentation is not implemented",
-    ("udi", "video_propagation"): "video segmentation is not implemented",
     **{
         (method, prefix): "segmentation and detection are not implemented"
         for method in ("cae", "a2mim", "udi")
