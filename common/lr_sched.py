@@ -4,7 +4,7 @@ Continuous schedules take the fractional epoch, epoch + step / steps_per_epoch; 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +48,22 @@ def cosine(position: float, base: float, final: float) -> float:
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * position))
 
 
+def _warmed(rate: float, step: int, warmup: int, ratio: float) -> float:
+    """The rate, in the first `warmup` steps times a factor that rises linearly from `ratio` to 1, as in mmcv."""
+    return rate * (1 - (1 - step / warmup) * (1 - ratio)) if step < warmup else rate
+
+
 def warmup_poly(
     step: int, base: float, total: int, warmup: int, ratio: float = 1e-6, power: float = 1.0, final: float = 0.0
 ) -> float:
     """From base to final at step `total` by (1 - step / total)^power; in the first `warmup` steps times a factor that
     rises linearly from `ratio` to 1, as mmcv's recipes warm up."""
-    rate = final + (base - final) * (1 - step / total) ** power
-    return rate * (1 - (1 - step / warmup) * (1 - ratio)) if step < warmup else rate
+    return _warmed(final + (base - final) * (1 - step / total) ** power, step, warmup, ratio)
+
+
+def warmup_drops(step: int, epoch: int, base: float, drops: Collection[int], warmup: int, ratio: float = 1e-3) -> float:
+    """base, a tenth of it from each of the epochs `drops` on (counted from 0); warmed up as in `warmup_poly`."""
+    return _warmed(base * 0.1 ** sum(epoch >= drop for drop in drops), step, warmup, ratio)
 
 
 def set_lr(param_groups: Iterable[dict], lr: float) -> None:

@@ -69,3 +69,12 @@ def test_warmup_poly():
     last = 2e-4 * (1 - 1499 / 160000) * (1 - (1 - 1e-6) / 1500)
     assert rates == pytest.approx([2e-10, half, last, 2e-4 * (1 - 1500 / 160000), 1e-4, 2e-4 / 160000], rel=1e-12)
     assert lr_sched.warmup_poly(50, 0.01, 100, 0, power=0.9, final=1e-4) == pytest.approx(0.0099 * 0.5**0.9 + 1e-4)
+
+
+def test_warmup_drops():
+    """A detector's twelve epochs: 500 updates of warm-up from a thousandth, a tenth from the tenth and twelfth on."""
+    rates = [lr_sched.warmup_drops(step, 0, 3e-4, (9, 11), 500) for step in (0, 250, 499, 500, 9000)]
+    assert rates == pytest.approx([3e-7, 3e-4 * 0.5005, 3e-4 * (1 - 0.999 / 500), 3e-4, 3e-4], rel=1e-9)
+    later = [lr_sched.warmup_drops(40_000, epoch, 3e-4, (9, 11), 500) for epoch in (8, 9, 10, 11)]
+    assert later == pytest.approx([3e-4, 3e-5, 3e-5, 3e-6], rel=1e-9)
+    assert lr_sched.warmup_drops(0, 0, 0.02, (), 0) == 0.02
