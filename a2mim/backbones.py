@@ -79,12 +79,20 @@ def resnet(
     depth: int = 50,
     base_channels: int = 64,
     block_counts: tuple[int, ...] | None = None,
+    output_stride: int = 32,
 ) -> ResNet:
-    """ResNet v1b of any image size, with a stem of 64 channels; stage i has base_channels * 2**i (x 4) channels."""
+    """ResNet v1b of any image size, with a stem of 64 channels; stage i has base_channels * 2**i (x 4) channels.
+
+    Below 32, output_stride replaces the strides of the last stages by dilations.
+    """
     block, layers = RESNET_BLOCKS[depth]
-    channels = tuple(base_channels * 2**i for i in range(4))
     return ResNet(
-        block, block_counts or layers, num_classes=num_classes, channels=channels, drop_path_rate=drop_path_rate
+        block,
+        block_counts or layers,
+        num_classes=num_classes,
+        channels=tuple(base_channels * 2**i for i in range(4)),
+        drop_path_rate=drop_path_rate,
+        output_stride=output_stride,
     )
 
 
