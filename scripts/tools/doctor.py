@@ -28,10 +28,9 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -40,6 +39,7 @@ from packaging.requirements import Requirement
 
 from common import datasets, distributed
 from common.distributed.process import LAUNCHERS
+from scripts.tools import flags
 from scripts.tools.machine import amount, cores, duration, memory_available
 from scripts.tools.measured_run import (
     Launch,
@@ -57,17 +57,26 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")  # whose versions are shown
 NETWORK = ("model", "arch", "backbone")  # flags that name it
 SAVES = ("save_freq", "saveckp_freq", "save_ckpt_freq", "save_every")  # epochs between the numbered checkpoints
 SMALLER = "halve --batch_size and double --accum_iter, which keeps the images per update"
-# Flags that do not belong to a recipe, or of which the report has more to say.
-NO_RECIPE = {"data_path", "dataset", "train_split", "val_split", "bad_images", "num_workers", "pin_mem", "device"}
-NO_RECIPE |= {"output_dir", "log_dir", "resume", "start_epoch", "seed", "world_size", "local_rank", "dist_url"}
-NO_RECIPE |= {"dist_on_itp", "dist_eval", "batch_size", "batch_size_per_gpu", "accum_iter", "update_freq", "config"}
-NO_RECIPE |= {"compile", "finetune", "pretrained", "pretrained_weights", "teacher_path", "discrete_vae_weight_path"}
-NO_RECIPE |= {*SAVES, "exp_name", "experiment", "cfg_options"}
-NO_RECIPE |= {"save_recon_every", "recon_iters_per_epoch", "print_config", "work_dir", "auto_resume"}
+# Flags of the groups below that are no recipe's, or of which the report has more to say.
+RECIPE = ("model", "optimizer", "augmentation")
+NO_RECIPE = {"batch_size", "batch_size_per_gpu", "accum_iter", "update_freq", "finetune", "pretrained"}
+NO_RECIPE |= {"pretrained_weights", "teacher_path", "discrete_vae_weight_path"}
+# Flags that a run may change when it continues another one.
+MOVED = {
+    "output_dir",
+    "log_dir",
+    "resume",
+    "data_path",
+    "num_workers",
+    "device",
+    "world_size",
+    "local_rank",
+    "bad_images",
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = distributed.new_parser("doctor")
+    p = flags.Parser("doctor")
     p.usage = "%(prog)s METHOD [--stage STAGE] [flags of METHOD/main_STAGE.py]"
     methods = sorted(path.parent.name for path in ROOT.glob("*/main_pretrain.py"))
     p.add_argument("method", choices=methods, help="folder of the method whose run is checked")
@@ -118,7 +127,7 @@ class Refused(Exception):
     """The main itself refuses the run."""
 
 
-def parsed(script: Path, flags: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def parsed(script: Path, words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags as the main parses them, and the main's globals; raises Refused with its message."""
     found: list[argparse.Namespace] = []
 
@@ -128,10 +137,11 @@ def parsed(script: Path, flags: list[str]) -> tuple[argparse.Namespace, dict[str
         found.append(args)
 
     run, argv, errors = distributed.run, sys.argv, io.StringIO()
-    distributed.run, sys.argv = take, [str(script), *flags]  # type: ignore[assignment]
+    distributed.run, sys.argv = take, [str(script), *words]  # type: ignore[assignment]
     try:
         with contextlib.redirect_stderr(errors):
             names = runpy.run_path(str(script), run_name="__main__")
+        return found[0], names
     except distributed.UserError as error:
         raise Refused(f"{script.name}: {error}") from error
     except SystemExit as end:
@@ -140,7 +150,6 @@ def parsed(script: Path, flags: list[str]) -> tuple[argparse.Namespace, dict[str
         raise Refused(errors.getvalue().strip().splitlines()[-1]) from end
     finally:
         distributed.run, sys.argv = run, argv
-    return found[0], names
 
 
 def network(args: argparse.Namespace) -> str:
@@ -149,9 +158,8 @@ def network(args: argparse.Namespace) -> str:
     return f"{args.method} {name}" if hasattr(args, "method") else name
 
 
-@dataclass
-class Row:
-    """A published row: its script and the flags of a stage."""
+class Row(NamedTuple):
+    """A published row: its script, and the flags of a stage."""
 
     script: str
     args: argparse.Namespace
@@ -173,16 +181,15 @@ def row_commands(script: Path) -> list[list[str]]:
 
 def paper_row(method: str, stage: str, args: argparse.Namespace) -> Row | None:
     """The row of the papers' tables whose flags for this stage are most like the run's, by the rows' own scripts."""
-    main, best = f"{method}/main_{stage}.py", None
-    scripts = (path for path in sorted((ROOT / "scripts").glob("*e.sh")) if f" {main} " in path.read_text())
-    for script, words in ((path, words) for path in scripts for words in row_commands(path)):
-        if words[1].endswith(main):
-            row = Row(script.name, parsed(ROOT / main, words[2:])[0])
-            equal = sum(getattr(args, k, None) == v for k, v in vars(row.args).items())
-            likeness = (network(row.args) == network(args), equal)
-            if best is None or likeness > best[0]:
-                best = likeness, row
-    return best[1] if best else None
+    main, rows = f"{method}/main_{stage}.py", []
+    for script in (path for path in sorted((ROOT / "scripts").glob("*e.sh")) if f" {main} " in path.read_text()):
+        found = (parsed(ROOT / main, words[2:])[0] for words in row_commands(script) if words[1].endswith(main))
+        rows += [Row(script.name, flags) for flags in found]
+
+    def likeness(row: Row) -> tuple[bool, int]:
+        return network(row.args) == network(args), sum(getattr(args, k, None) == v for k, v in vars(row.args).items())
+
+    return max(rows, key=likeness, default=None)
 
 
 def make_plan(own: argparse.Namespace, words: list[str]) -> Plan:
@@ -249,7 +256,7 @@ def check_devices(report: Report, args: argparse.Namespace) -> str:
 def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Namespace, device: str) -> Launch:
     """What the launcher's variables mean for the run, and how many processes it is measured with."""
     env = dict(os.environ)
-    names = next((names for names in LAUNCHERS if all(name in env for name in names)), None)
+    names = next((names for names in LAUNCHERS if all(name in env for name in names)), ())
     rank, world = (int(env[name]) for name in names[:2]) if names else (0, 1)
     kind = {"RANK": "torchrun", "OMPI_COMM_WORLD_RANK": "OpenMPI", "SLURM_PROCID": "SLURM"}[names[0]] if names else ""
     interactive = kind == "SLURM" and (sys.stdin.isatty() or "SLURM_STEP_NUM_TASKS" not in env)
@@ -257,46 +264,47 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     if launched and own.processes not in (None, world):
         raise distributed.UserError(f"--processes {own.processes}: this is a launch of {world}")
     if kind:
-        values = ", ".join(f"{name}={env[name]}" for name in names or ())
+        values = ", ".join(f"{name}={env[name]}" for name in names)
         report.line("launcher", f"{kind}: process {rank} of {world}, by {values}")
     else:
         report.line("launcher", "none: python starts one process, torchrun several")
-        for stray in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
-            if stray in env:
-                problem = f"{stray}={env[stray]} is set, but not all of the launcher's variables: the run ignores it"
-                report.warn(problem, f"start it by torchrun or srun, or unset {stray}")
-    if interactive and world > 1:
-        problem = f"SLURM's variables in this shell make a plain python wait for {world} processes"
-        report.warn(problem, f"start it by srun, or unset {' '.join(names or ())} and use torchrun")
+        for stray in (name for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in env):
+            problem = f"{stray}={env[stray]} is set, but not all of the launcher's variables: the run ignores it"
+            report.warn(problem, f"start it by torchrun or srun, or unset {stray}")
     if interactive:
-        env = {k: v for k, v in env.items() if k not in (names or ())}
+        env = {k: v for k, v in env.items() if k not in names}
+        if world > 1:
+            problem = f"SLURM's variables in this shell make a plain python wait for {world} processes"
+            report.warn(problem, f"start it by srun, or unset {' '.join(names)} and use torchrun")
     planned = world if launched else own.processes or 1
-    room = max(1, torch.cuda.device_count()) if device == "cuda" else cores()
+    room, units = (max(1, torch.cuda.device_count()), "GPUs") if device == "cuda" else (cores(), "cores")
     here = world if launched else min(planned, room)
-    units = "GPUs" if device == "cuda" else "cores"
     more = f"; measured with {here}: this machine has {room} {units}" if here < planned else ""
     report.line("processes", f"{planned}{more}")
     if device == "cuda" and planned == 1 and room > 1:
-        remedy = f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
-        report.warn(f"one process uses one of {room} GPUs", remedy)
-    # ---- threads
-    local, workers = min(here, room), args.num_workers
-    set_to = env.get("OMP_NUM_THREADS", "")
-    threads = int(set_to) if set_to.isdecimal() else 1 if here > 1 else cores()
+        report.warn(
+            f"one process uses one of {room} GPUs", f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
+        )
+    check_threads(report, env.get("OMP_NUM_THREADS", ""), min(here, room), here > 1, args.num_workers, device)
+    return Launch(planned, here, launched, env, rank, device == "cuda")
+
+
+def check_threads(report: Report, set_to: str, processes: int, several: bool, workers: int, device: str) -> None:
+    """Whether the threads and loader processes of the processes on this machine fit its cores."""
+    threads = int(set_to) if set_to.isdecimal() else 1 if several else cores()
+    each = max(1, cores() // processes)
     shown = set_to or f"not set, which means {threads}"
     report.line("threads", f"OMP_NUM_THREADS={shown}; {workers} loader processes each")
-    if device == "cpu" and threads * local > cores():
-        problem = f"{local} x {threads} threads on {cores()} cores"
-        report.warn(problem, f"OMP_NUM_THREADS={max(1, cores() // local)}")
-    elif device == "cpu" and threads * local <= cores() // 2:
-        problem = f"{local} x {threads} threads use half of {cores()} cores or less"
-        report.warn(problem, f"OMP_NUM_THREADS={cores() // local}")
-    fitting = f"--num_workers {max(1, cores() // local)}"
-    if workers * local > max(cores(), 1):
-        report.warn(f"--num_workers {workers}: {workers * local} loader processes on {cores()} cores", fitting)
+    if device == "cpu" and threads * processes > cores():
+        report.warn(f"{processes} x {threads} threads on {cores()} cores", f"OMP_NUM_THREADS={each}")
+    elif device == "cpu" and threads * processes <= cores() // 2:
+        problem = f"{processes} x {threads} threads use half of {cores()} cores or less"
+        report.warn(problem, f"OMP_NUM_THREADS={each}")
+    if workers * processes > cores():
+        problem = f"--num_workers {workers}: {workers * processes} loader processes on {cores()} cores"
+        report.warn(problem, f"--num_workers {each}")
     if workers == 0 and device == "cuda":
-        report.warn("--num_workers 0: the GPU waits for every image", fitting)
-    return Launch(planned, here, launched, env, rank, device == "cuda")
+        report.warn("--num_workers 0: the GPU waits for every image", f"--num_workers {each}")
 
 
 def explain(report: Report, plan: Plan, run: Measurement) -> None:
@@ -359,10 +367,8 @@ def check_images(report: Report, paths: list[str], name: str, how_many: str, siz
     if bad:
         others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         problem = f"{len(bad)} unreadable: {'; '.join(bad[:3])}{others}"
-        if skips:
-            report.warn(problem, "delete or replace them; --bad_images skip goes on without them")
-        else:
-            report.fail(problem, "delete or replace them, or add --bad_images skip")
+        remedy = "delete or replace them" + ("; --bad_images skip goes on without them" if skips else "")
+        (report.warn if skips else report.fail)(problem, remedy if skips else f"{remedy}, or add --bad_images skip")
     if sides and size and statistics.median(sides) < size:
         problem = f"half of the images are smaller than the run's {size} pixels and are enlarged"
         report.warn(problem, "a smaller --input_size (UDI: --global_size), with a smaller --patch_size, costs less")
@@ -391,10 +397,8 @@ def check_data(report: Report, plan: Plan, run: Measurement) -> None:
         if samples is None:
             report.line(f"{name} images", "not read one by one: the data set has no list of files")
             continue
-        size = getattr(args, "input_size", 0) or getattr(args, "global_size", 0)
-        check_images(
-            report, [path for path, _ in samples], name, plan.own.check_images, size, args.bad_images == "skip"
-        )
+        size, paths = getattr(args, "input_size", 0) or getattr(args, "global_size", 0), [path for path, _ in samples]
+        check_images(report, paths, name, plan.own.check_images, size, args.bad_images == "skip")
     if "train" not in sets:
         report.line("train", f"{run.said[0] or 'unknown'} images, not read one by one")
     elif pretrains:
@@ -458,21 +462,19 @@ def check_recipe(report: Report, plan: Plan, run: Measurement) -> None:
             report.warn(problem, f"{other} keeps the published number")
     check_rate(report, plan, run, images, row)
     if row is not None and same:
-        theirs = vars(row.args)
-        other = [
-            f"{k} {v} ({theirs[k]})" for k, v in vars(args).items() if theirs.get(k, v) != v and k not in NO_RECIPE
-        ]
+        groups, theirs = vars(distributed.flag_groups(plan.parser)), vars(row.args)
+        recipe = {action.dest for name in RECIPE for action in groups[name]._group_actions} - NO_RECIPE
+        other = [f"{k} {v} ({theirs[k]})" for k, v in vars(args).items() if k in recipe and theirs.get(k, v) != v]
         shown = ", ".join(other[:12]) + (", ..." if len(other) > 12 else "")
         report.line("other flags", f"differ from the published in {shown}" if other else "as published")
-    warmup = getattr(args, "warmup_epochs", None)
-    if warmup is None:
+    if not hasattr(args, "warmup_epochs"):
         return
     usual = getattr(row.args, "warmup_epochs", None) if row is not None else None
-    theirs = f"; published {usual} of {row.args.epochs}" if usual is not None and row is not None else ""
-    report.line("warm-up", f"{warmup:g} of {args.epochs} epochs{theirs}")
-    if warmup > 0.25 * args.epochs:
-        share = usual / row.args.epochs if usual is not None and row is not None else 0.05
-        problem = f"the warm-up takes {warmup / args.epochs:.0%} of the run"
+    theirs = f"; published {usual} of {row.args.epochs}" if row is not None and usual is not None else ""
+    report.line("warm-up", f"{args.warmup_epochs:g} of {args.epochs} epochs{theirs}")
+    if args.warmup_epochs > 0.25 * args.epochs:
+        share = usual / row.args.epochs if row is not None and usual is not None else 0.05
+        problem = f"the warm-up takes {args.warmup_epochs / args.epochs:.0%} of the run"
         report.warn(problem, f"--warmup_epochs {round(share * args.epochs)}")
 
 
@@ -505,11 +507,9 @@ def check_speed(report: Report, plan: Plan, run: Measurement) -> None:
         report.line("speed", "no training steps were measured")
         return
     rate, busy = run.images / speed.step, 1 - speed.wait / speed.step
-    report.line(
-        "step",
-        f"{speed.step:.4g} s ({speed.count} measured, the middle 80 % {speed.low:.4g} to {speed.high:.4g} s), "
-        f"{rate:.4g} images/s with {launch.here} process{'es' * (launch.here > 1)}",
-    )
+    spread = f"{speed.count} measured, the middle 80 % {speed.low:.4g} to {speed.high:.4g} s"
+    with_processes = f"{rate:.4g} images/s with {launch.here} process{'es' * (launch.here > 1)}"
+    report.line("step", f"{speed.step:.4g} s ({spread}), {with_processes}")
     if not launch.on_gpu and run.computed < 0.7 * busy:
         problem = f"other programs held the cores: the process computed {run.computed / busy:.0%} of the time"
         report.warn(problem, "repeat this when they have ended")
@@ -540,15 +540,13 @@ def check_speed(report: Report, plan: Plan, run: Measurement) -> None:
 
 def check_memory(report: Report, plan: Plan, run: Measurement) -> None:
     """Peaks per process, and whether they fit."""
-    report.line(
-        "memory", f"{amount(run.host)} per process at the peak, {amount(run.workers)} more in its loader processes"
-    )
+    workers = f"{amount(run.workers)} more in its loader processes"
+    report.line("memory", f"{amount(run.host)} per process at the peak, {workers}")
     launch, free = plan.launch, memory_available()[0]
     need = (run.host + run.workers) * launch.here
     if need > 0.9 * free:
-        report.warn(
-            f"{amount(need)} of {amount(free)} available memory would be used", f"{SMALLER}, or lower --num_workers"
-        )
+        problem = f"{amount(need)} of {amount(free)} available memory would be used"
+        report.warn(problem, f"{SMALLER}, or lower --num_workers")
     if launch.on_gpu and run.lines:
         in_use, card = run.device
         report.line("GPU memory", f"{amount(run.lines[-1]['memory'])} per process at the peak, of {amount(card)}")
@@ -615,13 +613,9 @@ def check_continued(report: Report, path: str, epoch: int, args: argparse.Namesp
     if args.epochs and epoch >= args.epochs:
         remedy = "more --epochs, or a new --output_dir"
         report.warn(f"it has all of its {args.epochs} epochs: the run would end at once", remedy)
-    stored = distributed.load(path).get("args")
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    skipped = {"output_dir", "log_dir", "resume", "data_path", "num_workers", "device", "world_size", "local_rank"}
-    skipped |= {"bad_images"}
-    changed = [
-        f"{k} {v} (was {stored[k]})" for k, v in vars(args).items() if stored.get(k, v) != v and k not in skipped
-    ]
+    stored = distributed.flags_of(distributed.load(path))
+    items = [(k, v) for k, v in vars(args).items() if k not in MOVED]
+    changed = [f"{k} {v} (was {stored[k]})" for k, v in items if stored.get(k, v) != v]
     if changed:
         problem = f"it continues a run with other flags: {', '.join(changed[:8])}"
         report.warn(problem, "a new --output_dir for a new run, or the old flags")
@@ -632,16 +626,21 @@ def check_continued(report: Report, path: str, epoch: int, args: argparse.Namesp
 
 def check_own_flags(own: argparse.Namespace) -> None:
     """Raise UserError for a mistake in this script's flags."""
-    script = ROOT / own.method / f"main_{own.stage}.py"
-    if not script.exists():
-        known = sorted(p.stem.removeprefix("main_") for p in script.parent.glob("main_*.py"))
-        raise distributed.UserError(f"--stage {own.stage}: {own.method} has {', '.join(known)}")
-    if own.processes is not None and own.processes < 1:
-        raise distributed.UserError(f"--processes {own.processes}: expected at least 1")
-    if not own.seconds > 0:
-        raise distributed.UserError(f"--seconds {own.seconds:g}: expected more than 0")
-    if own.check_images != "all" and not own.check_images.isdecimal():
-        raise distributed.UserError(f"--check_images {own.check_images}: expected a number of images, or all")
+    known = sorted(path.stem.removeprefix("main_") for path in (ROOT / own.method).glob("main_*.py"))
+    for flag, fits, expected in (
+        ("stage", own.stage in known, f"{own.method} has {', '.join(known)}"),
+        ("processes", own.processes is None or own.processes >= 1, "expected at least 1"),
+        ("seconds", own.seconds > 0, "expected more than 0"),
+        (
+            "check_images",
+            own.check_images == "all" or own.check_images.isdecimal(),
+            "expected a number of images, or all",
+        ),
+    ):
+        if not fits:
+            value = getattr(own, flag)
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise distributed.UserError(f"--{flag} {shown}: {expected}")
 
 
 def examine(own: argparse.Namespace, words: list[str]) -> int:
@@ -679,5 +678,4 @@ def examine(own: argparse.Namespace, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    known, unknown = get_args_parser().parse_known_args()
-    distributed.run(lambda args: sys.exit(examine(args, unknown)), known)
+    distributed.run(lambda known: sys.exit(examine(*known)), get_args_parser().parse_known_args)

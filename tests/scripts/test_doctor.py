@@ -36,6 +36,15 @@ def test_own_flags__raise_on_mistakes(words, message):
         doctor.check_own_flags(own("saim", *words))
 
 
+@pytest.mark.parametrize("words", [["no_such_method"], ["saim", "--seconds"], ["saim", "--seconds", "long"]])
+def test_a_wrong_flag__is_one_line(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        distributed.run(lambda known: None, lambda: doctor.get_args_parser().parse_known_args(words))
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert (text.count("\n"), "argument" in text) == (1, True)
+
+
 def test_examine__stage_that_trains_nothing():
     with pytest.raises(distributed.UserError, match="^--stage knn: trains nothing$"):
         doctor.examine(own("semaim", "--stage", "knn"), [])
