@@ -49,6 +49,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.augmentation.add_argument(
         "--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an augmentation policy; '' for none"
     )
+    g.augmentation.add_argument(
+        "--crop_min_size", default=0.08, type=float, help="smallest crop, as a share of the image's area"
+    )
+    g.augmentation.add_argument("--hflip", default=0.5, type=float, help="probability of mirroring; 0 suits digits")
     g.augmentation.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
     g.augmentation.add_argument("--reprob", default=0.25, type=float, help="probability of erasing part of an image")
     g.augmentation.add_argument("--remode", default="pixel", help="what erases: const (black), rand or pixel (noise)")
@@ -135,13 +139,21 @@ def build_mixup(args: argparse.Namespace) -> Mixup | None:
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, {"crop_min_size": (1e-9, 1), "hflip": (0, 1)})
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     with distributed.user_errors(f"--aa {args.aa} --remode {args.remode}"):
         augment = datasets.finetune_transform(
-            args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
+            args.input_size,
+            args.color_jitter,
+            args.aa,
+            args.reprob,
+            args.remode,
+            args.recount,
+            crop_min_size=args.crop_min_size,
+            hflip=args.hflip,
         )
     loader, val_loader = datasets.supervised_loaders(args, augment, datasets.eval_transform(args.input_size), device)
     with distributed.user_errors("--mixup, --cutmix and their options"):

@@ -65,11 +65,15 @@ def finetune_transform(
     interpolation: str = "bicubic",
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
+    crop_min_size: float = 0.08,
+    hflip: float = 0.5,
 ) -> Any:
     """timm's training transform: crop, flip, RandAugment, normalise, random erasing."""
     transform: Any = create_transform(
         input_size=input_size,
         is_training=True,
+        scale=(crop_min_size, 1.0),
+        hflip=hflip,
         color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
         auto_augment=aa or None,
         interpolation=interpolation,

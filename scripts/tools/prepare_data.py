@@ -1,4 +1,4 @@
-"""Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link existing ones: a part, or in two splits.
+"""Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link or shrink existing ones.
 
 `shapes` draws a small one for segmentation, detection and video, in OUT/{ade20k,coco,davis}.
 
@@ -6,6 +6,7 @@ Usage: python scripts/tools/prepare_data.py digits|cifar10|cifar100|stl10|imagen
        python scripts/tools/prepare_data.py subset OUT --source DIR (--per_class N | --percent P) [--val_per_class N]
        python scripts/tools/prepare_data.py split OUT --source DIR --val 0.1
        python scripts/tools/prepare_data.py shapes OUT --images 200
+       python scripts/tools/prepare_data.py shrink OUT --source DIR --side 256 [--most N]
 
 OUT appears only when it is complete: until then the images are in a hidden folder beside it.
 """
@@ -22,6 +23,7 @@ import socket
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, Imagenette
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from tqdm import tqdm
 
-from common.datasets import image_dataset
+from common.datasets import image_dataset, to_rgb
+from common.datasets.files import Listing
 from common.distributed import Stopped, UserError, log, run
 from scripts.tools import shapes
 
@@ -72,6 +75,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     q.add_argument("--images", default=200, type=int, metavar="N", help="pictures, a fifth of them for validation")
     q.add_argument("--size", default=128, type=int, metavar="PIXELS", help="short side of the pictures and videos")
     q.add_argument("--seed", default=0, type=int, help="the same seed draws the same pictures")
+    q = parsers["shrink"]
+    q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with images")
+    q.add_argument("--side", type=int, required=True, metavar="S", help="longest that the shorter side becomes, pixels")
+    q.add_argument("--most", type=int, metavar="N", help="images, of every folder in turn; default: all")
+    q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
     return p
 
 
@@ -236,6 +244,46 @@ def drawn_shapes(args: argparse.Namespace, folder: Path) -> None:
     shapes.write_shapes(folder, args.images, args.size, args.seed)
 
 
+def shrink(args: argparse.Namespace, folder: Path) -> None:
+    """Copies of images in folders of the same names, the larger ones resized; unreadable ones are left out.
+
+    Raises:
+        UserError: a number cannot be used, or there is no image that can be read.
+    """
+    positive(args, "side", "most")
+    if not Path(args.source).is_dir():
+        raise UserError(f"--source {args.source}: no such folder")
+    listing, folders = Listing(args.out), defaultdict(list)
+    for path in listing.below(args.source):
+        folders[os.path.dirname(path)].append(os.path.relpath(path, args.source))
+    turns = [turn for members in folders.values() for turn in enumerate(drawn(args, members, len(members)))]
+    chosen = [path for _, path in sorted(turns)[: args.most]]
+
+    def copy(path: str) -> str:
+        try:
+            with Image.open(Path(args.source, path)) as file:
+                file.draft(None, (2 * args.side, 2 * args.side))  # a JPEG is decoded at an eighth, fourth or half
+                image = to_rgb(file)
+        except Exception as error:  # Pillow raises many types for damaged files
+            return f"{path}: unreadable image ({error})"
+        factor = args.side / min(image.size)
+        if factor < 1:
+            size = [max(args.side, round(factor * side)) for side in image.size]
+            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        new = folder / (path if path.lower().endswith((".jpg", ".jpeg", ".png")) else f"{path}.png")
+        new.parent.mkdir(parents=True, exist_ok=True)
+        image.save(new, quality=95)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bad = [problem for problem in tqdm(pool.map(copy, chosen), "images", len(chosen)) if problem]
+    if len(bad) == len(chosen):
+        found = bad[0] if bad else listing.summary() or "it is empty"
+        raise UserError(f"--source {args.source}: has no image that can be read ({found})")
+    if bad:
+        log(f"{bad[0]}; {len(bad)} such left out")
+
+
 DATA_SETS = {
     "digits": (digits, "1,797 greyscale digits of 8x8 pixels, part of scikit-learn: no download"),
     "cifar10": (arrays, "60,000 images of 32x32 pixels in 10 classes"),
@@ -245,6 +293,7 @@ DATA_SETS = {
     "subset": (subset, "few labels: links to some images of each class of another folder"),
     "shapes": (drawn_shapes, "drawn shapes for segmentation, detection and video: no download"),
     "split": (halves, "links to class folders without train/ and val/, a share of each class in val/"),
+    "shrink": (shrink, "small copies of large images, which are read faster"),
 }
 
 
@@ -254,6 +303,8 @@ DATA_SETS = {
 def counts(out: Path) -> dict[str, int]:
     """Images of each split; of videos, all frames."""
     splits = [split for split in (*SPLITS, *shapes.FOLDERS) if (out / split).is_dir()]
+    if not splits:  # of a folder without splits
+        return {"images": sum(len(files) for *_, files in os.walk(out)) - (out / MARKER).exists()}
     return {split: sum(len(files) for *_, files in os.walk(out / split)) for split in splits}
 
 

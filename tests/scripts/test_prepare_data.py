@@ -497,3 +497,36 @@ def test_shapes__objects_of_videos_keep_their_index_and_move(drawn):
 def test_shapes__raises_on_numbers_that_draw_nothing(flag, tmp_path):
     with pytest.raises(UserError, match="expected at least 2 images of at least 32 pixels, and no negative seed"):
         prepare("shapes", tmp_path / "out", flag)
+
+
+# ---- shrink
+
+
+def test_shrink__copies_of_the_same_names(tmp_path):
+    for name, size in {"a/big.jpg": (400, 300), "a/b/small.png": (20, 30), "a/b/deep.bmp": (200, 100)}.items():
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, "red").save(tmp_path / "photos" / name)
+    (tmp_path / "photos/a/broken.jpg").write_bytes(b"no image")
+    prepare("shrink", tmp_path / "out", "--source", tmp_path / "photos", "--side", 64)
+    sizes = {name: Image.open(tmp_path / "out" / name).size for name in files(tmp_path / "out") if name[0] != "."}
+    assert sizes == {"a/big.jpg": (85, 64), "a/b/small.png": (20, 30), "a/b/deep.bmp.png": (128, 64)}
+    assert marker(tmp_path / "out")["counts"] == {"images": 3}
+    prepare("shrink", tmp_path / "out", "--source", tmp_path / "photos", "--side", 64)  # there already
+
+
+def test_shrink__takes_from_every_folder_in_turn(tmp_path, all_digits):
+    prepare("shrink", tmp_path / "out", "--source", all_digits, "--side", 8, "--most", 40)
+    found = files(tmp_path / "out")
+    assert len(found) == 41
+    assert {name.rsplit("/", 1)[0] for name in found if "/" in name} == {
+        f"{s}/{c}" for s in ("train", "val") for c in range(10)
+    }
+    assert all(found[name] for name in found)
+
+
+def test_shrink__raises_where_no_image_can_be_read(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"has no image that can be read \(a.jpg: unreadable image"):
+        prepare("shrink", tmp_path / "out", "--source", tmp_path / "photos", "--side", 64)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,108 @@
+"""A picture of nearest neighbours: some images, and beside each those whose features are most similar.
+
+Usage: python scripts/tools/neighbours.py FEATURES [--out PICTURE], FEATURES being a file of extract_features.py.
+Similarity is the cosine of the features. An image is not its own neighbour.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from common import datasets, distributed
+from common.distributed import UserError
+from scripts.tools import extract_features
+
+SIDE = 160  # pixels of a picture in the grid
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("Nearest neighbours", allow_abbrev=False)
+    p.add_argument("features", metavar="FEATURES", help="file that extract_features.py wrote")
+    p.add_argument("--out", default="neighbours.png", help="picture to write; its ending chooses the format")
+    p.add_argument("--queries", default=8, type=int, help="images whose neighbours are shown, spread over the classes")
+    p.add_argument("--neighbours", default=5, type=int, help="neighbours of each")
+    return p
+
+
+def nearest(features: np.ndarray, queries: list[int], number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar rows of some rows.
+
+    Args:
+        features: (n, D). queries: q rows. number: neighbours of each, at most n - 1.
+    Returns:
+        rows and cosines, (q, number), the most similar first.
+    """
+    vectors = np.asarray(features, np.float32)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    cosines = vectors[queries] @ vectors.T  # (q, n)
+    cosines[np.arange(len(queries)), queries] = -np.inf
+    rows = np.argsort(-cosines, axis=1, kind="stable")[:, :number]
+    return rows, np.take_along_axis(cosines, rows, axis=1)
+
+
+def spread(labels: np.ndarray, number: int) -> list[int]:
+    """Rows that show every class in turn, and of a class rows far from each other."""
+    count = min(number, len(labels))
+    order = np.argsort(labels, kind="stable")
+    return [int(order[i]) for i in np.linspace(0, len(labels) - 1, count).round().astype(int)]
+
+
+def draw(paths: list[Path], titles: list[str], rows: list[list[int]], cosines: np.ndarray) -> Figure:
+    """A row of pictures per query: itself, then its neighbours with their cosines.
+
+    Args:
+        paths, titles: of all images. rows: the query and its neighbours, by their numbers.
+    """
+    columns = len(rows[0])
+    fig = Figure(figsize=(1.5 * columns, 1.75 * len(rows) + 0.3), layout="constrained", dpi=130)
+    axes = fig.subplots(len(rows), columns, squeeze=False)
+    for i, (line, row) in enumerate(zip(axes, rows, strict=True)):
+        for j, (ax, index) in enumerate(zip(line, row, strict=True)):
+            try:
+                image = ImageOps.contain(datasets.read_image(paths[index]), (SIDE, SIDE), Image.Resampling.BICUBIC)
+            except OSError as error:
+                raise UserError(f"{paths[index]}: unreadable image ({error})") from error
+            ax.imshow(image)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            similar = f"\ncosine {cosines[i, j - 1]:.2f}" if j else ""
+            ax.set_xlabel(titles[index] + similar, fontsize=7)
+            for spine in ax.spines.values():
+                spine.set_visible(j == 0)
+                spine.set_linewidth(2)
+        line[0].set_ylabel(f"query {i + 1}", fontsize=8)
+    for ax, title in zip(axes[0], ["query", *(f"neighbour {n}" for n in range(1, columns))], strict=True):
+        ax.set_title(title, fontsize=9)
+    return fig
+
+
+def main(args: argparse.Namespace) -> None:
+    features, labels, about = extract_features.read(args.features)
+    distributed.check_ranges(args, {"queries": (1, 100), "neighbours": (1, 100)})
+    if len(features) < 2:
+        raise UserError(f"{args.features}: has {len(features)} images, expected at least 2")
+    root, names = Path(about["data_path"]), about["names"]
+    if not (root / names[0]).is_file():
+        raise UserError(f"{root / names[0]}: no such file; the images of {args.features} must be where they were")
+    queries = spread(labels, args.queries)
+    rows, cosines = nearest(features, queries, min(args.neighbours, len(features) - 1))
+    classes = about.get("classes") or []
+    titles = [classes[c] if 0 <= c < len(classes) else Path(n).name for c, n in zip(labels, names, strict=True)]
+    titles = [title if len(title) <= 20 else f"{title[:8]}...{title[-9:]}" for title in titles]
+    figure = draw([root / name for name in names], titles, np.column_stack([queries, rows]).tolist(), cosines)
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.out)
+    except (OSError, ValueError) as error:  # ValueError: an unknown format
+        raise UserError(f"--out {args.out}: cannot be written ({error})") from error
+    print(f"wrote {args.out}: {len(queries)} images and their {rows.shape[1]} nearest of {len(features)}")
+
+
+if __name__ == "__main__":
+    distributed.run(main, get_args_parser().parse_args())
