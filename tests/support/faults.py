@@ -21,7 +21,11 @@ import torch
 NETWORKS = {
     "saim": {"models_saim": ["SaimViT"], "models_vit": ["VisionTransformer"]},
     "semaim": {"models_semaim": ["AimViT"], "models_vit": ["VisionTransformer"]},
-    "cae": {"models_cae": ["ContextAutoencoderViT"], "models_vit": ["VisionTransformer"]},
+    "cae": {
+        "models_cae": ["ContextAutoencoderViT"],
+        "models_vit": ["VisionTransformer"],
+        "models_segmentation": ["SegmentationNetwork"],
+    },
     "a2mim": {"models_a2mim": ["MaskedImageModel", "Classifier"]},
     # in pre-training two calls per step, the teacher's first
     "udi": {"models_udi": ["MultiCropWrapper"], "models_finetune": ["VisionTransformer"]},

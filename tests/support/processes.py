@@ -15,7 +15,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 MAINS = {
     "saim": ("pretrain", "finetune", "linprobe"),
     "semaim": ("pretrain", "finetune", "linprobe", "knn"),
-    "cae": ("pretrain", "finetune", "attentive", "linprobe"),
+    "cae": ("pretrain", "finetune", "attentive", "linprobe", "segmentation"),
     "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier"),
     "udi": ("pretrain", "finetune", "linprobe", "knn", "video_segmentation"),
 }
