@@ -1,7 +1,10 @@
 """Where evaluations leave their files, beside the weights that they evaluate, and weights under upstream's names."""
 
+import contextlib
+import os
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from common import distributed
@@ -11,6 +14,30 @@ def folder_beside(weights: str, *parts: str) -> str:
     """A folder beside a file of weights; in the current one for an https address."""
     parent = Path() if weights.startswith(("http://", "https://")) else Path(weights).parent
     return str(parent.joinpath(*parts))
+
+
+def write_weights(weights: dict[str, Tensor], path: Path, flag: str) -> None:
+    """Write weights to a file, which is whole or not there; its folder is created.
+
+    Args:
+        flag: that named the file, for messages.
+    Raises:
+        distributed.UserError: it cannot be written.
+    """
+    weights = {name: value.clone() for name, value in weights.items()}  # not what they were views of
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(weights, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = " ".join(str(error).split())
+        raise distributed.UserError(f"{flag} {path}: cannot be written ({reason})") from error
 
 
 class TextLog:

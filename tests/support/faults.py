@@ -28,7 +28,11 @@ NETWORKS = {
     },
     "a2mim": {"models_a2mim": ["MaskedImageModel", "Classifier"]},
     # in pre-training two calls per step, the teacher's first
-    "udi": {"models_udi": ["MultiCropWrapper"], "models_finetune": ["VisionTransformer"]},
+    "udi": {
+        "models_udi": ["MultiCropWrapper"],
+        "models_finetune": ["VisionTransformer"],
+        "models_segmentation": ["SegmentationNetwork"],
+    },
 }
 fault, when = os.environ["FAULT"].split(":")
 calls = {"save": 0, "forward": 0, "eval": 0}

@@ -17,7 +17,7 @@ MAINS = {
     "semaim": ("pretrain", "finetune", "linprobe", "knn"),
     "cae": ("pretrain", "finetune", "attentive", "linprobe", "segmentation"),
     "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier"),
-    "udi": ("pretrain", "finetune", "linprobe", "knn", "video_segmentation"),
+    "udi": ("pretrain", "finetune", "linprobe", "knn", "segmentation", "video_segmentation"),
 }
 PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]
 PRELOAD += ["saim.visualize_attention", "saim.visualize_prediction", "scripts.tools.knn"]

@@ -21,11 +21,13 @@ from udi import (
     main_linprobe,
     main_logistic_regression,
     main_pretrain,
+    main_segmentation,
     main_semi_supervised,
     main_transfer,
     main_video_segmentation,
     visualize_attention,
 )
+from udi.eval.eval_semantic_segmentation.tools.model_converters import vit2mmseg
 from udi.eval_finetuning import extract_backbone_weights_for_finetuning as extract
 
 README = r"""
@@ -228,13 +230,12 @@ for place in ("", "eval/"):  # README and repository
 DENSE = [
     *(f"eval_object_detection/{name}" for name in ("tools/dist_train.sh", "tools/train.py", "tools/test.py")),
     "eval_object_detection/configs/udi/mask_rcnn_vit_small_12_p16_1x_coco.py",
-    *(f"eval_semantic_segmentation/{name}" for name in ("tools/dist_train.sh", "tools/train.py", "tools/test.py")),
-    "eval_semantic_segmentation/tools/model_converters/vit2mmseg.py",
-    "eval_semantic_segmentation/configs/udi/semfpn_vit-s16_512x512_40k_ade20k.py",  # README
-    "eval_semantic_segmentation/configs/flsl/semfpn_vit-s16_512x512_40k_ade20k.py",
 ]
 NAMES |= {f"eval/{name}": None for name in DENSE}
-# Detection and semantic segmentation are not written yet.
+SEGMENTATION = "eval/eval_semantic_segmentation/tools"
+NAMES |= {f"{SEGMENTATION}/{name}.py": main_segmentation for name in ("train", "test")}
+NAMES[f"{SEGMENTATION}/model_converters/vit2mmseg.py"] = vit2mmseg
+# Detection is not written yet.
 TODO = pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="not written yet")
 
 

@@ -1,18 +1,16 @@
 """Take the backbone out of a pre-training checkpoint, for fine-tuning or elsewhere."""
 
 import argparse
-import contextlib
-import os
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import torch
 from torch import Tensor
 
 from common import distributed
 from udi.backbone import load_backbone
+from udi.files import write_weights
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -56,20 +54,7 @@ def main(args: argparse.Namespace) -> None:
         weights = raw_weights(args.checkpoint, args.checkpoint_key)
     else:
         weights = load_backbone(args.checkpoint, args.checkpoint_key)
-    weights = {name: value.clone() for name, value in weights.items()}  # not what they were views of
-    temporary = output.with_suffix(".tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(weights, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = " ".join(str(error).split())
-        raise distributed.UserError(f"--output {output}: cannot be written ({reason})") from error
+    write_weights(weights, output, "--output")
     distributed.log(f"{len(weights)} tensors of '{args.checkpoint_key}' of {args.checkpoint} are in {output}")
 
 
