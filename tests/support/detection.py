@@ -1,0 +1,280 @@
+"""Golden cases of Mask R-CNN without its backbone, built from `meta` alone; mmdetection's names are on the left."""
+
+from contextlib import contextmanager
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.dense_datasets.detection import ImageInfo
+from tests.support.helpers import Golden, assert_close
+
+
+class SharedHead(nn.Module):
+    """What stands in for stage 5 and its extra norm (`meta.shared_head`)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.bn(self.conv(x)).relu())
+
+
+def take(settings: dict, **known) -> dict:
+    """The settings without those that are the same in all recipes, which must be as `known` says."""
+    rest = dict(settings)
+    for name, value in known.items():
+        assert rest.pop(name, value) == value, (name, settings[name])
+    return rest
+
+
+def _nms(settings: dict) -> float:
+    return take(settings, type="nms")["iou_threshold"]
+
+
+def _matching(settings: dict, heads: ModuleType, with_objects: bool):
+    a = take(settings["assigner"], type="MaxIoUAssigner", ignore_iof_thr=-1)
+    s = take(settings["sampler"], type="RandomSampler", neg_pos_ub=-1, add_gt_as_proposals=with_objects)
+    low = a.pop("min_pos_iou")
+    low = low if a.pop("match_low_quality") else None
+    positive, negative = a.pop("pos_iou_thr"), a.pop("neg_iou_thr")
+    matching = heads.Matching(positive, negative, low, s.pop("num"), s.pop("pos_fraction"))
+    assert not a | s
+    return matching
+
+
+def _coder(stds: tuple[float, ...]) -> dict:
+    return {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": list(stds)}
+
+
+def _neck(meta: dict, heads: ModuleType):
+    if not meta["neck"]:
+        return None
+    neck = take(meta["neck"], type="FPN", norm_cfg={"type": "BN", "requires_grad": True})
+    return heads.FPN(**neck, norm="norm_cfg" in meta["neck"])
+
+
+def _rpn_head(meta: dict, heads: ModuleType):
+    cross_entropy = {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 1.0}
+    rpn = take(
+        meta["rpn"],
+        type="RPNHead",
+        bbox_coder=_coder(heads.ANCHOR_STDS),
+        loss_cls=cross_entropy,
+        loss_bbox={"type": "L1Loss", "loss_weight": 1.0},
+    )
+    train = take(meta["train_cfg"]["rpn"], pos_weight=-1, debug=False)
+    proposals = [take(c, min_bbox_size=0) for c in (meta["train_cfg"]["rpn_proposal"], meta["test_cfg"]["rpn"])]
+    assert train["allowed_border"] in (-1, 0)
+    assert proposals[0]["nms"] == proposals[1]["nms"]
+    return heads.RPNHead(
+        rpn["in_channels"],
+        rpn["feat_channels"],
+        **take(rpn["anchor_generator"], type="AnchorGenerator"),
+        matching=_matching(train, heads, with_objects=False),
+        inside_only=train["allowed_border"] == 0,
+        train_proposals=(proposals[0]["nms_pre"], proposals[0]["max_per_img"]),
+        test_proposals=(proposals[1]["nms_pre"], proposals[1]["max_per_img"]),
+        nms_iou=_nms(proposals[0]["nms"]),
+    )
+
+
+BOX_HEADS = {  # convolutions and linear layers
+    "BBoxHead": (0, 0),
+    "Shared2FCBBoxHead": (0, 2),
+    "Shared4Conv1FCBBoxHead": (4, 1),
+    "ConvFCBBoxHead": (0, 0),
+}
+
+
+def _box_head(meta: dict, heads: ModuleType):
+    box = take(
+        meta["roi"]["box"],
+        bbox_coder=_coder(heads.REGION_STDS),
+        reg_class_agnostic=False,
+        loss_cls={"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
+    )
+    num_convs, num_fcs = BOX_HEADS[box["type"]]
+    return heads.BoxHead(
+        box["in_channels"],
+        box["num_classes"],
+        size=box["roi_feat_size"],
+        num_convs=box.get("num_shared_convs", num_convs),
+        conv_channels=box.get("conv_out_channels", 0),
+        num_fcs=box.get("num_shared_fcs", num_fcs),
+        fc_channels=box.get("fc_out_channels", 0),
+        norm="norm_cfg" in box,
+        avg_pool=box.get("with_avg_pool", False),
+    )
+
+
+def _extractor(extractor: dict) -> tuple[list[int], int]:
+    """Strides, and the side of the features."""
+    layer = take(extractor["roi_layer"], type="RoIAlign", sampling_ratio=0)
+    return extractor["featmap_strides"], layer["output_size"]
+
+
+def _roi_head(meta: dict, heads: ModuleType):
+    roi, test = meta["roi"], meta["test_cfg"]["rcnn"]
+    train = take(meta["train_cfg"]["rcnn"], pos_weight=-1, debug=False)
+    mask = take(
+        roi["mask"],
+        type="FCNMaskHead",
+        loss_mask={"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
+    )
+    mask_head = heads.MaskHead(
+        mask["in_channels"], mask["num_classes"], mask["num_convs"], mask["conv_out_channels"], "norm_cfg" in mask
+    )
+    strides, box_size = _extractor(roi["box_roi"])
+    mask_size = None
+    if roi["mask_roi"]:
+        assert roi["mask_roi"]["featmap_strides"] == strides
+        _, mask_size = _extractor(roi["mask_roi"])
+    assert train["mask_size"] == 2 * (mask_size or roi["box"]["roi_feat_size"])
+    loss = roi["box"]["loss_bbox"]
+    giou = loss["type"] == "GIoULoss"
+    assert roi["box"].get("reg_decoded_bbox", False) == giou
+    assert giou or loss == {"type": "L1Loss", "loss_weight": 1.0}
+    assert test["mask_thr_binary"] == 0.5
+    return heads.RoIHead(
+        _box_head(meta, heads),
+        mask_head,
+        strides=strides,
+        box_size=box_size,
+        mask_size=mask_size,
+        shared_head=SharedHead(roi["box_roi"]["out_channels"]) if meta["shared_head"] else None,
+        matching=_matching(train, heads, with_objects=True),
+        giou_weight=loss["loss_weight"] if giou else 0.0,
+        score_threshold=test["score_thr"],
+        nms_iou=_nms(test["nms"]),
+        num_detections=test["max_per_img"],
+    )
+
+
+def build(ref: Golden, heads: ModuleType):
+    """The network of a case; its backbone hands on the maps, which are given instead of images."""
+    parts = [make(ref.meta, heads) for make in (_neck, _rpn_head, _roi_head)]
+    model = heads.MaskRCNN(nn.Identity(), *parts)
+    model.load_state_dict(ref.weights)
+    return model
+
+
+def inputs(ref: Golden) -> tuple[list[Tensor], list[ImageInfo], list[dict[str, Tensor]]]:
+    """Maps, images and objects of a case."""
+    maps = [ref[f"in/feat{i}"] for i in range(sum(name.startswith("in/feat") for name in ref.arrays))]
+    infos, targets = [], []
+    for i, size in enumerate(ref["in/img_shapes"].tolist()):
+        padded, original = ref["in/pad_shapes"][i].tolist(), ref["in/ori_shapes"][i].tolist()
+        scale = ref["in/scale_factors"][i].expand(2).tolist()
+        infos.append(ImageInfo(tuple(size), tuple(padded), tuple(original), tuple(scale), i))
+        targets.append({name: ref[f"in/gt_{name}{i}"] for name in ("boxes", "labels", "masks")})
+    return maps, infos, targets
+
+
+@contextmanager
+def num_threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def recorded_maps(ref: Golden, heads: ModuleType) -> list[Tensor]:
+    """The maps in the memory layout in which they were recorded, by a program of two threads.
+
+    Layout and threads change the order in which a convolution sums, and so its last bits; among a million activations
+    some stand so near zero that these bits decide whether ReLU lets a gradient pass. A file does not tell the layout:
+    it is the one that reproduces the pyramid best.
+    """
+    model = build(ref, heads).train()
+    errors = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = [x.contiguous(memory_format=layout) for x in inputs(ref)[0]]
+        with torch.no_grad(), num_threads(2):
+            x = model.neck(maps)[0] if model.neck else model.rpn_head(maps)[0][0]
+        errors[(x - ref["out/fpn0" if model.neck else "out/rpn_cls0"]).abs().max().item()] = maps
+    return errors[min(errors)]
+
+
+def assert_proposals(ref: Golden, model, kind: str, maps: list[Tensor], infos: list[ImageInfo]) -> None:
+    """`kind` is train or test; the module is in that mode."""
+    found = model.rpn_head.proposals(*model.rpn_head(maps), infos)
+    assert len(found) == sum(name.startswith(f"out/{kind}_proposals") for name in ref.arrays)
+    for i, (boxes, scores) in enumerate(found):
+        expected = ref[f"out/{kind}_proposals{i}"]
+        pair(ref, boxes, scores, torch.zeros(len(boxes)), expected[:, :4], expected[:, 4], torch.zeros(len(expected)))
+
+
+def pair(ref: Golden, boxes, scores, labels, ref_boxes, ref_scores, ref_labels) -> list[int]:
+    """Which box is which: equal boxes and labels in the order of the scores, which is free where scores tie.
+
+    Returns:
+        for each expected box the index of ours.
+    """
+    given = ref.meta["tolerances"]
+    assert len(boxes) == len(ref_boxes)
+    assert_close(scores, ref_scores, given["rtol"], given["atol"], "scores")
+    distance = (boxes[None] - ref_boxes[:, None]).abs().amax(dim=2)  # (expected, ours)
+    ties = (ref_scores[:, None] - ref_scores[None]).abs() <= given["scores_that_tie"]
+    equal = (distance <= given["boxes_px"]) & (ref_labels[:, None] == labels[None])
+    order = []
+    for i in range(len(ref_boxes)):
+        free = [j for j in (equal[i] & ties[i]).nonzero()[:, 0].tolist() if j not in order]
+        assert free, f"box {i} of {len(ref_boxes)}: nearest at {distance[i].min():.2g} px"
+        order.append(free[0])
+    return order
+
+
+def check_training(ref: Golden, heads: ModuleType) -> None:
+    """Pyramid, anchors, the RPN's maps, proposals, losses and every gradient."""
+    _, infos, targets = inputs(ref)
+    given = {name: ref.meta["tolerances"][name] for name in ("rtol", "atol")}
+    model, maps = build(ref, heads).train(), recorded_maps(ref, heads)
+    with torch.no_grad():
+        pyramid = model.neck(maps) if model.neck else maps
+        logits, deltas = model.rpn_head(pyramid)
+    outs = {f"out/fpn{i}": x for i, x in enumerate(pyramid)}
+    for i, anchors in enumerate(model.rpn_head.anchors(logits)):
+        outs |= {f"out/rpn_cls{i}": logits[i], f"out/rpn_reg{i}": deltas[i], f"out/anchors{i}": anchors}
+    assert set(outs) == {n for n in ref.arrays if n.startswith(("out/fpn", "out/rpn_", "out/anchors"))}
+    for name, value in outs.items():
+        assert_close(value, ref[name], **given, what=name)
+    assert_proposals(ref, model, "train", pyramid, infos)
+
+    maps = [x.requires_grad_() for x in maps]
+    with num_threads(2):
+        losses = model(maps, infos, targets)
+        total = torch.stack(list(losses.values())).sum()
+        total.backward()
+    assert set(losses) == set(ref.group("out/loss")) - {"total", "acc"}  # the accuracy is no loss
+    for name, value in (losses | {"total": total}).items():
+        assert_close(value, ref[f"out/loss/{name}"], **given, what=name)
+    gradients = {f"grad/{name}": p.grad for name, p in model.named_parameters()}
+    gradients |= {f"grad_feat{i}": x.grad for i, x in enumerate(maps)}
+    assert set(gradients) == {name[4:] for name in ref.arrays if name.startswith("out/grad")}
+    for name, grad in gradients.items():
+        expected = ref[f"out/{name}"]
+        assert grad is not None, name
+        assert_close(grad, expected, rtol=0, atol=1e-4 * expected.abs().max() + 1e-6, what=name)
+
+
+def check_detections(ref: Golden, heads: ModuleType) -> None:
+    """Proposals, boxes, scores, labels and every pixel of the masks."""
+    model, (_, infos, _) = build(ref, heads).eval(), inputs(ref)
+    maps = recorded_maps(ref, heads)
+    with torch.no_grad():
+        assert_proposals(ref, model, "test", model.neck(maps) if model.neck else maps, infos)
+        found = model(maps, infos)
+    assert len(found) == sum(name.startswith("out/test_boxes") for name in ref.arrays)
+    for i, image in enumerate(found):
+        expected = [ref[f"out/test_{name}{i}"] for name in ("boxes", "scores", "labels")]
+        order = pair(ref, image["boxes"], image["scores"], image["labels"], *expected)
+        masks = np.packbits(image["masks"][order].numpy(), axis=-1)
+        np.testing.assert_array_equal(masks, ref.arrays[f"out/test_masks{i}"])
+        assert image["masks"][order].sum(dim=(1, 2)).tolist() == ref[f"out/test_mask_area{i}"].tolist()

@@ -1,0 +1,15 @@
+"""Mask R-CNN on given maps against mmdetection's heads."""
+
+from tests.support import detection
+from tests.support.helpers import golden_files, load_golden
+from udi import detection_heads as heads
+
+
+@golden_files("udi", "det_mask_rcnn")
+def test_losses_and_gradients_as_mmdetection(path):
+    detection.check_training(load_golden(path), heads)
+
+
+@golden_files("udi", "det_mask_rcnn")
+def test_detections_as_mmdetection(path):
+    detection.check_detections(load_golden(path), heads)
