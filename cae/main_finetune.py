@@ -259,8 +259,8 @@ def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: floa
 
 
 def build_mixup(args: argparse.Namespace) -> Mixup | None:
-    """timm's Mixup and CutMix; None if both are off."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    """timm's Mixup and CutMix; None if both are off, or nothing is trained."""
+    if args.eval or not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return None
     if args.batch_size % 2:
         raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")
@@ -391,7 +391,7 @@ def run(
     # ---- optimizer
     images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)
-    updates = len(loader) // args.accum_iter
+    updates = max(1, len(loader) // args.accum_iter)  # an evaluation has none
     by_update = optim.build_rates(args, updates)
 
     def rates(epoch: int, step: int) -> tuple[float, float]:

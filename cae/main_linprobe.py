@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     distributed.log(f"{Path(__file__).name} {vars(args)}")
-    if args.batch_size < 2:
+    if args.batch_size < 2 and not args.eval:
         raise distributed.UserError(f"--batch_size {args.batch_size}: the probe's batch norm needs at least 2 images")
     # ---- data
     augment, val_transform = datasets.probe_transform(args.input_size), datasets.eval_transform(args.input_size)

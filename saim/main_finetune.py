@@ -121,8 +121,8 @@ def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: floa
 
 
 def build_mixup(args: argparse.Namespace) -> Mixup | None:
-    """timm's Mixup and CutMix; None if both are off."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    """timm's Mixup and CutMix; None if both are off, or nothing is trained."""
+    if args.eval or not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return None
     if args.batch_size % 2:
         raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")

@@ -52,7 +52,7 @@ def listed(dataset: Any, list_path: str) -> Any:
         UserError: the file cannot be read, or names no image of some class.
     """
     try:
-        lines = Path(list_path).read_text("utf-8").splitlines()
+        lines = Path(list_path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is no UTF-8 text"
         raise UserError(f"--target_list_path {list_path}: {reason}; expected a file name per line") from error
@@ -71,16 +71,16 @@ def listed(dataset: Any, list_path: str) -> Any:
 
 
 def semi_supervised_sets(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The listed training images, and all validation images, of the first --class_num classes.
+    """The listed training images (with --eval all validation images), and those, of the first --class_num classes.
 
     Raises:
         UserError: something is missing or does not fit together.
     """
-    train, val = (datasets.image_dataset(args.data_path, split) for split in (True, False))
+    train, val = (datasets.image_dataset(args.data_path, split and not args.eval) for split in (True, False))
     datasets.check_classes(train, val, max(len(train.classes), len(val.classes)))
     train, val = (first_classes(dataset, args.class_num) for dataset in (train, val))
     args.class_names = list(train.classes)
-    return listed(train, args.target_list_path), val
+    return train if args.eval else listed(train, args.target_list_path), val
 
 
 # ---- transfer

@@ -137,12 +137,12 @@ def run_key(
     args.nb_classes = len(train.classes)
     with distributed.user_errors("--mixup, --cutmix and their options"):
         mixup = build_mixup(args)
-    loader = datasets.build_loader(
-        args, train, transform, device, seed=args.seed, accum_iter=args.accum_iter, sampler=sampler()
-    )
+    own = {"seed": args.seed, "accum_iter": args.accum_iter}
+    loader = None if args.eval else datasets.build_loader(args, train, transform, device, sampler=sampler(), **own)
     val_loader = datasets.build_loader(
         args, val, val_transform, device, train=False, batch_size=int(1.5 * args.batch_size)
     )
+    loader = val_loader if loader is None else loader
     # ---- model
     model = build_model(args, path, key)
     add_head(model, path, key)

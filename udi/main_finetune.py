@@ -364,7 +364,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- optimizer
     images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)
-    rates = build_rates(args, len(loader) // args.accum_iter)
+    rates = build_rates(args, max(1, len(loader) // args.accum_iter))  # an evaluation has no updates
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
     # Mixup folds the smoothing into its soft targets.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)

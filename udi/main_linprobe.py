@@ -167,17 +167,18 @@ def build_optimizer(args: argparse.Namespace, model: Probe, lr: float) -> torch.
 
 
 def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, datasets.Loader]:
-    """Training batches, the last one of an epoch possibly smaller, and validation batches."""
+    """Training batches, the last one of an epoch possibly smaller, and validation batches; to evaluate, those twice."""
     args.batch_size = args.batch_size_per_gpu
     train, val = (
         datasets.image_dataset(args.data_path, is_train, True, args.dataset, split)
-        for is_train, split in ((True, args.train_split), (False, args.val_split))
+        for is_train, split in ((not args.evaluate, args.train_split), (False, args.val_split))
     )
     args.class_names = datasets.check_classes(train, val, args.num_labels)
     augment, val_transform = strong_transform(args.input_size), datasets.eval_transform(args.input_size, 224 / 256)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "drop_last": False}
-    loader = datasets.build_loader(args, train, augment, device, **own)
-    return loader, datasets.build_loader(args, val, val_transform, device, train=False)
+    loader = None if args.evaluate else datasets.build_loader(args, train, augment, device, **own)
+    val_loader = datasets.build_loader(args, val, val_transform, device, train=False)
+    return val_loader if loader is None else loader, val_loader
 
 
 def main(args: argparse.Namespace) -> None:

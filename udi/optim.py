@@ -102,8 +102,8 @@ def create_optimizer(args: argparse.Namespace, groups: Iterable, lr: float) -> t
 
 # same as cae/main_finetune.py
 def build_mixup(args: argparse.Namespace) -> Mixup | None:
-    """timm's Mixup and CutMix; None if both are off."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    """timm's Mixup and CutMix; None if both are off, or nothing is trained."""
+    if args.eval or not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         return None
     if args.batch_size % 2:
         raise distributed.UserError(f"--batch_size {args.batch_size}: Mixup and CutMix need an even number")

@@ -328,7 +328,7 @@ def supervised_loaders(
     val_order: Callable[[int], list[int]] | None = None,
     **kwargs,
 ) -> tuple[Loader, Loader]:
-    """Training and validation batches of the flags, whose classes agree.
+    """Training and validation batches of the flags, whose classes agree; with --eval both are the validation's.
 
     Args:
         val_path: folder of the validation images, if not --data_path. val_batch_size: if not --batch_size.
@@ -336,13 +336,12 @@ def supervised_loaders(
         kwargs: `lists` and `direct` as in `image_dataset`.
     """
     kwargs["skip"] = args.output_dir
-    train = image_dataset(args.data_path, True, True, args.dataset, args.train_split, **kwargs)
+    train = None if args.eval else image_dataset(args.data_path, True, True, args.dataset, args.train_split, **kwargs)
     path = val_path or args.data_path
     val = image_dataset(path, False, True, args.dataset, args.val_split, **kwargs)
     args.class_names = check_classes(train, val, args.nb_classes)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": whole_updates}
-    val_batch = val_batch_size or args.batch_size
-    return (
-        build_loader(args, train, transform, device, **own),
-        build_loader(args, val, val_transform, device, train=False, batch_size=val_batch, order=val_order),
-    )
+    loader = None if args.eval else build_loader(args, train, transform, device, **own)
+    view = {"train": False, "batch_size": val_batch_size or args.batch_size, "order": val_order}
+    val_loader = build_loader(args, val, val_transform, device, **view)
+    return val_loader if loader is None else loader, val_loader

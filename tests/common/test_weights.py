@@ -93,7 +93,7 @@ def test_parts_are_read_through_their_index(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_torchscript_program_is_named(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
-    torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)).save(str(path))
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)), str(path))
     with pytest.raises(UserError, match=f"^{path}: is a TorchScript program.*torch.jit.load") as error:
         distributed.load(str(path))
     way = str(error.value).split("; ")[1].split(" keeps")[0]
