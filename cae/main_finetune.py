@@ -292,8 +292,10 @@ def build_transforms(args: argparse.Namespace):
             mean,
             std,
         )
-    if args.input_size <= 32:  # as upstream
-        augment.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+    if args.input_size <= 32:  # as upstream, but for images that are not of that size yet
+        resize = transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC)
+        crop = transforms.RandomCrop(args.input_size, padding=4)
+        augment.transforms[:1] = [resize, crop]
     crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
     return augment, datasets.eval_transform(args.input_size, crop_pct, mean, std)
 

@@ -317,8 +317,10 @@ def build_transforms(args: argparse.Namespace):
             mean,
             std,
         )
-    if args.input_size <= 32:  # as upstream
-        augment.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+    if args.input_size <= 32:  # as upstream, but for images that are not of that size yet
+        resize = transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC)
+        crop = transforms.RandomCrop(args.input_size, padding=4)
+        augment.transforms[:1] = [resize, crop]
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise distributed.UserError(f"--crop_pct {args.crop_pct}: expected a share of the side, above 0, at most 1")
     crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import random
+import re
 import signal
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,8 +21,20 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from common import distributed
 from common.datasets.files import to_rgb
 from common.datasets.images import check_classes, image_dataset
-from common.distributed import Position, Stopped, UserError, agree, flag_groups, log, rank, stop_signal, world_size
+from common.distributed import (
+    SIGNALS,
+    Position,
+    Stopped,
+    UserError,
+    agree,
+    flag_groups,
+    log,
+    rank,
+    stop_signal,
+    world_size,
+)
 
+THINNEST = 1000  # the longer side of an image over the shorter one, at most
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
 
 
@@ -62,11 +75,13 @@ def seeded(*key: int) -> Iterator[None]:
     random.seed(words[0])
     np.random.seed(words[1])  # noqa: NPY002 - timm draws from the global generator
     torch.default_generator.manual_seed(words[2])
-    yield
-    if before:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
+    try:
+        yield
+    finally:
+        if before:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            torch.set_rng_state(before[2])
 
 
 class Sample(NamedTuple):
@@ -85,6 +100,8 @@ class _Samples(Dataset):
         reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
         image, target = self.base[index] if reader is None else reader[index]
         image = image if isinstance(image, Image.Image) else Image.open(image)
+        if max(image.size) > THINNEST * min(image.size):  # resizing the shorter side would fill the memory
+            raise ValueError("{} x {} pixels are too thin".format(*image.size))
         return to_rgb(image), target
 
     def _name(self, index: int) -> str:
@@ -96,15 +113,16 @@ class _Samples(Dataset):
         problems: list[str] = []
         for index in range(first, first + (MAX_BAD_IN_A_ROW if self.replace_bad else 1)):
             index %= len(self.base)
+            what = "unreadable image"
             try:
                 image, target = self._decode(index)
-            except Exception as error:  # Pillow raises many types for damaged files
+                what = "{} x {} pixels, which a transform cannot take".format(*image.size)
+                with seeded(self.seed, *key):
+                    image, target = self.transform(image, target) if self.joint else (self.transform(image), target)
+                return Sample(image, target, problems)
+            except Exception as error:  # Pillow and transforms raise many types
                 reason = " ".join(str(error).split()) or type(error).__name__
-                problems.append(f"{self._name(index)}: unreadable image ({reason})")
-                continue
-            with seeded(self.seed, *key):
-                image, target = self.transform(image, target) if self.joint else (self.transform(image), target)
-            return Sample(image, target, problems)
+                problems.append(f"{self._name(index)}: {what} ({reason})")
         return Sample(None, -1, problems)
 
 
@@ -136,7 +154,7 @@ def _collate(samples: list[Sample], collate: Callable, joint: bool) -> tuple[Any
 
 def _ignore_signals(_worker: int) -> None:
     """A Ctrl-C or a scheduler's SIGTERM reaches the whole process group; the main process ends the workers."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -271,27 +289,27 @@ class Loader:
         """The batches of an epoch from number `start` on; images are a list where the transform gives several.
 
         Raises:
-            UserError: an image is unreadable and bad_images is "stop".
+            UserError: an image is unreadable and bad_images is "stop", or a loader process ended.
             Stopped: a stop signal arrived; raised where an update is complete.
         """
         if isinstance(self.sampler, _EpochSampler):
             self.sampler.epoch = epoch
             self.sampler.first = start * self.batch_size
-        self._running[:] = [iter(self.loader)]
-        for step, (images, targets, problems) in enumerate(self._running[0], start):
+        for step, (images, targets, problems) in enumerate(self._read(), start):
             rest = self.batch_size if self.drop_last else len(self.sampler) - step * self.batch_size
-            is_full = len(targets) >= min(self.batch_size, rest)
-            fatal = bool(problems) and (self.bad_images == "stop" or (self.train and not is_full))
+            lost = targets is None
+            is_full = not lost and len(targets) >= min(self.batch_size, rest)
+            fatal = lost or bool(problems) and (self.bad_images == "stop" or (self.train and not is_full))
             if self.train:
                 signum, anywhere = agree(fatal)
                 if signum and step % self.accum_iter == 0:
                     raise Stopped(signum)
                 if anywhere and not fatal:
-                    raise UserError("another process met an unreadable image")
+                    raise UserError("another process met an unreadable image, or lost a loader process")
             elif stop_signal():  # nothing to save in an evaluation
                 raise Stopped(stop_signal())
             if fatal:
-                raise UserError(f"{problems[-1]}; --bad_images skip goes on without it")
+                raise UserError(problems[-1] if lost else f"{problems[-1]}; --bad_images skip goes on without it")
             for problem in problems:
                 if problem not in self.bad:
                     self.bad.append(problem)
@@ -300,6 +318,20 @@ class Loader:
                 targets = self._labels[targets]
             if images is not None:
                 yield tree_map(self._on_device, (images, targets))
+
+    def _read(self) -> Iterator[tuple[Any, Any, list[str]]]:
+        """Images, targets and problems of each batch; after the end of a loader process one without targets."""
+        self._running[:] = [iter(self.loader)]
+        if hasattr(signal, "SIGCHLD"):  # torch would raise inside whatever runs; here it is seen at the next batch
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            yield from self._running[0]
+        except RuntimeError as error:
+            reason = re.search(r"DataLoader worker [^.]*exited unexpectedly|.*shared memory.*", str(error))
+            if reason is None:
+                raise
+            way = "memory or /dev/shm is full, or it was killed; a smaller --num_workers needs less, 0 no /dev/shm"
+            yield None, None, [f"{reason[0].strip()}: {way}"]
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value

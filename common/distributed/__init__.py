@@ -7,7 +7,16 @@ resume), command (flags, run).
 
 from common.distributed.checkpoint import Checkpoint, Files, find_checkpoint
 from common.distributed.command import add_flags, add_launch_flags, check_ranges, flag_groups, new_parser, run
-from common.distributed.exits import Exit, NonFinite, Stopped, UserError, catch_signals, stop_signal, user_errors
+from common.distributed.exits import (
+    SIGNALS,
+    Exit,
+    NonFinite,
+    Stopped,
+    UserError,
+    catch_signals,
+    stop_signal,
+    user_errors,
+)
 from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import (
     agree,

@@ -65,6 +65,9 @@ def run(main: Callable, args) -> None:
                 about = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
                 Path(file).write_text(json.dumps({"message": about}))
         sys.exit(end.status)
+    except KeyboardInterrupt:  # what is worth saving was saved at the first one
+        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(130)
     except RuntimeError as error:
         if world_size() == 1 or "Connection closed by peer" not in str(error):
             raise

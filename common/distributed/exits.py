@@ -47,6 +47,8 @@ class Stopped(Exit):
         self.status = 128 + signum
 
 
+# Windows has no SIGUSR1.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 _received: list[int] = []  # the first stop signal, if any
 
 
@@ -61,7 +63,7 @@ def _on_signal(signum: int, _frame) -> None:
 
 def catch_signals() -> None:
     """Let SIGTERM, SIGINT and SIGUSR1 wait until a loader's next batch (`stop_signal`, `agree`)."""
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for signum in SIGNALS:
         signal.signal(signum, _on_signal)
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -58,7 +57,11 @@ def hardware() -> str:
 def resident_bytes(peak: bool = False) -> int:
     """Memory of this process now, or its peak (Linux: since it was last reset)."""
     status = Path("/proc/self/status")
-    if not status.exists():  # macOS counts bytes, and says the peak only
+    if not status.exists():  # macOS counts bytes, and says the peak only; Windows does not say it
+        try:
+            import resource
+        except ImportError:
+            return 0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
@@ -126,10 +129,13 @@ class RunLog:
             main_does(lambda: self._open(events or folder, start, keep))
 
     def _open(self, events: str, start: float, keep: int | None) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
-
         with self._written():
-            self.writer = SummaryWriter(events, purge_step=int(start) or None)
+            try:
+                from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
+
+                self.writer = SummaryWriter(events, purge_step=int(start) or None)
+            except ImportError as error:
+                log(f"WARNING: TensorBoard cannot be imported ({error}); no events are written")
             if self.path is not None and keep is not None and self.path.exists() and self.path.stat().st_size > keep:
                 os.truncate(self.path, keep)
 

@@ -98,8 +98,9 @@ def shared_rows(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[np.n
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            with open(temporary, "r+b") as file:  # claim the space: a full disk must not end a process by SIGBUS
-                os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)  # type: ignore[attr-defined]
+            if hasattr(os, "posix_fallocate"):  # claim the space: a full disk must not end a process by SIGBUS
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)  # type: ignore[attr-defined]
 
     try:
         distributed.main_does(create)

@@ -47,9 +47,16 @@ def test_evaluation_crops_by_size(size, flags, resized):
 
 
 def test_small_images_are_padded_instead_of_cropped():
-    train, _ = finetune_transforms("--input_size", "32")
-    assert isinstance(train[0], transforms.RandomCrop)
-    assert (train[0].padding, train[0].size) == (4, (32, 32))
+    """After a resize, which leaves images of that size as they are: others would be cut to scraps, or be too small."""
+    (resize, crop, *_), _ = finetune_transforms("--input_size", "32")
+    assert isinstance(resize, transforms.Resize)
+    assert isinstance(crop, transforms.RandomCrop)
+    assert (resize.size, crop.padding, crop.size) == (32, 4, (32, 32))
+    image: Any = Image.new("RGB", (32, 32))
+    assert resize(image) is image
+    for size in ((8, 8), (300, 200)):
+        small: Any = Image.new("RGB", size)
+        assert crop(resize(small)).size == (32, 32)
 
 
 def test_attentive_probing_crops_and_flips_only():

@@ -250,7 +250,8 @@ def test_transforms_of_flags():
         assert val.transforms[0].size == resized
         assert val.transforms[0].interpolation == transforms.InterpolationMode.BILINEAR
     train, _ = main_finetune.build_transforms(parser.parse_args(["--input_size", "32"]))
-    assert (train.transforms[0].size, train.transforms[0].padding) == ((32, 32), 4)
+    resize, crop, *_ = train.transforms
+    assert (resize.size, crop.size, crop.padding) == (32, (32, 32), 4)
 
 
 # ---- aliases
