@@ -359,6 +359,7 @@ def test_torchvision_data_set_by_name(tmp_path, monkeypatch):
     assert len(datasets.image_dataset(str(tmp_path), False, name="torch/cifar10")) == 4
 
 
+@pytest.mark.slow
 def test_an_abandoned_epoch_ends_with_the_interpreter(digits, run_script, tmp_path):
     script = tmp_path / "abandon.py"
     script.write_text(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saim import main_finetune, main_linprobe, main_pretrain
-from tests.support.commands import commands_of, fill, finish, flags, processes, run, start, uneven_images
+from tests.support.commands import commands_of, fill, flags, processes, run, uneven_images
 from tests.support.helpers import ROOT
 from tests.support.processes import launch
 
@@ -97,7 +97,3 @@ def test_eval__counts_every_image_once_on_any_number_of_processes(commands, runs
         found = re.findall(r"Accuracy of the network on the .*", out)
         assert found == [f"Accuracy of the network on the 19 test images: {trained['test_acc1']:.1f}%"]
         assert f"* Acc@1 {trained['test_acc1']:.3f} Acc@5 {trained['test_acc5']:.3f} loss" in out
-
-
-def test_module__runs_from_the_repository_root():
-    assert "--query_depth" in finish(start("python -m saim.main_pretrain --help", ROOT))

@@ -372,6 +372,7 @@ def test_output_that_is_cut__ends_quietly(saim, tmp_path, monkeypatch):
     assert (tmp_path / "out").read_text() == ""
 
 
+@pytest.mark.slow
 def test_the_script__in_a_process_of_its_own(saim, run_script):
     (saim / "models_saim.py").unlink()
     (saim / "util").rename(saim / "other")

@@ -89,6 +89,7 @@ def test_user_errors(runs, tmp_path, capsys, log, out, words):
     assert re.search(words, line)
 
 
+@pytest.mark.slow
 def test_script(run_script, runs, tmp_path):
     out = tmp_path / "figures" / "log.png"
     run_script("scripts/tools/plot_log.py", *runs.values(), "--out", str(out))

@@ -11,7 +11,7 @@ import torch
 from common import distributed
 from semaim import main_finetune, main_knn, main_linprobe, main_pretrain
 from semaim.models_semaim import AimViT
-from tests.support.processes import launch
+from tests.support.processes import begin, launch
 from tests.support.runs import FAULTS, assert_same, command, finish, kept_signals, mistake, run_main, start
 
 SMALL = ["--input_size", "16", "--patch_size", "4", "--num_workers", "0"]
@@ -47,8 +47,12 @@ def stop_and_resume(digits: str, tmp_path: Path, processes: int, *further: str) 
     script = "semaim/main_pretrain.py"
     complete(processes, whole, script, *flags(digits, whole, *options))
     argv = flags(digits, stopped, *options)
-    run = start(command(processes, str(FAULTS), script, *argv), stopped / "out", FAULT="signal_at:8")
-    status = run.wait(timeout=240)
+    if processes == 1:
+        run = begin(stopped / "out", str(FAULTS), script, *argv, FAULT="signal_at:8")
+        run.join(timeout=240)
+        status = run.exitcode
+    else:
+        status = start(command(processes, str(FAULTS), script, *argv), stopped / "out", FAULT="signal_at:8").wait(240)
     text = (stopped / "out").read_text()
     assert status == 128 + signal.SIGTERM if processes == 1 else status != 0, text
     assert "saved epoch 1, step" in text

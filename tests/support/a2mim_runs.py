@@ -13,6 +13,7 @@ from common import distributed
 SMALL = ["--epochs", "3", "--num_workers", "0", "--warmup_epochs", "1"]
 VIT = ["--backbone", "vit_nano", "--patch_size", "8", "--batch_size", "8", "--drop_path", "0.2", "--clip_grad", "1"]
 UNEVEN = ["--backbone", "resnet_nano", "--batch_size", "7", "--accum", "2"]
+SIDE = ["--input_size", "32", "--mask_patch_size", "16"]
 SPECTRUM = ["--loss", "focal_l1", "--fft_weight", "0.5", "--fft_unmask_weight", "1e-3"]
 PARAMWISE = ["--paramwise", '[("bias", {"weight_decay": 0.0}), ("mask_", {"weight_decay": 0.0, "lr_mult": 0.1})]']
 EVAL = ["--train_size", "32", "--val_resize", "36", "--val_crop", "32", "--nb_classes", "10"]
@@ -20,11 +21,11 @@ LAMB = ["--opt", "lamb", "--lr", "1e-2", "--bce", "true", "--by_epoch", "true", 
 EMA = ["--ema", "0.9", "--ema_warmup_iters", "9", "--ema_update_interval", "2"]
 MIX = ["--mixup", "0.1", "--cutmix", "1"]
 CASES: dict[str, tuple[ModuleType, type, list[str]]] = {
-    "vit": (main_pretrain, MaskedImageModel, [*SMALL, *VIT, "--input_size", "64", *PARAMWISE]),
+    "vit": (main_pretrain, MaskedImageModel, [*SMALL, *VIT, *SIDE, *PARAMWISE]),
     "resnet": (
         main_pretrain,
         MaskedImageModel,
-        [*SMALL, *UNEVEN, *SPECTRUM, *PARAMWISE, "--input_size", "64", "--mask_layer", "3", "--mask_init", "1e-6"],
+        [*SMALL, *UNEVEN, *SPECTRUM, *PARAMWISE, *SIDE, "--mask_layer", "3", "--mask_init", "1e-6"],
     ),
     # Repeated augmentation needs 256 images.
     "finetune": (main_finetune, Classifier, [*SMALL, *UNEVEN, *EVAL, *LAMB, *EMA, *MIX]),
