@@ -1,4 +1,4 @@
-"""Golden cases of Mask R-CNN without its backbone, built from `meta` alone; mmdetection's names are on the left."""
+"""Golden cases of Mask R-CNN without its backbone, built from `meta` alone, and what holds for whole networks."""
 
 from contextlib import contextmanager
 from types import ModuleType
@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.dense_datasets.detection import ImageInfo
+from common.dense_datasets import coco
+from common.dense_datasets.detection import DetectionImages, ImageInfo, collate
+from common.dense_datasets.views import EvalTransform
+from scripts.tools.shapes import write_stills
 from tests.support.helpers import Golden, assert_close
 
 
@@ -278,3 +281,115 @@ def check_detections(ref: Golden, heads: ModuleType) -> None:
         masks = np.packbits(image["masks"][order].numpy(), axis=-1)
         np.testing.assert_array_equal(masks, ref.arrays[f"out/test_masks{i}"])
         assert image["masks"][order].sum(dim=(1, 2)).tolist() == ref[f"out/test_mask_area{i}"].tolist()
+
+
+# ---- whole networks
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Number of parameters of each part."""
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+
+
+def unit(name: str, norm: bool) -> set[str]:
+    """Names of a convolution's parameters and those of its batch norm, which stands for its bias."""
+    return {f"{name}.conv.weight"} | ({f"{name}.bn.weight", f"{name}.bn.bias"} if norm else {f"{name}.conv.bias"})
+
+
+def layer(*names: str) -> set[str]:
+    return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
+def assert_names(model, convs: int, fcs: int, box_norm: bool, neck_norm: bool = False, mask_norm: bool = False):
+    """mmdetection's names of all parameters of a network with a pyramid but its backbone's, and no others."""
+    expected = layer(*(f"rpn_head.{name}" for name in ("rpn_conv", "rpn_cls", "rpn_reg")))
+    for i in range(4):
+        expected |= unit(f"neck.lateral_convs.{i}", neck_norm) | unit(f"neck.fpn_convs.{i}", neck_norm)
+        expected |= unit(f"roi_head.mask_head.convs.{i}", mask_norm)
+    expected |= layer("roi_head.mask_head.upsample", "roi_head.mask_head.conv_logits")
+    expected |= {name for i in range(convs) for name in unit(f"roi_head.bbox_head.shared_convs.{i}", box_norm)}
+    expected |= layer(*(f"roi_head.bbox_head.shared_fcs.{i}" for i in range(fcs)))
+    expected |= layer("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg")
+    names = {n for n, _ in model.named_parameters() if not n.startswith(("backbone.", "neck.pyramid."))}
+    assert names == expected
+
+
+def assert_initial_weights(model) -> None:
+    """Spread of the fresh weights of every layer behind the backbone; biases are zero, norms the identity."""
+    normal = {"rpn_conv": 0.01, "rpn_cls": 0.01, "rpn_reg": 0.01, "fc_cls": 0.01, "fc_reg": 0.001}
+    for name, p in model.named_parameters():
+        if name.startswith(("backbone.", "neck.pyramid.")) or ".layer4." in name:
+            continue
+        module = name.split(".")[-2]
+        if name.endswith("bias"):
+            assert not p.any(), name
+            continue
+        if module in ("bn", "norm"):
+            assert (p == 1).all(), name
+            continue
+        fan_in, fan_out = p[0].numel(), len(p) * p[0, 0].numel()
+        std = normal.get(module, (2 / fan_out) ** 0.5)  # Kaiming's
+        if name.startswith("neck.") or ".shared_fcs." in name:
+            std = (2 / (fan_in + fan_out)) ** 0.5  # Xavier's
+            bound = 3**0.5 * std  # of a uniform distribution
+            assert 0.95 * bound < p.abs().max() <= bound * 1.001, name
+        assert abs(p.std().item() / std - 1) < max(0.05, 4 / p.numel() ** 0.5), name
+
+
+def assert_learns(model, frozen: tuple[str, ...] = ()) -> None:
+    """Every weight has a part in the losses of two images, and a finite gradient; then objects are found in them."""
+    infos = [
+        ImageInfo((64, 96), (64, 96), (64, 96), (1.0, 1.0), 0),
+        ImageInfo((50, 60), (64, 64), (25, 30), (2.0, 2.0), 1),
+    ]
+    masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
+    masks[:, 8:40, 4:44] = 1
+    target = {"boxes": torch.tensor([[4.0, 8, 44, 40]]), "labels": torch.tensor([1]), "masks": masks}
+    images = torch.randn(2, 3, 64, 96)
+    for name, p in model.named_parameters():
+        if name.endswith("weight") and not p.any():  # the last norm of a residual branch
+            nn.init.ones_(p)
+    losses = model.train()(images, infos, [target, target])
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"}
+    torch.stack(list(losses.values())).sum().backward()
+    for name, p in model.named_parameters():
+        if name in frozen:
+            continue
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.any(), name
+    model.roi_head.score_threshold = 0.0
+    with torch.no_grad():
+        found = model.eval()(images, infos)
+    for image, info in zip(found, infos, strict=True):
+        assert len(image["boxes"]) == 100
+        assert image["masks"].shape == (100, *info.original)
+        h, w = info.original
+        assert (image["boxes"] >= 0).all()
+        assert (image["boxes"] <= torch.tensor([w, h, w, h]) + 1e-4).all()
+
+
+def overfit(model, folder, steps: int, rate: float) -> dict[str, float]:
+    """COCO's figures, in percent, on four drawn images of 128 pixels after that many updates on them."""
+    write_stills(folder, "training", range(1, 5), 128, seed=0)
+    annotations = folder / "coco/annotations/instances_train2017.json"
+    images = DetectionImages(annotations, folder / "coco/train2017", train=True)
+    view = EvalTransform(128, 192)
+    batch, pairs = collate([view(*images[i]) for i in range(4)])
+    infos, targets = [info for info, _ in pairs], [target for _, target in pairs]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / 20, 1.0 if step < 0.8 * steps else 0.1)
+        loss = torch.stack(list(model(batch, infos, targets).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+    with torch.no_grad():
+        found = model.eval()(batch, infos)
+    predictions = [
+        coco.predictions_of(info.image_id, image, images.category_ids) for info, image in zip(infos, found, strict=True)
+    ]
+    return coco.average_precision(images, sum(predictions, []))[0]
