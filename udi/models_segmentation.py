@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from udi.dense_backbone import build_segmentation_backbone
+from udi.detection_heads import FPN
 
 
 # same as cae/models_segmentation.py
@@ -47,39 +48,6 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2d:
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
-
-
-class PlainConv(nn.Module):
-    """A convolution with a bias under the name `conv`; the map's size is kept."""
-
-    def __init__(self, in_channels: int, channels: int, kernel_size: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2)
-        nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class FPN(nn.Module):
-    """Feature pyramid: each map receives what the later ones know.
-
-    Args:
-        in_channels: C of each map, from the finest to the coarsest, here from the earliest to the latest.
-    """
-
-    def __init__(self, in_channels: Sequence[int], out_channels: int = 256):
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(PlainConv(c, out_channels, 1) for c in in_channels)
-        self.fpn_convs = nn.ModuleList(PlainConv(out_channels, out_channels, 3) for _ in in_channels)
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, C, h, w) -> as many (B, out_channels, h, w)."""
-        sums = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
-        for i in range(len(sums) - 1, 0, -1):
-            sums[i - 1] = sums[i - 1] + F.interpolate(sums[i], sums[i - 1].shape[2:], mode="nearest")
-        return [conv(x) for conv, x in zip(self.fpn_convs, sums, strict=True)]
 
 
 class FPNHead(nn.Module):
@@ -137,7 +105,7 @@ def semantic_fpn(
     """Semantic FPN on UDI's ViT; kwargs: as in `build_segmentation_backbone`."""
     backbone = build_segmentation_backbone(**kwargs)
     maps = len(backbone.out_indices)
-    neck = FPN([backbone.embed_dim] * maps, fpn_channels)
+    neck = FPN([backbone.embed_dim] * maps, fpn_channels, maps)
     return SegmentationNetwork(
         backbone, neck, FPNHead([fpn_channels] * maps, head_channels, num_classes, dropout=dropout)
     )

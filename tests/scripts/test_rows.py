@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import processes
+from tests.support.commands import flags, processes
 from tests.support.helpers import ROOT
 from tests.support.rows import (
     ALONE,
@@ -23,6 +23,7 @@ from tests.support.rows import (
     method_of,
     parse,
 )
+from udi import main_segmentation, main_video_segmentation
 
 
 def test_rows__are_all_tested():
@@ -135,3 +136,14 @@ def test_later_stages__take_the_checkpoint_of_pre_training(name):
     for stage, later in args.items():
         flag = next(flag for flag in ("finetune", "pretrained", "pretrained_weights") if flag in later)
         assert getattr(later, flag) == (extracted if stage == "finetune" else encoder)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if family(name) == "udi"])
+def test_udi__dense_stages_are_the_programs_defaults(name):
+    """On 4 processes, which the authors' configuration is for."""
+    folders = {"ADE20K": "/ade", "DAVIS": "/davis", "OUT": "out"}
+    commands = dry_run(name, "segmentation", "video", GPUS="4", **folders)
+    for main, stage, data in (main_segmentation, "segmentation", "/ade"), (main_video_segmentation, "video", "/davis"):
+        parser = main.get_args_parser()
+        own = {"data_path": data, "output_dir": f"out/{stage}", "pretrained_weights": "out/pretrain/checkpoint.pth"}
+        assert vars(parser.parse_args(flags(commands[stage]))) == vars(parser.parse_args([])) | own

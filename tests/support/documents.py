@@ -54,7 +54,7 @@ def read_command(text: str, cwd: Path) -> Iterator[Command]:
     for reading in expand(text):
         words = [word for word in shlex.split(reading, comments=True) if word not in ("...", "\n")]
         env = {}
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0], re.DOTALL):
+        while words and re.fullmatch(r"[A-Z0-9_]+=.*", words[0], re.DOTALL):
             name, env[name] = words[0].partition("=")[0], words.pop(0).partition("=")[2]
         if not words or words[0] in FOREIGN:
             continue

@@ -67,6 +67,7 @@ METHODS = {
             "linear": "main_linprobe.py",
             "extract": "eval_finetuning/extract_backbone_weights_for_finetuning.py",
             "attention": "visualize_attention.py",
+            "video": "main_video_segmentation.py",
         },
     ),
 }

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from tests.support.helpers import assert_close, assert_gradients, golden_files, load_golden, tolerance
+from udi.detection_heads import FPN
 from udi.engine_segmentation import resized, segmentation_loss
-from udi.models_segmentation import FPN, FPNHead, semantic_fpn
+from udi.models_segmentation import FPNHead, semantic_fpn
 
 
 @golden_files("udi", "seg_loss")
@@ -16,7 +17,7 @@ def test_heads(path):
     assert head["in_index"] == list(range(neck["num_outs"]))
     sizes = (head["channels"], head["num_classes"], head["feature_strides"], head["dropout_ratio"])
     parts = {
-        "neck": FPN(neck["in_channels"], neck["out_channels"]),
+        "neck": FPN(neck["in_channels"], neck["out_channels"], neck["num_outs"]),
         "decode_head": FPNHead(head["in_channels"], *sizes),
     }
     heads = nn.ModuleDict(parts)
