@@ -141,7 +141,7 @@ def fit(
 ) -> None:
     """Train from the checkpoint `resume` ('': anew) to the last epoch, logging and saving each.
 
-    Evaluates every --eval_interval epochs and after the last one; best.pth keeps the epoch of the best box AP.
+    Evaluates every --eval_interval epochs and after the last; checkpoint-best.pth keeps the epoch of the best box AP.
     """
     plain = distributed.unwrap(model)
     position = checkpoint.resume(resume, args.start_epoch)
@@ -160,7 +160,7 @@ def fit(
             line |= {f"test_{name}": value for name, value in test.items()}
             if test["box_AP"] > checkpoint.best:
                 checkpoint.best = test["box_AP"]
-                checkpoint.save(distributed.Position(epoch + 1), "best.pth")
+                checkpoint.save(distributed.Position(epoch + 1), "checkpoint-best.pth")
         epoch_log.run_log.epoch(line | {"epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))
     distributed.log(f"{args.epochs} epochs done; {checkpoint.files.latest} is in {args.output_dir or 'no folder'}")

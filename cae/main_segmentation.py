@@ -13,6 +13,7 @@ from typing import Any
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from torch import nn
 
 from cae.dense_backbone import load_backbone
 from cae.engine_segmentation import evaluate, evaluate_checkpoint, fit
@@ -84,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def param_groups(model: SegmentationNetwork, weight_decay: float, layer_decay: float) -> list[dict]:
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Optimizer groups whose `lr_scale` is layer_decay ** (depth + 1 - layer); pyramid and heads have the full rate.
 
     As upstream: the class token and the tables of relative positions are decayed, too.
