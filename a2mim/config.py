@@ -16,6 +16,7 @@ MAINS = {
     "simmim": "main_pretrain.py",
     "finetune": "main_finetune.py",
     "linear": "main_linprobe.py",
+    "segmentation": "main_segmentation.py",
 }
 RANGES = {  # of this method's flags
     **dict.fromkeys(("save_every", "mask_patch_size", "train_size", "val_resize", "val_crop"), (1, math.inf)),
@@ -30,7 +31,10 @@ RANGES = {  # of this method's flags
 UPSTREAM_NAMES = {  # of --cfg-options, and the flags that say the same
     "data.imgs_per_gpu": "batch_per_gpu",
     "data.workers_per_gpu": "num_workers",
+    "data.samples_per_gpu": "batch_size",
     "runner.max_epochs": "epochs",
+    "runner.max_iters": "iters",
+    "evaluation.interval": "eval_interval",
     "optimizer_config.update_interval": "accum",
     "lr_config.warmup_iters": "warmup_epochs",
     "model.backbone.depth": "backbone",
@@ -78,6 +82,7 @@ def new_parser(title: str) -> argparse.ArgumentParser:
     p.add_argument("--print_config", action="store_true", help="print the values of all flags as such a file, and exit")
     p.add_argument(
         "--cfg-options",
+        "--options",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
@@ -85,6 +90,7 @@ def new_parser(title: str) -> argparse.ArgumentParser:
     )
     g.output.add_argument(
         "--work_dir",
+        "--work-dir",
         "--output_dir",
         dest="output_dir",
         default=None,

@@ -26,7 +26,7 @@ NETWORKS = {
         "models_vit": ["VisionTransformer"],
         "models_segmentation": ["SegmentationNetwork"],
     },
-    "a2mim": {"models_a2mim": ["MaskedImageModel", "Classifier"]},
+    "a2mim": {"models_a2mim": ["MaskedImageModel", "Classifier"], "models_segmentation": ["SegmentationNetwork"]},
     # in pre-training two calls per step, the teacher's first
     "udi": {
         "models_udi": ["MultiCropWrapper"],

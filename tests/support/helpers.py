@@ -20,7 +20,14 @@ class Golden:
     """One golden file: arrays of the authors' code by name, and `meta`."""
 
     def __init__(self, path: Path):
-        self.arrays = dict(np.load(path, allow_pickle=False))
+        self.arrays: dict[str, np.ndarray] = {}
+        with np.load(path, allow_pickle=False) as file:
+            for name in file.files:
+                try:
+                    self.arrays[name] = file[name]
+                except ValueError as error:  # None, where a gradient does not exist, is an object
+                    if "Object arrays" not in str(error):
+                        raise
         self.meta = json.loads(str(self.arrays.pop("meta")))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -60,7 +67,6 @@ NOT_RUN = {
     ("semaim", "lars"): "the authors' programs import LARS and do not use it",
     ("cae", "caev2_"): "CAE v2 is not implemented",
     ("cae", "clip_visual"): "CAE v2 is not implemented",
-    ("a2mim", "seg_"): "segmentation is not implemented",
 }
 
 

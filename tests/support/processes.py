@@ -16,7 +16,7 @@ MAINS = {
     "saim": ("pretrain", "finetune", "linprobe"),
     "semaim": ("pretrain", "finetune", "linprobe", "knn"),
     "cae": ("pretrain", "finetune", "attentive", "linprobe", "segmentation"),
-    "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier"),
+    "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier", "segmentation"),
     "udi": ("pretrain", "finetune", "linprobe", "knn", "segmentation", "video_segmentation"),
 }
 PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]

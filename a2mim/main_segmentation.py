@@ -1,0 +1,184 @@
+"""Semantic segmentation with a pre-trained encoder. Recipes: seg_mmsegmentation/configs/ade20k, scripts/a2mim_*.sh.
+
+The defaults are those of UPerNet on ViT-B, whose updates see 16 images: 8 processes of 2.
+"""
+
+import argparse
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from this checkout, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
+from a2mim import config
+from a2mim.config import boolean
+from a2mim.dense_backbone import DenseViT, load_backbone
+from a2mim.engine_segmentation import evaluate, evaluate_checkpoint, fit
+from a2mim.models_segmentation import MODELS, SegmentationNetwork
+from common import distributed, lr_decay, lr_sched
+from common.dense_datasets.iterations import add_flags as add_iteration_flags
+from common.dense_datasets.segmentation import add_flags as add_data_flags
+from common.dense_datasets.segmentation import segmentation_loaders
+from common.dense_datasets.transforms import EvalTransform, TrainTransform
+from common.distributed import sync_bn
+
+TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # ours, as is usual: the authors test one scale
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("save_interval", "stride"), (1, math.inf)),
+    **dict.fromkeys(("warmup_iters", "save_pictures", "layer_scale_init_value", "auxiliary_weight"), (0, math.inf)),
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    p = config.new_parser("A2MIM semantic segmentation")
+    g = distributed.flag_groups(p)
+    script = "of a configuration: which script it is for"
+    g.model.add_argument("--method", default="segmentation", choices=["segmentation"], help=script)
+    add_data_flags(p)
+    side = "side in pixels of the crops in training, and of the windows in which a ViT is evaluated"
+    g.data.add_argument("--input_size", default=512, type=int, help=side)
+    sides = "longest long and short side to which images are resized; default: 4 and 1 times --input_size"
+    g.data.add_argument("--scale", nargs=2, type=int, metavar=("LONG", "SHORT"), help=sides)
+    # ---- model
+    g.model.add_argument("--model", default="upernet_vit_base", choices=list(MODELS), help="network")
+    both = "ViT: add absolute positions to the relative ones"
+    g.model.add_argument("--abs_pos_emb", default=False, type=boolean, nargs="?", const=True, help=both)
+    scale = "ViT: initial layer scale"
+    g.model.add_argument("--layer_scale_init_value", default=0.1, type=float, help=scale)
+    share = "weight of the auxiliary head's loss"
+    g.model.add_argument("--auxiliary_weight", default=0.4, type=float, help=share)
+    skipped = "how often the last block is skipped; earlier ones less often"
+    g.augmentation.add_argument("--drop_path", default=0.1, type=float, help=skipped)
+    # ---- optimizer
+    add_iteration_flags(p, iters=160000, eval_interval=16000)
+    g.optimizer.add_argument("--batch_size", default=2, type=int, help="images per process in one forward pass")
+    g.optimizer.add_argument("--opt", default="adamw", choices=["adamw", "sgd"], help="optimizer")
+    g.optimizer.add_argument("--momentum", default=0.9, type=float, help="momentum of SGD")
+    rate = "highest learning rate, for 16 images per update (640 px: 3e-5; ResNet: 0.01)"
+    g.optimizer.add_argument("--lr", default=4e-4, type=float, help=rate)
+    decay = "a block's learning rate as a share of the next one's, towards the input (640 px: 0.9; ResNet: 1)"
+    g.optimizer.add_argument("--layer_decay", default=0.65, type=float, help=decay)
+    decayed = "weight decay, of a ViT's network of all but biases and norms (ResNet: 5e-4)"
+    g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help=decayed)
+    g.optimizer.add_argument("--power", default=1.0, type=float, help="of the falling learning rate (ResNet: 0.9)")
+    g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end (ResNet: 1e-4)")
+    rises = "updates in which the learning rate rises (ResNet: 0)"
+    g.optimizer.add_argument("--warmup_iters", default=1500, type=int, help=rises)
+    # ---- evaluation, process
+    only = "only evaluate the checkpoint of --resume or of --work_dir, the authors' or ours"
+    g.output.add_argument("--eval", action="store_true", help=only)
+    steps = "pixels between a ViT's windows in evaluations; default: two thirds of --input_size"
+    g.output.add_argument("--stride", type=int, help=steps)
+    averaged = f"average evaluations over the scales {', '.join(map(str, TTA_SCALES))} and mirrored images"
+    g.output.add_argument("--tta", action="store_true", help=averaged)
+    drawn = "evaluated images that are drawn with truth and prediction, in pictures/ of --work_dir"
+    g.output.add_argument("--save_pictures", default=0, type=int, metavar="N", help=drawn)
+    distributed.add_flags(p)
+    again = "ViT: compute blocks again in the backward pass, to save memory"
+    g.process.add_argument("--use_checkpoint", action="store_true", help=again)
+    return p
+
+
+def param_groups(model: SegmentationNetwork, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups of a network.
+
+    ViT: `lr_scale` is layer_decay ** (depth + 1 - layer), neck and heads have the full rate; as upstream, class token,
+    positions and tables of relative positions are decayed, biases and norms are not. ResNet: everything is decayed.
+    """
+    backbone = model.backbone
+    if not isinstance(backbone, DenseViT):
+        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+
+    def layer_id(name: str, depth: int) -> int:
+        return lr_decay.vit_layer_id(name.removeprefix("backbone."), depth)
+
+    return lr_decay.layer_decay_groups(model, weight_decay, layer_decay, len(backbone.blocks), layer_id=layer_id)
+
+
+# same as cae/main_segmentation.py
+def refuse_mmseg(state: dict[str, Any], *_) -> None:
+    """Raise ValueError for a training state of the authors' program, whose position is counted otherwise."""
+    if "epoch" not in state:
+        raise ValueError("it is mmseg's; such a file can be evaluated or give its encoder, but not be continued")
+
+
+def build_model(args: argparse.Namespace) -> SegmentationNetwork:
+    """The network of the flags; raises UserError for values that do not fit together."""
+    keywords: dict[str, Any] = {"num_classes": args.nb_classes, "drop_path_rate": args.drop_path}
+    if "vit" in args.model:
+        keywords |= {"img_size": args.input_size, "init_values": args.layer_scale_init_value}
+        keywords |= {"use_abs_pos_emb": args.abs_pos_emb, "use_checkpoint": args.use_checkpoint}
+    with distributed.user_errors(f"--model {args.model} --input_size {args.input_size}"):
+        return MODELS[args.model](**keywords)
+
+
+def build_optimizer(args: argparse.Namespace, model: SegmentationNetwork) -> torch.optim.Optimizer:
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    if args.opt == "sgd":
+        return torch.optim.SGD(groups, args.lr, momentum=args.momentum, fused=True)
+    return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    distributed.check_ranges(args, RANGES)
+    device = distributed.init(args.device, args.deterministic)
+    torch.manual_seed(args.seed + distributed.rank())
+    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    # ---- data
+    size = args.input_size
+    long, short = args.scale or (4 * size, size)
+    crops = TrainTransform((size, size), (long, short), ratio=(0.5, 2), cat_max_ratio=0.75)
+    whole = EvalTransform((long, short), TTA_SCALES if args.tta else (1.0,))
+    loader, val_loader = segmentation_loaders(args, device, crops, whole)
+    # ---- model
+    model = build_model(args)
+    resume = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
+    if args.pretrained and not resume:
+        load_backbone(model.backbone, args.pretrained)
+    if args.load_checkpoint and not resume:
+        distributed.load_weights(model, args.load_checkpoint)
+    model.to(device)
+    slides = isinstance(model.backbone, DenseViT)
+    evaluation = partial(
+        evaluate,
+        loader=val_loader,
+        names=args.class_names,
+        pictures=args.save_pictures,
+        folder=args.output_dir,
+        window=size if slides else 0,
+        stride=args.stride or size * 2 // 3,
+        flip=args.tta,
+    )
+    if loader is None:
+        evaluate_checkpoint(resume, model, evaluation)
+        return
+    net = distributed.wrap(sync_bn.convert(model, device), device, args.compile)
+    # ---- optimizer
+    optimizer = build_optimizer(args, model)
+
+    def set_rates(update: int) -> None:
+        rate = lr_sched.warmup_poly(
+            update, args.lr, args.iters, args.warmup_iters, ratio=1e-6, power=args.power, final=args.min_lr
+        )
+        lr_sched.set_lr(optimizer.param_groups, rate)
+
+    updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, buffers=sync_bn.statistics(model))
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    images = args.batch_size * args.accum_iter * distributed.world_size()
+    distributed.log(
+        f"{args.model}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; "
+        f"{len(args.class_names)} classes, {images} images per update, lr {args.lr:.2e}"
+    )
+    # ---- loop
+    files = distributed.Files(latest="latest.pth", weights="state_dict", adapt=refuse_mmseg)
+    parts = {"optimizer": optimizer, "scaler": updater.scaler}
+    checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
+    fit(args, net, loader, updater, set_rates, checkpoint, resume, evaluation)
+
+
+if __name__ == "__main__":
+    distributed.run(main, lambda: config.parse_args(get_args_parser()))

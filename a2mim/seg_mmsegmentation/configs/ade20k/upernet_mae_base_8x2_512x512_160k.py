@@ -1,0 +1,21 @@
+"""UPerNet on ViT-B with absolute positions, too, crops of 512 px; 8 GPUs make 16 images per update."""
+
+method = "segmentation"
+model = "upernet_vit_base"
+abs_pos_emb = True
+layer_scale_init_value = 1.0
+drop_path = 0.1
+
+input_size = 512
+
+opt = "adamw"
+lr = 1e-4
+layer_decay = 0.65
+weight_decay = 0.05
+power = 1.0
+min_lr = 0.0
+warmup_iters = 1500
+
+iters = 160000
+eval_interval = 16000
+batch_size = 2
