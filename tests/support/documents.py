@@ -74,8 +74,8 @@ def commands(document: Path) -> list[Command]:
         cwd = ROOT
         for line in re.sub(r"\\\n", "", block).splitlines() if language == "bash" else ():
             line = line.strip()
-            folder = re.fullmatch(r"cd (\w+)", line)
-            cwd = ROOT / folder[1] if folder else cwd
+            folder = re.fullmatch(r"cd (\w+|\.\.)", line)
+            cwd = (cwd / folder[1]).resolve() if folder else cwd
             found += read_command(line, cwd)
     for code in spans(text):
         word = re.match(r"(?:[A-Z_]+=\S+ )*(\S+) ", code)
