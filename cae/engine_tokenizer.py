@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cae.models_dvae import DiscreteVAE
 from common import distributed, lr_sched
 from common.datasets import Loader
 
@@ -66,8 +65,7 @@ def train_one_epoch(
     Args:
         model: a `DiscreteVAE`, or what wraps it.
         schedule, temperature: learning rate and temperature at a fractional epoch, set before each update.
-        usage: starts anew with the epoch.
-        seed: the model's random draws depend on (seed, rank, step) alone.
+        usage: starts anew with the epoch. seed: the model's draws depend on (seed, rank, step) alone.
     Returns:
         means over the epoch and all ranks: lr, temperature, loss, error and kl as of `Reconstruction`; code_error, the
         squared error of what the most likely codes decode to (of one step in ten), and variance, that of a picture of
@@ -76,10 +74,9 @@ def train_one_epoch(
         distributed.Exit: a stop signal, an unreadable image or a non-finite loss.
     """
     model.train()
-    plain: DiscreteVAE = distributed.unwrap(model)  # type: ignore[assignment]
     updater.start_epoch()
     groups = updater.optimizer.param_groups
-    if epoch_log.start == 0:
+    if not epoch_log.start:
         usage.counts.zero_()
     try:
         for step, (imgs, _) in epoch_log.steps(loader.batches(epoch_log.epoch, epoch_log.start)):
@@ -92,7 +89,8 @@ def train_one_epoch(
                 out = model(imgs, temperature(now), kl_weight)
                 if (step + 1) % 10 == 0 or step + 1 == len(loader):
                     with torch.no_grad():
-                        code_error = F.mse_loss(plain.decode(out.indices.flatten(1)).float(), imgs)
+                        decoded = distributed.unwrap(model).decode(out.indices.flatten(1))  # type: ignore[operator]
+                        code_error = F.mse_loss(decoded.float(), imgs)
             norm = updater.backward(out.loss, step)
             usage.add(out.indices)
             epoch_log.update(

@@ -347,6 +347,15 @@ def freeze(model: nn.Module, *trained: str) -> None:
         param.requires_grad_(name.split(".")[0] in trained)
 
 
+def take_weights(args: argparse.Namespace, model: VisionTransformer, resume: str, head_std: float) -> None:
+    """Load --finetune, unless a run continues from `resume`; head_std: as in `load_encoder`."""
+    if args.finetune and not resume:
+        std, keys = 0.0 if args.eval else head_std, tuple(args.model_key.split("|"))
+        load_encoder(model, args.finetune, std, keys, args.model_prefix, keep_norm=not args.new_cls_norm)
+    elif args.finetune:
+        distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
+
+
 def run(
     args: argparse.Namespace,
     model: VisionTransformer,
@@ -360,10 +369,8 @@ def run(
     """Load, train, evaluate as the flags say.
 
     Args:
-        model: whose frozen parts are frozen. head_std: as in `load_encoder`.
-        prefix: prefix of the numbered checkpoints' names. stage: as in `resume_path`.
-        val_order: as in `build_loaders`.
-        kwargs: arguments of the forward pass in evaluations.
+        model: whose frozen parts are frozen. head_std: as in `load_encoder`. stage: as in `resume_path`.
+        prefix: of numbered checkpoints. val_order: as in `build_loaders`. kwargs: of the forward pass in evaluations.
     """
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
@@ -374,24 +381,12 @@ def run(
         mixup = build_mixup(args)
     # ---- model
     resume = resume_path(args, stage)
-    if args.finetune and not resume:
-        keys = tuple(args.model_key.split("|"))
-        load_encoder(
-            model,
-            args.finetune,
-            0.0 if args.eval else head_std,
-            keys,
-            args.model_prefix,
-            keep_norm=not args.new_cls_norm,
-        )
-    elif args.finetune and resume:
-        distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
+    take_weights(args, model, resume, head_std)
     model.to(device)
     net = distributed.wrap(model, device, args.compile, find_unused=args.abs_pos_emb)  # positions get no gradient
     place = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None
     # ---- optimizer
-    images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)
     updates = max(1, len(loader) // args.accum_iter)  # an evaluation has none
     by_update = optim.build_rates(args, updates)
@@ -403,6 +398,7 @@ def run(
     # Mixup folds the smoothing into its soft targets.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    images_per_update = args.batch_size * args.accum_iter * distributed.world_size()
     distributed.log(
         f"{args.model}: {n_parameters:,} trained parameters on {device}, {updater.dtype}; "
         f"{loader.images} images, {images_per_update} per update, lr {args.lr:.2e}"
@@ -415,26 +411,11 @@ def run(
         evaluate_checkpoint(resume, model, val_loader, updater, **kwargs)
         return
     files = run_files(args, args.save_ckpt_freq, prefix, stage=stage)
-    parts = {"optimizer": optimizer, "scaler": updater.scaler}
-    if ema is not None:
-        parts["model_ema"] = ema.module
+    parts = {"optimizer": optimizer, "scaler": updater.scaler, **({"model_ema": ema.module} if ema else {})}
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
     checkpoint.writes = checkpoint.writes and args.save_ckpt
-    fit(
-        args,
-        net,
-        criterion,
-        loader,
-        val_loader,
-        updater,
-        rates,
-        checkpoint,
-        resume,
-        mixup,
-        ema,
-        best_name="checkpoint-best.pth",
-        **kwargs,
-    )
+    kwargs["best_name"] = "checkpoint-best.pth"
+    fit(args, net, criterion, loader, val_loader, updater, rates, checkpoint, resume, mixup, ema, **kwargs)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -127,10 +127,9 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     # ---- data
+    crops = args.crop_min_size, args.crop_max_size, args.second_interpolation
     with distributed.user_errors("--crop_min_size, --crop_max_size and --second_interpolation"):
-        transform = tokenizer_transform(
-            args.input_size, args.crop_min_size, args.crop_max_size, args.second_interpolation
-        )
+        transform = tokenizer_transform(args.input_size, *crops)
     loader = datasets.pretrain_loader(args, transform, device)
     if args.epochs is None:
         args.epochs = math.ceil(UPDATES / (len(loader) // args.accum_iter))
@@ -174,13 +173,11 @@ def main(args: argparse.Namespace) -> None:
         {name: name for name in ("loss", "error", "kl", "lr", "temperature", "code_error")},
         ticks=1000,
     ):
+        by_step = schedule, temperature, args.kl_weight
         with checkpoint.on_exit(epoch_log):
-            stats = train_one_epoch(
-                net, loader, updater, schedule, temperature, args.kl_weight, usage, epoch_log, args.seed
-            )
-        epoch_log.run_log.scalars(
-            {name: stats[name] for name in ("codes_used", "perplexity")}, (epoch + 1) * epoch_log.run_log.ticks
-        )
+            stats = train_one_epoch(net, loader, updater, *by_step, usage, epoch_log, args.seed)
+        codes = {name: stats[name] for name in ("codes_used", "perplexity")}
+        epoch_log.run_log.scalars(codes, (epoch + 1) * epoch_log.run_log.ticks)
         epoch_log.run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
         checkpoint.save(distributed.Position(epoch + 1))
         report(stats, args.num_tokens, epoch, args.epochs)

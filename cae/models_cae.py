@@ -221,19 +221,11 @@ class ContextAutoencoderViT(nn.Module):
             raise ValueError(f"base_momentum is {base_momentum}, expected 0 to 1")
         self.base_momentum = base_momentum
         common = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "norm_layer": norm_layer}
+        common["drop_path_rate"] = drop_path_rate
+        own = {"init_values": init_values, **common}
 
         def encoder() -> VisionTransformerEncoder:
-            return VisionTransformerEncoder(
-                img_size,
-                patch_size,
-                in_chans,
-                embed_dim,
-                depth,
-                num_heads,
-                drop_path_rate=drop_path_rate,
-                init_values=init_values,
-                **common,
-            )
+            return VisionTransformerEncoder(img_size, patch_size, in_chans, embed_dim, depth, num_heads, **own)
 
         # Registration order is upstream's: optimizer states refer to parameters by position.
         grid = (img_size // patch_size, img_size // patch_size)
@@ -246,8 +238,8 @@ class ContextAutoencoderViT(nn.Module):
         if decoder_embed_dim != embed_dim:
             self.encoder_to_regresser = nn.Linear(embed_dim, decoder_embed_dim)
             self.encoder_to_regresser_norm = norm_layer(decoder_embed_dim)
-        sizes = {"dim": decoder_embed_dim, "num_heads": decoder_num_heads, "drop_path_rate": drop_path_rate}
-        sizes |= {"init_values": decoder_layer_scale_init_value, **common}
+        sizes = {"dim": decoder_embed_dim, "num_heads": decoder_num_heads, **common}
+        sizes["init_values"] = decoder_layer_scale_init_value
         self.regresser = VisionTransformerRegressor(depth=regressor_depth, **sizes)
         self.decoder = VisionTransformerDecoder(decoder_num_classes, depth=decoder_depth, **sizes)
         self.initialise(fix_init_weight)

@@ -147,21 +147,8 @@ class VisionTransformer(nn.Module):
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         window = grid if use_rel_pos_bias else None
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                drop_rate,
-                attn_drop_rate,
-                rate,
-                init_values,
-                norm_layer,
-                window,
-            )
-            for rate in rates
-        )
+        sizes = embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate
+        self.blocks = nn.ModuleList(Block(*sizes, rate, init_values, norm_layer, window) for rate in rates)
         if not use_mean_pooling:
             self.norm = norm_layer(embed_dim)
         if self.attentive:
@@ -171,12 +158,16 @@ class VisionTransformer(nn.Module):
         elif use_mean_pooling and not lin_probe:
             self.fc_norm = norm_layer(embed_dim)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self._initialise(init_scale)
+        self.register_load_state_dict_pre_hook(lambda _module, state, *_: rename_revision_a(state))
+
+    def _initialise(self, init_scale: float) -> None:
+        """Draw the weights, the head's times `init_scale`."""
         self.apply(init_truncated)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        if abs_pos_emb and self.pos_embed is not None:
+        if self.pos_embed is not None and self.pos_embed.requires_grad:  # learned, not sin-cos
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         rescale_by_depth([(b.attn.proj, b.mlp.fc2) for b in self.blocks])  # type: ignore[union-attr]
-        self.register_load_state_dict_pre_hook(lambda _module, state, *_: rename_revision_a(state))
         if isinstance(self.head, nn.Linear):
             self.head.weight.data.mul_(init_scale)
             self.head.bias.data.mul_(init_scale)

@@ -60,6 +60,26 @@ def gather_rows(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
+CHOICES = {
+    "prediction_head_type": ("MLP", "LINEAR"),
+    "loss_type": ("L1", "L2"),
+    "attn_impl": ("causal", "mask"),
+    "token_order": ("random", "raster"),
+}
+
+
+def check_arguments(depth: int, query_depth: int, **choices: str) -> None:
+    """Raise ValueError for arguments of `SaimViT` that are unknown or do not fit together."""
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(CHOICES[name])}")
+    if query_depth == 0 and choices["token_order"] == "random":
+        raise ValueError("query_depth 0 (one stream) cannot tell which patch comes next; it needs token_order 'raster'")
+    if query_depth < 0 or (query_depth and depth // max(depth // query_depth, 1) != query_depth):
+        fitting = [q for q in range(1, depth + 1) if depth // (depth // q) == q]
+        raise ValueError(f"query_depth {query_depth} does not fit depth {depth}; possible: {fitting}")
+
+
 class SaimViT(nn.Module):
     """SAIM: a ViT encoder (content stream), and a decoder (query stream) that reads the encoder's blocks.
 
@@ -101,21 +121,8 @@ class SaimViT(nn.Module):
         token_order: str = "random",
     ):
         super().__init__()
-        for name, value, known in (
-            ("prediction_head_type", prediction_head_type, ("MLP", "LINEAR")),
-            ("loss_type", loss_type, ("L1", "L2")),
-            ("attn_impl", attn_impl, ("causal", "mask")),
-            ("token_order", token_order, ("random", "raster")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        if query_depth == 0 and token_order == "random":
-            raise ValueError(
-                "query_depth 0 (one stream) cannot tell which patch comes next; it needs token_order 'raster'"
-            )
-        if query_depth < 0 or (query_depth and depth // max(depth // query_depth, 1) != query_depth):
-            fitting = [q for q in range(1, depth + 1) if depth // (depth // q) == q]
-            raise ValueError(f"query_depth {query_depth} does not fit depth {depth}; possible: {fitting}")
+        choices = {"loss_type": loss_type, "attn_impl": attn_impl, "token_order": token_order}
+        check_arguments(depth, query_depth, prediction_head_type=prediction_head_type, **choices)
         self.query_depth = query_depth
         self.step = depth // query_depth if query_depth else 0
         self.loss_type = loss_type

@@ -95,6 +95,28 @@ def calculate_similarity(tokens: Tensor) -> Tensor:
     return (similarity - low) / (high - low + 1e-6)
 
 
+CHOICES = {
+    "permutation_type": orders.ORDERS,
+    "attention_type": ATTENTIONS,
+    "prediction_head_type": ("MLP", "LINEAR"),
+    "loss_type": ("L1", "L2"),
+    "predict_feature": FEATURES,
+    "attn_impl": ATTN_IMPLS,
+}
+
+
+def check_arguments(depth: int, query_depth: int, share_weight: bool, **choices: str) -> None:
+    """Raise ValueError for arguments of `AimViT` that are unknown or do not fit together."""
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(CHOICES[name])}")
+    if share_weight:
+        raise ValueError("share_weight: the two streams' blocks have different weights here, nothing can be shared")
+    if query_depth < 1 or depth // max(depth // query_depth, 1) != query_depth:
+        fitting = [q for q in range(1, depth + 1) if depth // (depth // q) == q]
+        raise ValueError(f"query_depth {query_depth} does not fit depth {depth}; possible: {fitting}")
+
+
 class AimViT(nn.Module):
     """SemAIM with a ViT encoder (content stream) and a cross-attending decoder (query stream).
 
@@ -141,28 +163,13 @@ class AimViT(nn.Module):
         attn_impl: str = "auto",
     ):
         super().__init__()
-        for name, value, known in (
-            ("permutation_type", permutation_type, orders.ORDERS),
-            ("attention_type", attention_type, ATTENTIONS),
-            ("prediction_head_type", prediction_head_type, ("MLP", "LINEAR")),
-            ("loss_type", loss_type, ("L1", "L2")),
-            ("predict_feature", predict_feature, FEATURES),
-            ("attn_impl", attn_impl, ATTN_IMPLS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        if share_weight:
-            raise ValueError("share_weight: the two streams' blocks have different weights here, nothing can be shared")
-        if query_depth < 1 or depth // max(depth // query_depth, 1) != query_depth:
-            fitting = [q for q in range(1, depth + 1) if depth // (depth // q) == q]
-            raise ValueError(f"query_depth {query_depth} does not fit depth {depth}; possible: {fitting}")
+        choices = {"permutation_type": permutation_type, "attention_type": attention_type, "loss_type": loss_type}
+        choices |= {"prediction_head_type": prediction_head_type, "predict_feature": predict_feature}
+        check_arguments(depth, query_depth, share_weight, attn_impl=attn_impl, **choices)
         self.step = depth // query_depth
-        self.permutation_type = permutation_type
-        self.attention_type = attention_type
-        self.loss_type = loss_type
-        self.predict_feature = predict_feature
-        self.norm_pix_loss = norm_pix_loss
-        self.attn_impl = attn_impl
+        self.permutation_type, self.attention_type = permutation_type, attention_type
+        self.loss_type, self.norm_pix_loss = loss_type, norm_pix_loss
+        self.predict_feature, self.attn_impl = predict_feature, attn_impl
 
         # Construction order is that of the state-dict keys.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -181,10 +188,8 @@ class AimViT(nn.Module):
         )
         self.norm = norm_layer(embed_dim)
         outputs = {"none": 3 * patch_size**2, "clip": out_dim}.get(predict_feature, embed_dim)
-        if prediction_head_type == "MLP":
-            self.prediction_head = Mlp(embed_dim, int(embed_dim * mlp_ratio), outputs)
-        else:
-            self.prediction_head = nn.Linear(embed_dim, outputs)
+        hidden = int(embed_dim * mlp_ratio) if prediction_head_type == "MLP" else 0
+        self.prediction_head = Mlp(embed_dim, hidden, outputs) if hidden else nn.Linear(embed_dim, outputs)
         self.gaussian_blur = None
         if gaussian_kernel_size is not None and gaussian_sigma is not None and predict_feature == "none":
             self.gaussian_blur = GaussianConv2d(3, gaussian_kernel_size, gaussian_sigma)

@@ -165,29 +165,15 @@ def run_key(
         val_loader.match_classes(distributed.load_weights(model, resume), resume)
         evaluate(model, val_loader, updater)
         return
-    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": updater.scaler}
-    if scheduler is not None:
-        parts["lr_scheduler"] = scheduler
-    if ema is not None:
-        parts["model_ema"] = ema.module
+    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": updater.scaler, "lr_scheduler": scheduler}
+    parts |= {"model_ema": ema.module if ema else None}
+    parts = {name: part for name, part in parts.items() if part is not None}
     checkpoint = distributed.Checkpoint(folder, args, model, files, **parts)
     # Mixup folds the smoothing into its soft targets.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
-    fit(
-        args,
-        net,
-        criterion,
-        loader,
-        val_loader,
-        updater,
-        partial(rates, args, scheduler, optimizer),
-        checkpoint,
-        resume,
-        mixup,
-        ema,
-        tags={"loss": "train/loss", "lr": "train/lr"},
-        report=partial(report, TextLog(folder, "train.log")),
-    )
+    by_step, tags = partial(rates, args, scheduler, optimizer), {"loss": "train/loss", "lr": "train/lr"}
+    told: dict[str, Any] = {"tags": tags, "report": partial(report, TextLog(folder, "train.log"))}
+    fit(args, net, criterion, loader, val_loader, updater, by_step, checkpoint, resume, mixup, ema, **told)
 
 
 def run(

@@ -278,22 +278,9 @@ class VisionTransformer(nn.Module):
         grid = (grid_size, grid_size)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                qk_scale,
-                drop_rate,
-                attn_drop_rate,
-                rate,
-                init_values,
-                norm_layer,
-                grid if use_rel_pos_bias else None,
-            )
-            for rate in rates
-        )
+        sizes, window = (embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale), grid if use_rel_pos_bias else None
+        drops = drop_rate, attn_drop_rate
+        self.blocks = nn.ModuleList(Block(*sizes, *drops, rate, init_values, norm_layer, window) for rate in rates)
         self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
         self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
