@@ -7,17 +7,10 @@ from timm.models.beit import Beit
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
+from a2mim import openmixup
 from a2mim.backbones import BACKBONES, RESNET_BLOCKS, convnext, is_resnet, is_vit, plain_vit, resnet, vit
 from a2mim.models_a2mim import Classifier, build_classifier
-from a2mim.openmixup import (
-    CONVNEXT_NAMES,
-    HEADS,
-    VIT_NAMES,
-    load_encoder_weights,
-    renamed,
-    tensors,
-    to_openmixup_state_dict,
-)
+from a2mim.openmixup import HEADS, renamed
 from common import distributed
 from common.distributed import UserError
 from scripts.tools.encoders.backbone import Backbone, Source
@@ -49,14 +42,14 @@ def _blocks(weights: dict[str, Tensor], stage: str) -> int:
 def _shape_of(weights: dict[str, Tensor]) -> tuple[Any, ...]:
     """Family and sizes of an encoder's weights; raises KeyError where a weight that says them is missing."""
     if "cls_token" in weights:
-        weights = {renamed(k, VIT_NAMES): v for k, v in weights.items()}
+        weights = {renamed(k, openmixup.VIT_NAMES): v for k, v in weights.items()}
         family = vit if any(k.endswith("relative_position_bias_table") for k in weights) else plain_vit
         width, hidden = weights["cls_token"].shape[-1], len(weights["layers.0.ffn.layers.0.0.weight"])
         return family, width, _blocks(weights, "layers"), hidden
     if "layer1.0.conv1.weight" in weights:
         counts = tuple(_blocks(weights, f"layer{i}") for i in (1, 2, 3, 4))
         return resnet, "layer1.0.conv3.weight" in weights, counts, len(weights["layer1.0.conv1.weight"])
-    weights = {renamed(k, CONVNEXT_NAMES): v for k, v in weights.items()}
+    weights = {renamed(k, openmixup.CONVNEXT_NAMES): v for k, v in weights.items()}
     stages = [f"stages.{i}" for i in range(4)]
     dims = tuple(len(weights[f"{stage}.0.depthwise_conv.weight"]) for stage in stages)
     return convnext, tuple(_blocks(weights, stage) for stage in stages), dims
@@ -98,7 +91,7 @@ def load_backbone(source: Source) -> Backbone:
     else token, which linear probing reads. CNNs have avg only. Relative positions are resized as by --resize_rel_pos.
     """
     path, args = source.path, source.args
-    found = tensors(source.weights() if source.key else source.state)
+    found = openmixup.tensors(source.weights() if source.key else source.state)
     weights = distributed.part_of(found, "backbone.")
     with distributed.user_errors(f"{path or 'random weights'}: check --model and --input_size"):
         if path and not any(name in weights for name in FIRST):
@@ -140,7 +133,7 @@ def load_backbone(source: Source) -> Backbone:
         args=args,
         head=None if isinstance(network.head, nn.Identity) else network.head,
         notes=_notes(found),
-        state_dict_of=to_openmixup_state_dict,
+        state_dict_of=openmixup.to_openmixup_state_dict,
     )
 
 
@@ -167,17 +160,16 @@ def _load(net: Classifier, weights: dict[str, Tensor], path: str, pool: str) -> 
             net.net.fc_norm.load_state_dict(norm)
         else:
             weights |= {f"norm.{k}": v for k, v in norm.items()}
-    load_encoder_weights(net, weights, path, resize_rel_pos=True)
+    openmixup.load_encoder_weights(net, weights, path, resize_rel_pos=True)
 
 
 def _notes(found: dict[str, Tensor]) -> list[str]:
     """What of a checkpoint does not belong to the encoder."""
-    notes = []
-    if any(k.startswith("neck.") for k in found):
-        notes.append("The mask token and the decoder of pre-training are left out.")
-    if any(k.startswith("ema_") for k in found):
-        notes.append("The weights are the run's moving average; the live ones are left out.")
-    return notes
+    sentences = {
+        "neck.": "The mask token and the decoder of pre-training are left out.",
+        "ema_": "The weights are the run's moving average; the live ones are left out.",
+    }
+    return [sentence for prefix, sentence in sentences.items() if any(k.startswith(prefix) for k in found)]
 
 
 # ---- timm
@@ -190,10 +182,10 @@ def timm_form(backbone: Backbone) -> TimmForm:
         block, arguments = net.blocks[0], {"mlp_ratio": net.blocks[0].mlp.fc1.out_features / net.embed_dim}
         size = "large" if net.embed_dim > 768 else "base"
         if isinstance(net, Beit):
-            arguments |= {"init_values": 0.1 if block.gamma_1 is not None else 0.0}
-            arguments |= {"use_abs_pos_emb": True, "use_rel_pos_bias": True}
+            scale = 0.1 if block.gamma_1 is not None else 0.0
+            arguments |= {"init_values": scale, "use_abs_pos_emb": True, "use_rel_pos_bias": True}
         else:
-            arguments |= {"qkv_bias": block.attn.qkv.bias is not None}
+            arguments["qkv_bias"] = block.attn.qkv.bias is not None
         name = f"{'beit' if isinstance(net, Beit) else 'vit'}_{size}_patch16_224"
         return vit_form(backbone, net.blocks, name, net.state_dict(), backbone.notes, **arguments)
     keywords = BACKBONES[backbone.model_name].keywords  # type: ignore[attr-defined]

@@ -25,22 +25,17 @@ def features(network: Any, imgs: Tensor, pool: str) -> Tensor:
 
 @functools.cache
 def _name_of(width: int, depth: int) -> str:
-    """The first model of this width and number of blocks; '' if there is none."""
+    """The first model of this width and number of blocks; raises ValueError if there is none."""
     for name, build in MODELS.items():
         with torch.device("meta"):
             if build(depth=1).embed_dim == width and len(build().blocks) == depth:
                 return name
-    return ""
+    raise ValueError(f"width {width} and {depth} blocks are of no known model")
 
 
 def _name_by_sizes(weights: dict[str, Tensor]) -> str:
-    """The model with the weights' width and number of blocks; raises ValueError if there is none."""
-    width = weights["cls_token"].shape[-1]
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    name = _name_of(width, depth)
-    if not name:
-        raise ValueError(f"width {width} and {depth} blocks are of no known model")
-    return name
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    return _name_of(weights["cls_token"].shape[-1], len(blocks))
 
 
 def _keywords(weights: dict[str, Tensor]) -> dict[str, Any]:

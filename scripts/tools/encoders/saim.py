@@ -13,13 +13,8 @@ from scripts.tools.encoders.backbone import Backbone, Source, linear_head
 from scripts.tools.encoders.timm_form import TimmForm, vit_form, vit_named
 
 # The encoders of pre-training networks.
-ENCODERS = {
-    "saim_base": "vit_base_patch16",
-    "saim_small": "vit_small_patch16",
-    "saim_tiny": "vit_tiny_patch16",
-    "saim_nano": "vit_nano_patch16",
-    "vit_igpt_base": "vit_base_patch16",
-}
+ENCODERS = {f"saim_{size}": f"vit_{size}_patch16" for size in ("base", "small", "tiny", "nano")}
+ENCODERS["vit_igpt_base"] = "vit_base_patch16"
 
 
 def features(network: Any, imgs: Tensor, pool: str) -> Tensor:

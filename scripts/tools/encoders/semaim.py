@@ -5,15 +5,8 @@ from scripts.tools.encoders.backbone import Backbone, Source
 from semaim.models_vit import MODELS, load_pretrained
 
 # The encoders of pre-training networks.
-ENCODERS = {
-    "aim_base": "vit_base_patch16",
-    "aim_large": "vit_large_patch16",
-    "aim_huge": "vit_huge_patch14",
-    "aim_small": "vit_small_patch16",
-    "aim_tiny": "vit_tiny_patch16",
-    "aim_nano": "vit_nano_patch16",
-    "saim_base": "vit_base_patch16",  # upstream's default name
-}
+ENCODERS = {f"aim_{size}": f"vit_{size}_patch16" for size in ("base", "large", "small", "tiny", "nano")}
+ENCODERS |= {"aim_huge": "vit_huge_patch14", "saim_base": "vit_base_patch16"}  # the last is upstream's default name
 
 
 def load_backbone(source: Source) -> Backbone:
