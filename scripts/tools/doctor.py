@@ -282,9 +282,8 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     more = f"; measured with {here}: this machine has {room} {units}" if here < planned else ""
     report.line("processes", f"{planned}{more}")
     if device == "cuda" and planned == 1 and room > 1:
-        report.warn(
-            f"one process uses one of {room} GPUs", f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
-        )
+        remedy = f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
+        report.warn(f"one process uses one of {room} GPUs", remedy)
     check_threads(report, env.get("OMP_NUM_THREADS", ""), min(here, room), here > 1, args.num_workers, device)
     return Launch(planned, here, launched, env, rank, device == "cuda")
 
@@ -588,8 +587,7 @@ def check_files(report: Report, plan: Plan, run: Measurement) -> None:
         some = ", ".join(sorted(p.name for p in folder.iterdir())[:4])
         report.warn(f"{folder} is not empty ({some}), but nothing in it is continued", "name a new --output_dir")
     # ---- space
-    failed = re.search(r": (.*: cannot be written \(.*\))", run.output)
-    if failed:
+    if failed := re.search(r": (.*: cannot be written \(.*\))", run.output):
         report.warn(f"no checkpoint could be measured: {failed[1]}", "TMPDIR=<folder with more space>")
     if not run.checkpoint:
         report.line("checkpoints", "size not measured")

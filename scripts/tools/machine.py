@@ -26,13 +26,11 @@ def memory_available() -> tuple[float, float]:
         return total, total
     values = dict(line.split(":", 1) for line in info.read_text().splitlines())
     total, free = (int(values[name].split()[0]) * 1024.0 for name in ("MemTotal", "MemAvailable"))
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    # Of the two versions of control groups.
+    for names in ("memory.max memory.current", "memory/memory.limit_in_bytes memory/memory.usage_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
-            most, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
-            total, free = min(total, most), min(free, most - now)
+            most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in names.split())
+            total, free = min(total, most), min(free, most - used)
     return free, total
 
 

@@ -6,6 +6,7 @@ progress.jsonl. When enough was seen it gets SIGTERM, saves and ends.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,11 +48,11 @@ def accumulated(args: argparse.Namespace) -> int:
 
 @dataclass
 class Launch:
-    """Processes of the run: planned, and on this machine; whether this program was started as one of them."""
+    """How the run is started."""
 
-    planned: int = 1
-    here: int = 1
-    launched: bool = False
+    planned: int = 1  # processes of the run
+    here: int = 1  # those of them on this machine
+    launched: bool = False  # this program is one of them
     env: dict[str, str] = field(default_factory=dict)
     rank: int = 0
     on_gpu: bool = False
@@ -73,8 +74,7 @@ class Plan:
 # ---- the measurement
 
 
-@dataclass
-class Part:
+class Part(NamedTuple):
     """Consecutive steps of an epoch: those of a line of progress.jsonl, or of the lines of an update."""
 
     steps: int
@@ -129,12 +129,11 @@ class Measurement:
             opens = line["epoch"] != before["epoch"]
             steps = 1 if i < FIRST_STEPS else line["step"] - (0 if opens else before["step"])
             seconds, wait = steps * self.images / line["images_per_second"], steps * line["data"]
+            part = Part(steps, seconds, wait, opens and i > 0)
             if not opens and i < FIRST_STEPS and before["step"] % self.accum:  # the update goes on
-                parts[-1] = Part(
-                    parts[-1].steps + 1, parts[-1].seconds + seconds, parts[-1].wait + wait, parts[-1].opens
-                )
-            else:
-                parts.append(Part(steps, seconds, wait, opens and i > 0))
+                last = parts.pop()
+                part = Part(last.steps + 1, last.seconds + seconds, last.wait + wait, last.opens)
+            parts.append(part)
             if opens and i:
                 gaps.append(line["seconds"] - seconds - before["seconds"])
             before = line
@@ -143,13 +142,9 @@ class Measurement:
     def warm(self) -> list[Part]:
         """The steps that are like all later ones: the optimizer has its state, the allocator its blocks, and no batches
         are left that were loaded ahead while the run began. On a GPU single steps say nothing, the host runs ahead."""
-        parts, done = self.parts()[0], 0
-        cold = max(FIRST_STEPS if self.device[1] else 3, self.ahead + 2)
-        for first, part in enumerate(parts):
-            if done >= cold:
-                return parts[first:]
-            done += part.steps
-        return []
+        parts, cold = self.parts()[0], max(FIRST_STEPS if self.device[1] else 3, self.ahead + 2)
+        done = itertools.accumulate((part.steps for part in parts), initial=0)
+        return [part for part, before in zip(parts, done, strict=False) if before >= cold]
 
     def is_full(self, seconds: float) -> bool:
         """Whether enough was seen to end the run."""
@@ -170,8 +165,8 @@ def start(command: list[str], launch: Launch, out: Path) -> list[subprocess.Pope
     processes = []
     for rank in ranks:
         with open(out, "a") as file:
-            env, error = launch.env | rank, subprocess.STDOUT
-            processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=error, start_new_session=True))
+            options = {"env": launch.env | rank, "stdout": file, "stderr": subprocess.STDOUT}
+            processes.append(subprocess.Popen(command, **options, start_new_session=True))
         with contextlib.suppress(OSError):  # where memory runs out, the system is to end these processes and no others
             Path(f"/proc/{processes[-1].pid}/oom_score_adj").write_text("1000")
     return processes
@@ -208,8 +203,7 @@ def watch(run: Measurement, processes: list[subprocess.Popen], on_gpu: bool, is_
 def changed(plan: Plan, accum: int, folder: Path) -> list[str]:
     """Flags that keep a run out of its folders, and with which its updates come soon."""
     args, words = plan.args, ["--output_dir", f"{folder / 'run'}", "--bad_images", "skip"]
-    if getattr(args, "log_dir", ""):
-        words += ["--log_dir", f"{folder / 'events'}"]
+    words += ["--log_dir", f"{folder / 'events'}"] if getattr(args, "log_dir", "") else []
     if accumulated(args) > accum:
         words += ["--accum_iter" if hasattr(args, "accum_iter") else "--update_freq", f"{accum}"]
     if 0 < getattr(args, "freeze_last_layer", 0) < args.epochs:
@@ -250,9 +244,7 @@ def measure(plan: Plan, folder: Path) -> Measurement:
     if seconds and run.lines and written and run.is_complete:
         newest = max(written, key=lambda path: path.stat().st_mtime)
         chosen = dict(distributed.load(f"{newest}")["args"])  # with the values that the main has chosen itself
-        vars(args).update(
-            {flag: chosen[flag] for flag, value in vars(args).items() if value is None and flag in chosen}
-        )
+        vars(args).update({k: chosen[k] for k, value in vars(args).items() if value is None and k in chosen})
         run.checkpoint = newest.stat().st_size
         # From the last step's line until the file got its name.
         run.saving = newest.stat().st_ctime - max(path.stat().st_mtime for path in files.rglob("*progress.jsonl"))
