@@ -8,6 +8,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,6 +27,7 @@ from udi.flags import ARCHS
 from udi.models_segmentation import SegmentationNetwork, semantic_fpn
 
 ROWS = {"semfpn_vit-s16_512x512_40k_ade20k": ""}  # by the authors' configuration the flags, but for the defaults
+# same as cae/main_segmentation.py
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # ours, as is usual: the authors test one scale
 RANGES: dict[str, tuple[float, float]] = {
     "save_interval": (1, math.inf),
@@ -81,7 +83,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": others, "weight_decay": weight_decay}, {"params": positions, "weight_decay": 0.0}]
 
 
-def refuse_mmseg(state: dict, *_) -> None:
+# same as cae/main_segmentation.py
+def refuse_mmseg(state: dict[str, Any], *_) -> None:
     """Raise ValueError for a training state of the authors' program, whose position is counted otherwise."""
     if "epoch" not in state:
         raise ValueError("it is mmseg's; such a file can be evaluated or give its encoder, but not be continued")

@@ -173,7 +173,8 @@ def report(scores: list[ObjectScore], folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(ObjectScore._fields)
         writer.writerows(scores)
-    (folder / "log.txt").write_text(json.dumps({f"test_{name}": 100 * value for name, value in means.items()}) + "\n")
+    line = {f"test_{name}": 100 * value for name, value in means.items()} | {"epoch": 0}  # a run's log has epochs
+    (folder / "log.txt").write_text(json.dumps(line) + "\n")
 
 
 RANGES: dict[str, tuple[float, float]] = {

@@ -35,7 +35,7 @@ CHECKPOINTS = (
     "*.temp.pth",
     "*.linear.pth",
 )
-ACCURACIES = ("test_acc1", "val_head0_top1")
+ACCURACIES = ("test_acc1", "val_head0_top1", "val_mIoU", "test_J_and_F")
 HEAD = ("run", "stage", "published", "measured", "difference", "epochs", "images per update", "hardware", "hours")
 HEAD += ("checkpoint (SHA-256)",)
 
@@ -174,6 +174,8 @@ def read_stage(folder: Path) -> Stage:
     row = str(starts[-1].get("row", "")) if starts else ""
     if folder.name.startswith("knn-"):  # UDI's, beside the weights
         stage = Stage(folder.resolve().parents[1].name, "knn", folder)
+    elif folder.name.startswith("topk-"):  # UDI's masks of videos, named by the settings
+        stage = Stage(folder.resolve().parents[1].name, "video", folder, trains=False)
     else:
         stage = Stage(row or folder.resolve().parent.name, folder.resolve().name, folder, starts=starts)
     log = next((path for pattern in LOGS for path in sorted(folder.glob(pattern))), None)

@@ -103,6 +103,14 @@ def test_neighbours_beside_udis_weights(tmp_path):
     assert (cells["published"], cells["measured"], cells["difference"]) == ("75.6", "75.0 (k = 20)", "-0.6")
 
 
+def test_masks_of_videos(tmp_path):
+    folder = tmp_path / "udi_vit_small_300e" / "video" / "topk-5-n-frames-7-mask-neighbors-12"
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text('{"test_J_and_F": 61.25, "test_J": 60.0, "test_F": 62.5, "epoch": 0}\n')
+    cells = table(run_report(tmp_path, out=tmp_path / "out")[0])["video"]
+    assert (cells["run"], cells["measured"], cells["epochs"]) == ("udi_vit_small_300e", "61.2", "")
+
+
 def test_without_checkpoint_or_with_a_damaged_one(tmp_path, capsys):
     run = tmp_path / "run"
     make_stage(run / "a", 3, None, start())

@@ -183,7 +183,7 @@ def test_files_and_scores(davis, masks, capsys):
     means = np.array([row[1:] for row in rows], float).mean(axis=0)
     line = json.loads((masks / "log.txt").read_text())
     assert line == pytest.approx(
-        {"test_J_and_F": 50 * (means[0] + means[2]), "test_J": 100 * means[0], "test_F": 100 * means[2]}
+        {"test_J_and_F": 50 * (means[0] + means[2]), "test_J": 100 * means[0], "test_F": 100 * means[2], "epoch": 0}
     )
     assert 0 < means[0] < 1
     assert getattr(Image.open(masks / "first.gif"), "n_frames", 1) == 10
