@@ -4,8 +4,8 @@
 # Images per update: 1024 = 8 GPUs x 128 in pre-training, 2048 = 8 x 256 in linear probing, 1024 = 4 x 256 in fine-tuning;
 # with fewer GPUs --accum_iter makes up for them: the loss's centres then move with every micro-step.
 # Usage: DATA=/imagenet [OUT=... GPUS=8 IMAGE=photo.jpg] bash scripts/udi_vit_small_100e.sh [--dry_run] [stage ...]
-# Stages: pretrain knn linear extract finetune attention, and when named segmentation (needs ADE20K=) and video
-# (DAVIS=), of which no figures were published. After a crash run it again, it resumes by itself. All
+# Stages: pretrain knn linear extract finetune attention, and when named segmentation (needs ADE20K=), detection
+# (COCO=) and video (DAVIS=), of which no figures were published. After a crash run it again, it resumes by itself. All
 # variables: --help; IMAGE is the picture whose attention is drawn.
 set -euo pipefail
 source "$(dirname "$0")/lib/row.sh"
@@ -34,6 +34,10 @@ convert attention udi/visualize_attention.py --arch vit_small --image_path "$IMA
 
 # The authors' configuration semfpn_vit-s16_512x512_40k_ade20k: 4 images per GPU; that there were 4 GPUs is inferred.
 launch segmentation udi/main_segmentation.py 16 --batch_size 4 --arch vit_small --iters 40000 --lr 6e-5 \
+    --pretrained_weights "$OUT/pretrain/checkpoint.pth"
+
+# The authors' configuration mask_rcnn_vit_small_12_p16_1x_coco: 1 image per GPU; how many there were is not said.
+launch detection udi/main_detection.py 8 --batch_size 1 --arch vit_small --epochs 12 --lr 5e-5 \
     --pretrained_weights "$OUT/pretrain/checkpoint.pth"
 
 evaluate video udi/main_video_segmentation.py --arch vit_small --n_last_frames 7 --size_mask_neighborhood 12 --topk 5 \

@@ -26,12 +26,17 @@ NETWORKS = {
         "models_vit": ["VisionTransformer"],
         "models_segmentation": ["SegmentationNetwork"],
     },
-    "a2mim": {"models_a2mim": ["MaskedImageModel", "Classifier"], "models_segmentation": ["SegmentationNetwork"]},
+    "a2mim": {
+        "models_a2mim": ["MaskedImageModel", "Classifier"],
+        "models_segmentation": ["SegmentationNetwork"],
+        "detection_heads": ["MaskRCNN"],
+    },
     # in pre-training two calls per step, the teacher's first
     "udi": {
         "models_udi": ["MultiCropWrapper"],
         "models_finetune": ["VisionTransformer"],
         "models_segmentation": ["SegmentationNetwork"],
+        "detection_heads": ["MaskRCNN"],
     },
 }
 fault, when = os.environ["FAULT"].split(":")

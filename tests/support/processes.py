@@ -16,8 +16,8 @@ MAINS = {
     "saim": ("pretrain", "finetune", "linprobe"),
     "semaim": ("pretrain", "finetune", "linprobe", "knn"),
     "cae": ("pretrain", "finetune", "attentive", "linprobe", "segmentation"),
-    "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier", "segmentation"),
-    "udi": ("pretrain", "finetune", "linprobe", "knn", "segmentation", "video_segmentation"),
+    "a2mim": ("pretrain", "finetune", "linprobe", "interactions", "fourier", "segmentation", "detection"),
+    "udi": ("pretrain", "finetune", "linprobe", "knn", "segmentation", "detection", "video_segmentation"),
 }
 PRELOAD = [f"{method}.main_{name}" for method, names in MAINS.items() for name in names]
 PRELOAD += ["saim.visualize_attention", "saim.visualize_prediction", "scripts.tools.knn"]
