@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from a2mim import main_detection as a2mim_detection
 from tests.support.commands import flags, processes
 from tests.support.helpers import ROOT
 from tests.support.rows import (
@@ -23,7 +24,7 @@ from tests.support.rows import (
     method_of,
     parse,
 )
-from udi import main_segmentation, main_video_segmentation
+from udi import main_detection, main_segmentation, main_video_segmentation
 
 
 def test_rows__are_all_tested():
@@ -147,3 +148,19 @@ def test_udi__dense_stages_are_the_programs_defaults(name):
         parser = main.get_args_parser()
         own = {"data_path": data, "output_dir": f"out/{stage}", "pretrained_weights": "out/pretrain/checkpoint.pth"}
         assert vars(parser.parse_args(flags(commands[stage]))) == vars(parser.parse_args([])) | own
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if family(name) == "udi"])
+def test_udi__detection_is_the_programs_default(name):
+    (command,) = dry_run(name, "detection", GPUS="8", COCO="/coco", OUT="out").values()
+    parser = main_detection.get_args_parser()
+    own = {"data_path": "/coco", "output_dir": "out/detection", "pretrained_weights": "out/pretrain/checkpoint.pth"}
+    assert vars(parser.parse_args(flags(command))) == vars(parser.parse_args([])) | own
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("a2mim_vit_base_800e", "vit_1x"), ("a2mim_resnet50_300e", "r50_c4_2x")])
+def test_a2mim__detection_is_a_recipe(name, recipe):
+    (command,) = dry_run(name, "detection", GPUS="8", COCO="/coco", OUT="out").values()
+    parse = a2mim_detection.parse_args
+    own = {"data_path": "/coco", "output_dir": "out/detection", "pretrained": "out/extract/encoder.pth"}
+    assert vars(parse(flags(command))) == vars(parse(["--recipe", recipe])) | own
