@@ -29,6 +29,7 @@ from udi.models_segmentation import SegmentationNetwork, semantic_fpn
 ROWS = {"semfpn_vit-s16_512x512_40k_ade20k": ""}  # by the authors' configuration the flags, but for the defaults
 # same as cae/main_segmentation.py
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # ours, as is usual: the authors test one scale
+NARROW = {"vit_nano": {"fpn_channels": 64, "head_channels": 32}}  # ours, for a CPU
 RANGES: dict[str, tuple[float, float]] = {
     "save_interval": (1, math.inf),
     **dict.fromkeys(("warmup_iters", "save_pictures"), (0, math.inf)),
@@ -94,6 +95,7 @@ def build_model(args: argparse.Namespace, weights: dict | None) -> SegmentationN
     """The network of the flags; raises UserError for values that do not fit together."""
     return semantic_fpn(
         args.nb_classes,
+        **NARROW.get(args.arch, {}),
         arch=args.arch,
         patch_size=args.patch_size,
         weights=weights,

@@ -92,7 +92,7 @@ def test_a_run_learns(trained):
     assert (trained / "pictures" / "0000.png").stat().st_size > 5000
     state = distributed.load(str(trained / "checkpoint.pth"))
     assert state["args"]["class_names"] == ["sky", "wall", "floor"]
-    assert state["state_dict"]["decode_head.conv_seg.weight"].shape == (3, 128, 1, 1)
+    assert state["state_dict"]["decode_head.conv_seg.weight"].shape == (3, 32, 1, 1)
 
 
 def test_a_stop_inside_an_interval_loses_nothing(data, trained, tmp_path, monkeypatch, capsys):
