@@ -6,6 +6,7 @@ with such folders. Writes DIR/report.md, DIR/report.html (with everything inside
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import html
 import json
@@ -21,7 +22,8 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
-from scripts.tools.plot_log import Run, plot, read_log
+from scripts.tools.machine import duration
+from scripts.tools.plot_log import Run, plot, plot_progress, read_log, read_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ("log.txt", "*.log.txt")
@@ -36,8 +38,12 @@ CHECKPOINTS = (
     "*.linear.pth",
 )
 ACCURACIES = ("test_acc1", "val_head0_top1", "val_mIoU", "test_J_and_F")
-HEAD = ("run", "stage", "published", "measured", "difference", "epochs", "images per update", "hardware", "hours")
-HEAD += ("checkpoint (SHA-256)",)
+HEAD = ("run", "stage", "method", "model", "published", "measured", "difference", "loss", "epochs", "images per update")
+HEAD += ("hardware", "time", "checkpoint (SHA-256)")
+# Names of stages in the folders of rows' scripts; a folder of another name is a run of its own.
+STAGES = {"pretrain", "tokenizer", "finetune", "linprobe", "linear", "attentive", "knn", "supervised", "logistic"}
+STAGES |= {"random_linear", "random_knn", "semi_supervised", "transfer", "segmentation", "detection", "video"}
+LONG = 160  # characters of a command that is folded
 
 
 @dataclass
@@ -47,6 +53,8 @@ class Stage:
     run: str
     name: str
     folder: Path
+    method: str = ""
+    model: str = ""
     published: float | None = None
     trains: bool = True  # k-NN does not
     log: Run = field(default_factory=dict)
@@ -57,6 +65,16 @@ class Stage:
     images_per_update: int | None = None
     starts: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: str = ""  # file and hash
+    progress: list[dict[str, float]] = field(default_factory=list)  # by logged step
+
+    @property
+    def loss(self) -> float | None:
+        """The last loss of training."""
+        return next((v["train_loss"] for v in reversed(self.log.values()) if "train_loss" in v), None)
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(dict.fromkeys(str(w) for start in self.starts for w in start.get("warnings", ())))
 
     @property
     def done(self) -> int:
@@ -74,18 +92,21 @@ class Stage:
             measured += f" (best {self.best:.1f})"
         compared = self.published is not None and self.accuracy is not None and self.is_finished
         epochs = f"{self.done}" if self.is_finished else f"{self.done} of {self.epochs or '?'}, unfinished"
-        hours = sum(start.get("seconds", 0) for start in self.starts) / 3600
+        seconds = sum(start.get("seconds", 0) for start in self.starts)
         machines = dict.fromkeys(str(start.get("hardware", "")) for start in self.starts)
         return [
             self.run,
             self.name,
+            self.method,
+            self.model,
             "" if self.published is None else f"{self.published:g}",
             measured,
             f"{self.accuracy - self.published:+.1f}" if compared else "",  # type: ignore[operator]
+            "" if self.loss is None else f"{self.loss:.4g}",
             epochs if self.trains else "",
             "" if self.images_per_update is None else f"{self.images_per_update}",
             "; ".join(machine for machine in machines if machine),
-            f"{hours:.2f}" if self.starts else "",
+            duration(seconds) if self.starts else "",
             self.checkpoint,
         ]
 
@@ -180,7 +201,7 @@ def read_stage(folder: Path) -> Stage:
         stage = Stage(row or folder.resolve().parent.name, folder.resolve().name, folder, starts=starts)
     log = next((path for pattern in LOGS for path in sorted(folder.glob(pattern))), None)
     if log is not None:
-        stage.log = read_log(str(log))
+        stage.log, stage.progress = read_log(str(log)), read_progress(str(log))
     elif not starts:
         stage.trains = False
         stage.accuracy, stage.note = read_neighbours(folder)
@@ -189,6 +210,11 @@ def read_stage(folder: Path) -> Stage:
     if accuracies:
         stage.accuracy, stage.best = accuracies[-1], max(accuracies)
     flags, stage.checkpoint = read_flags(folder, starts)
+    main = re.search(r"(\w+)[/.]main_(\w+)", str(starts[-1].get("command", ""))) if starts else None
+    stage.method = main[1] if main else ""
+    stage.model = str(next((flags[name] for name in ("model", "arch", "backbone") if flags.get(name)), ""))
+    if main and not row and stage.name not in STAGES:  # a run of its own, wherever its folder is
+        stage.run, stage.name = stage.name, main[2]
     epochs, batch = flags.get("epochs"), flags.get("batch_size", flags.get("batch_size_per_gpu"))
     stage.epochs = epochs if isinstance(epochs, int) else None
     accum = flags.get("accum_iter", flags.get("update_freq", 1))
@@ -206,6 +232,8 @@ def read_stages(runs: list[str]) -> list[Stage]:
     """
     numbers, stages, seen = published_numbers(), [], set()
     for run in runs:
+        if Path(run).is_file():  # beside the runs, as in runs/*
+            continue
         if not Path(run).is_dir():
             raise UserError(f"{run}: is no folder, expected one of a run")
         folders = stage_folders(Path(run))
@@ -227,18 +255,19 @@ def read_stages(runs: list[str]) -> list[Stage]:
     return stages
 
 
-def draw(stages: list[Stage], out: Path) -> dict[int, str]:
-    """Write the curves of every stage that has a log; the pictures' names by the stage's position."""
-    names: dict[int, str] = {}
+def draw(stages: list[Stage], out: Path) -> dict[int, list[str]]:
+    """Write the curves of every stage that has a log, by epoch and by step; the pictures by the stage's position."""
+    names: dict[int, list[str]] = {}
     for i, stage in enumerate(stages):
-        name = re.sub(r"[^\w.-]", "_", f"{i + 1}-{stage.run}-{stage.name}.png")
-        try:
-            figure = plot({stage.name: stage.log}) if stage.log else None
-        except UserError:
-            continue  # a log without a loss
-        if figure is not None:
-            figure.savefig(out / name)
-            names[i] = name
+        name = re.sub(r"[^\w.-]", "_", f"{i + 1}-{stage.run}-{stage.name}")
+        figures = {}
+        with contextlib.suppress(UserError):  # a log without a loss
+            figures[f"{name}.png"] = plot({stage.name: stage.log}) if stage.log else None
+        figures[f"{name}-steps.png"] = plot_progress(stage.progress) if stage.progress else None
+        for file, figure in figures.items():
+            if figure is not None:
+                figure.savefig(out / file)
+                names.setdefault(i, []).append(file)
     return names
 
 
@@ -252,16 +281,18 @@ def title(i: int, stage: Stage) -> str:
     return f"{i + 1}. {stage.run}: {stage.name}{resumed}"
 
 
-def markdown(stages: list[Stage], pictures: dict[int, str]) -> str:
+def markdown(stages: list[Stage], pictures: dict[int, list[str]]) -> str:
     rows = [[cell.replace("|", r"\|") for cell in stage.cells()] for stage in stages]
     lines = ["# Runs", "", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     for i, stage in enumerate(stages):
         lines += ["", f"## {title(i, stage)}"]
+        lines += [line for warning in stage.warnings for line in ("", f"**Warning: {warning}**")]
         if stage.starts:
-            lines += ["", "```", commands(stage), "```"]
-        if i in pictures:
-            lines += ["", f"![{stage.run} {stage.name}]({pictures[i]})"]
+            shown = ["", "```", commands(stage), "```"]
+            folded = ["", "<details><summary>command</summary>", *shown, "", "</details>"]
+            lines += folded if len(commands(stage)) > LONG else shown
+        lines += [line for name in pictures.get(i, ()) for line in ("", f"![{stage.run} {stage.name}]({name})")]
     return "\n".join(lines) + "\n"
 
 
@@ -299,16 +330,18 @@ img {{ max-width: 100%; width: 44rem; }}
 """
 
 
-def page(stages: list[Stage], pictures: dict[int, str], out: Path) -> str:
+def page(stages: list[Stage], pictures: dict[int, list[str]], out: Path) -> str:
     rows, sections = [], []
     for i, stage in enumerate(stages):
         kind = "" if stage.is_finished else ' class="unfinished"'
         rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in stage.cells()) + "</tr>")
         parts = [f"<h2>{html.escape(title(i, stage))}</h2>"]
+        parts += [f"<p><strong>Warning: {html.escape(warning)}</strong></p>" for warning in stage.warnings]
         if stage.starts:
-            parts.append(f"<pre>{html.escape(commands(stage))}</pre>")
-        if i in pictures:
-            data = base64.b64encode((out / pictures[i]).read_bytes()).decode()
+            shown, folded = f"<pre>{html.escape(commands(stage))}</pre>", len(commands(stage)) > LONG
+            parts.append(f"<details><summary>command</summary>{shown}</details>" if folded else shown)
+        for name in pictures.get(i, ()):
+            data = base64.b64encode((out / name).read_bytes()).decode()
             text = html.escape(f"curves of {stage.run}, {stage.name}")
             parts.append(f'<img src="data:image/png;base64,{data}" alt="{text}">')
         if len(parts) > 1:

@@ -47,12 +47,10 @@ def test_read_log__finds_a_log_of_another_name_if_there_is_one(tmp_path):
 
 def test_plot__panels_and_legends(runs):
     read = {name: plot_log.read_log(path) for name, path in sorted(runs.items())}
-    loss, accuracy, rate = plot_log.plot(read).axes
-    assert [line.get_label() for line in loss.lines] == [
-        "finetune: train_loss",
-        "finetune: test_loss",
-        "pretrain: train_loss",
-    ]
+    own, loss, accuracy, rate = plot_log.plot(read).axes
+    assert (own.get_ylabel(), loss.get_ylabel()) == ("method's own loss", "cross entropy")
+    assert [line.get_label() for line in own.lines] == ["pretrain"]
+    assert [line.get_label() for line in loss.lines] == ["finetune: train_loss", "finetune: test_loss"]
     assert [line.get_label() for line in accuracy.lines] == ["finetune"]
     assert np.array_equal(accuracy.lines[0].get_xydata(), [[0, 0], [1, 9]])
     assert len(rate.lines) == 2
@@ -94,3 +92,23 @@ def test_script(run_script, runs, tmp_path):
     out = tmp_path / "figures" / "log.png"
     run_script("scripts/tools/plot_log.py", *runs.values(), "--out", str(out))
     assert Image.open(out).width > 800
+
+
+def test_shares_are_drawn_as_percents():
+    run = {0: {"train_loss": 2.0, "train_mlm_acc": 0.54, "epoch": 0}}
+    _, accuracy = plot_log.plot({"cae": run}).axes
+    assert accuracy.get_ylabel() == "accuracy (%)"
+    assert accuracy.lines[0].get_xydata()[0, 1] == pytest.approx(54)
+
+
+def test_plot_progress__a_point_per_line(tmp_path):
+    lines = [
+        {"epoch": e, "step": s, "steps": 2, "loss": 1.0, "images_per_second": 9, "data": 0.1, "memory": 2e9}
+        for e, s in ((0, 1), (0, 2), (1, 1))
+    ]
+    (tmp_path / "x.progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    read = plot_log.read_progress(str(tmp_path / "x.log.txt"))
+    axes = plot_log.plot_progress(read).axes
+    assert [ax.get_ylabel() for ax in axes] == ["loss", "images/s", "wait for\nimages (s)", "memory (GB)"]
+    np.testing.assert_array_equal(axes[3].lines[0].get_xydata(), [[0.5, 2], [1, 2], [1.5, 2]])
+    assert plot_log.read_progress(str(tmp_path / "log.txt")) == []

@@ -52,11 +52,11 @@ def run_report(*paths: Path, out: Path) -> tuple[str, str]:
     return (out / "report.md").read_text(), (out / "report.html").read_text()
 
 
-def table(text: str) -> dict[str, dict[str, str]]:
-    """The cells of the Markdown table by stage and column."""
+def table(text: str, column: int = 1) -> dict[str, dict[str, str]]:
+    """The cells of the Markdown table by stage, or another column, and column."""
     head, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
-    return {cells[i][1]: dict(zip(cells[0], cells[i], strict=True)) for i in range(1, len(cells))}
+    return {cells[i][column]: dict(zip(cells[0], cells[i], strict=True)) for i in range(1, len(cells))}
 
 
 def test_cells(row, tmp_path):
@@ -71,13 +71,16 @@ def test_cells(row, tmp_path):
         "measured": "82.0",
         "difference": "-1.9",
         "epochs": "3",
-        "hours": "1.00",
+        "time": "60.0 min",
+        "method": "saim",
+        "model": "",
+        "loss": "0.3333",
     }
     expected |= {"images per update": "64", "hardware": "2 x H100"}
     expected |= {"checkpoint (SHA-256)": f"checkpoint.pth {digest[:12]}"}
     assert finetune == {"stage": "finetune", **expected}
     assert (linprobe["published"], linprobe["difference"], linprobe["epochs"]) == ("62.5", "", "2 of 3, unfinished")
-    assert (knn["run"], knn["measured"], knn["published"], knn["hours"]) == (ROW, "33.2 (k = 20)", "", "")
+    assert (knn["run"], knn["measured"], knn["published"], knn["time"]) == (ROW, "33.2 (k = 20)", "", "")
     assert text.count(COMMAND) == 2  # equal commands once per stage
 
 
@@ -116,9 +119,10 @@ def test_without_checkpoint_or_with_a_damaged_one(tmp_path, capsys):
     make_stage(run / "a", 3, None, start())
     make_stage(run / "b", 3, {"epochs": 9}, start(), start(hardware="8 x A100", seconds=900))
     (run / "b" / "checkpoint.pth").write_bytes(b"torn")
-    cells = table(run_report(run, out=tmp_path / "out")[0])
+    cells = table(run_report(run, out=tmp_path / "out")[0], column=0)
+    assert {cells[name]["stage"] for name in "ab"} == {"finetune"}
     assert [cells[name]["epochs"] for name in "ab"] == ["3", "3"]  # as the command says
-    assert (cells["b"]["hardware"], cells["b"]["hours"]) == ("2 x H100; 8 x A100", "0.75")
+    assert (cells["b"]["hardware"], cells["b"]["time"]) == ("2 x H100; 8 x A100", "45.0 min")
     assert cells["b"]["checkpoint (SHA-256)"] == "checkpoint.pth is damaged"
     assert "truncated or not a checkpoint" in capsys.readouterr().out
 
@@ -185,4 +189,27 @@ def test_nothing_to_report(tmp_path, capsys):
 def test_mistakes(row, tmp_path, capsys):
     assert "/nowhere: is no folder" in mistake(report, "/nowhere", capsys=capsys)
     (tmp_path / "file").touch()
+    run_report(row, tmp_path / "file", out=tmp_path / "out")  # files beside runs are passed over
     assert "cannot be written" in mistake(report, str(row), "--out", str(tmp_path / "file"), capsys=capsys)
+
+
+def test_pretraining_has_its_loss_its_steps_and_warnings(tmp_path):
+    command = "python saim/main_pretrain.py --model saim_nano " + "--blr 0.001 " * 20
+    run = make_stage(
+        tmp_path / "photos", 2, {"epochs": 2, "model": "saim_nano"}, start(command=command, warnings=["<odd>"])
+    )
+    line = {"epoch": 0, "step": 1, "steps": 2, "loss": 1.0, "images_per_second": 9, "data": 0.1, "memory": 2e9}
+    (run / "progress.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "log.txt").write_text('{"train_loss": 0.25, "epoch": 0}\n{"train_loss": 0.125, "epoch": 1}\n')
+    text, html = run_report(run, out=tmp_path / "out")
+    cells = table(text, column=0)["photos"]
+    assert (cells["stage"], cells["method"], cells["model"], cells["loss"]) == (
+        "pretrain",
+        "saim",
+        "saim_nano",
+        "0.125",
+    )
+    assert "**Warning: <odd>**" in text and "<summary>command</summary>" in text
+    assert "Warning: &lt;odd&gt;" in html and "<details>" in html
+    assert len(Page(html).links) == 2
+    assert (tmp_path / "out" / "1-photos-pretrain-steps.png").exists()
