@@ -32,12 +32,20 @@ def reconstruction_grid(rows: Tensor) -> Tensor:
 
 
 def save_reconstructions(path: Path, target: Tensor, pred: Tensor, mask: Tensor, title: str) -> None:
-    """Draw the rows of `reconstruction_rows` into a PNG file; raises OSError."""
-    grid = reconstruction_grid(reconstruction_rows(target, pred, mask).cpu())
+    """Draw the rows of `reconstruction_rows`, with their names, into a PNG file; raises OSError."""
+    rows = reconstruction_rows(target, pred, mask).cpu()
+    grid = reconstruction_grid(rows)
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.imshow(np.asarray(grid.permute(1, 2, 0)))
     axes.set_title(title)
-    axes.axis("off")
+    height, width = (side + 2 for side in rows.shape[-2:])  # with the gap of the grid
+    axes.set_yticks([(i + 0.5) * height for i in range(3)], ["image", "visible", "predicted"])
+    axes.set_xticks(
+        [(i + 0.5) * width for i in range(len(rows) // 3)], [f"image {i + 1}" for i in range(len(rows) // 3)]
+    )
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

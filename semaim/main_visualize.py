@@ -2,7 +2,8 @@
 
 One row per image: (a) the input, then three panels for each order (b) to (e), drawn by the encoder that was pre-trained
 with this order: the class token's attention in the last block, the similarity map, and the order, first patches in
-warm colours. Maps come from the pass without masks, as in pre-training.
+warm colours. Maps come from the pass without masks, as in pre-training. Maps of one encoder that several orders share
+are drawn once.
 
 Legend: N images, G x G = L patches, p patch side, D width.
 """
@@ -246,7 +247,7 @@ def draw(blocks: dict[str, dict[str, np.ndarray]]) -> Figure:
     Args:
         blocks: images (N, H, W, 3) uint8, by title of the column, by group; the first is the input.
     """
-    side, gap, split, head, foot = 0.9, 0.03, 0.16, 0.2, 0.26  # inches; split: between blocks
+    side, gap, split, head, foot = 0.9, 0.03, 0.16, 0.2, 0.36  # inches; split: between blocks
     rows = len(blocks["input"][""])
     width = sum(len(block) * (side + gap) - gap + split for block in blocks.values())
     height = head + rows * (side + gap) - gap + foot
@@ -255,9 +256,10 @@ def draw(blocks: dict[str, dict[str, np.ndarray]]) -> Figure:
     for group, block in blocks.items():
         if group != "input":
             fig.add_artist(Line2D([x / width - split / 2 / width] * 2, [0, 1], color="grey", ls="--", lw=1))
-        label = GROUPS[group].label if group in GROUPS else "(a) input"
+        label = GROUPS[group].label if group in GROUPS else {"input": "(a) input"}.get(group, group)
         middle = x + (len(block) * (side + gap) - gap) / 2
-        fig.text(middle / width, foot / 2 / height, label, ha="center", va="center", fontsize=10)
+        label, size = (label, 10) if len(block) > 1 else (label.replace("-", "-\n").replace(" order", "\norder"), 7)
+        fig.text(middle / width, foot / 2 / height, label, ha="center", va="center", fontsize=size)
         for title, panels in block.items():
             fig.text((x + side / 2) / width, 1 - head / 2 / height, title, ha="center", va="center", fontsize=8)
             for row, panel in enumerate(panels):
@@ -268,6 +270,25 @@ def draw(blocks: dict[str, dict[str, np.ndarray]]) -> Figure:
             x += side + gap
         x += split - gap
     return fig
+
+
+def without_repeats(
+    blocks: dict[str, dict[str, np.ndarray]], paths: dict[str, str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The blocks with the maps of an encoder that several orders share in a block of their own, before these orders.
+
+    Args:
+        paths: of the encoder's checkpoint, by group.
+    """
+    shown, uses = {"input": blocks["input"]}, Counter(paths.values())
+    for group, path in paths.items():
+        if uses[path] == 1:
+            shown[group] = blocks[group]
+            continue
+        maps = {panel: blocks[group][panel] for panel in PANELS[:2]}
+        shown.setdefault(f"maps of {Path(path).stem or 'random weights'}", maps)
+        shown[group] = {"order": blocks[group]["order"]}
+    return shown
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -290,6 +311,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- maps and panels
     encoders: dict[str, tuple[AimViT, str, np.ndarray, Tensor, Tensor]] = {}  # by checkpoint, "": random
     blocks: dict[str, dict[str, np.ndarray]] = {}
+    paths: dict[str, str] = {}  # of the encoders, by group
     raw = {"images": np.array(files)}
     for group, (_, rules) in GROUPS.items():
         path = getattr(args, group) or args.checkpoint
@@ -308,13 +330,14 @@ def main(args: argparse.Namespace) -> None:
         maps = dict(zip(PANELS, (attention, similarity, order), strict=True))
         grid = model.patch_embed.grid_size
         raw |= {f"{group}/{panel}": values.unflatten(1, (grid, grid)).numpy() for panel, values in maps.items()}
+        paths[group] = path
         blocks.setdefault("input", {"": pixels})
         blocks[group] = {panel: overlay(heat(panel, values), pixels) for panel, values in maps.items()}
     # ---- files
     folder = Path(args.output).with_name(f"{Path(args.output).stem}_panels")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draw(blocks).savefig(args.output)
+        draw(without_repeats(blocks, paths)).savefig(args.output)
         np.savez(folder / "maps.npz", **raw)  # type: ignore[arg-type]
         for group, block in blocks.items():
             for panel, images in block.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 from torchvision import transforms
@@ -31,12 +32,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.output.add_argument(
         "--query", default=0, type=int, help="class token whose attention is drawn: 0, or 1 where there are two"
     )
-    g.data.add_argument("--image_path", default=None, help="image file, must be given")
+    g.data.add_argument("--image_path", default=None, nargs="+", help="image files, must be given")
     g.data.add_argument(
         "--image_size", default=[480, 480], type=int, nargs="+", help="height and width that the image is resized to"
     )
     g.output.add_argument(
-        "--output_dir", default=".", help="folder of img.png, attn-head<j>.png and mask_th<threshold>_head<j>.png"
+        "--output_dir",
+        default=".",
+        help="folder of overview.png, img.png, attn-head<j>.png and mask_th<threshold>_head<j>.png; "
+        "of several images in a folder for each",
     )
     g.output.add_argument(
         "--threshold", default=None, type=float, help="share of the attention that masks show; default: no masks"
@@ -102,6 +106,51 @@ def tinted(pixels: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, 0.5 * pixels + 0.5 * colour, 0.6 * pixels).permute(1, 2, 0)
 
 
+def overview(images: list[dict[str, Tensor]], names: list[str]) -> Figure:
+    """A row per image, a column per picture.
+
+    Args:
+        images: pictures (H, W, 3) or maps (H, W) by title, of each image. names: of the images.
+    """
+    columns = len(images[0])
+    height, width = next(iter(images[0].values())).shape[:2]
+    size = (1.6 * columns, (1.6 * height / width + 0.05) * len(images) + 0.3)
+    fig = Figure(figsize=size, layout="constrained", dpi=160)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr]
+    axes = fig.subplots(len(images), columns, squeeze=False)
+    for line, (row, pictures, name) in enumerate(zip(axes, images, names, strict=True)):
+        for ax, (title, picture) in zip(row, pictures.items(), strict=True):
+            ax.imshow(picture.numpy())
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if line == 0:
+                ax.set_title(title, fontsize=8)
+        row[0].set_ylabel(name if len(name) <= 16 else f"{name[:6]}...{name[-7:]}", fontsize=7)
+    return fig
+
+
+def draw(args: argparse.Namespace, model: VisionTransformer, path: str, device: torch.device) -> dict[str, Tensor]:
+    """The pictures of an image by the names of their files."""
+    p = model.patch_size
+    image = read_image(path, args.image_size, p)
+    maps = attention_maps(model, image.to(device), args.query).cpu()
+    pixels = to_pixels(image)
+    files = {"img.png": pixels.permute(1, 2, 0)}
+    files |= {f"attn-head{j}.png": heat for j, heat in enumerate(enlarge(maps, p))}
+    if args.threshold is not None:
+        masks = enlarge(attended(maps, args.threshold), p)
+        files |= {f"mask_th{args.threshold}_head{j}.png": tinted(pixels, mask) for j, mask in enumerate(masks)}
+    return files
+
+
+def title(file: str, threshold: float | None) -> str:
+    """What a file shows, for the overview."""
+    if file == "img.png":
+        return "image"
+    head = int(file.split("head")[1].removesuffix(".png")) + 1
+    return f"head {head}" if file.startswith("attn") else f"{threshold:.0%} of head {head}"
+
+
 def build_model(args: argparse.Namespace) -> VisionTransformer:
     """The backbone of the flags with the weights of its checkpoint."""
     weights = None
@@ -123,22 +172,20 @@ def main(args: argparse.Namespace) -> None:
         read_image(None, args.image_size, args.patch_size)  # before weights are loaded
     torch.manual_seed(0)  # of random weights
     model = build_model(args)
-    p = model.patch_size
-    image = read_image(args.image_path, args.image_size, p)
-    maps = attention_maps(model.to(device), image.to(device), args.query).cpu()
-    pixels = to_pixels(image)
-    files = {"img.png": pixels.permute(1, 2, 0)}
-    files |= {f"attn-head{j}.png": heat for j, heat in enumerate(enlarge(maps, p))}
-    if args.threshold is not None:
-        masks = enlarge(attended(maps, args.threshold), p)
-        files |= {f"mask_th{args.threshold}_head{j}.png": tinted(pixels, mask) for j, mask in enumerate(masks)}
+    model.to(device)
+    images = [draw(args, model, path, device) for path in args.image_path]
+    shown = [{title(name, args.threshold): picture for name, picture in files.items()} for files in images]
+    out = Path(args.output_dir)
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        for name, picture in files.items():
-            imsave(str(Path(args.output_dir) / name), picture.numpy())
+        for path, files in zip(args.image_path, images, strict=True):
+            folder = out / Path(path).stem if len(images) > 1 else out
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, picture in files.items():
+                imsave(str(folder / name), picture.numpy())
+        overview(shown, [Path(path).name for path in args.image_path]).savefig(out / "overview.png")
     except OSError as error:
         raise distributed.UserError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
-    distributed.log(f"wrote {', '.join(files)} to {args.output_dir}")
+    distributed.log(f"wrote overview.png and {', '.join(images[0])} to {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def draw(paths: list[Path], titles: list[str], rows: list[list[int]], cosines: n
             ax.imshow(image)
             ax.set_xticks([])
             ax.set_yticks([])
-            similar = f"\ncosine {cosines[i, j - 1]:.2f}" if j else ""
+            similar = f"\ncosine {cosines[i, j - 1]:.3f}" if j else ""
             ax.set_xlabel(titles[index] + similar, fontsize=7)
             for spine in ax.spines.values():
                 spine.set_visible(j == 0)

@@ -225,7 +225,7 @@ def settings_of(method: str, size: str, stage: str, images: Images, number: int,
     epochs = max(2, min(LONGEST, round(seen / number)))
     settings |= {**sizes(method, stage, images.side, settings), "batch_size": batch, "epochs": epochs}
     if "lr" in settings and (method, stage) != ("udi", "pretrain"):  # whose rate is that of 256 images
-        settings["lr"] = f"{float(settings['lr']) * (batch / usual) ** 0.5:.2g}"
+        settings["lr"] = f"{float(settings['lr']) * min(1, 2 * batch / usual) ** 0.5:.2g}"
     if "warmup_epochs" in settings:
         settings["warmup_epochs"] = max(1, round(epochs / 20))
     if "nb_classes" in settings:
@@ -321,7 +321,7 @@ class Plan:
             return [Step(command("a2mim/main_visualize.py", *words, "--resume", self.encoder, *files))]
         words = ["--arch", settings["arch"], "--patch_size", settings["patch_size"]]
         words += ["--pretrained_weights", self.encoder, "--output_dir", out / "pictures"]
-        return [Step(command("udi/visualize_attention.py", *words, "--image_path", shown[0]))]
+        return [Step(command("udi/visualize_attention.py", *words, "--image_path", *shown))]
 
     def curves(self, *folders: str) -> Step:
         paths = [self.out / folder for folder in folders]

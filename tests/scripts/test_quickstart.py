@@ -84,7 +84,7 @@ def test_small_images_have_64_patches(method):
 def test_few_images__a_smaller_batch_and_rate():
     images = quickstart.Images(Path("data"), None, 5, 96, classes=0)
     settings = quickstart.settings_of("saim", "laptop", "pretrain", images, 5, 20_000)
-    assert (settings["batch_size"], settings["epochs"], settings["lr"]) == ("2", "300", "0.0005")
+    assert (settings["batch_size"], settings["epochs"], settings["lr"]) == ("2", "300", "0.00071")
 
 
 # ---- its tools

@@ -160,6 +160,7 @@ def test_readme__runs_inside_the_method_folder(readme):
         "attn-head1.png",
         "attn-head2.png",
         "img.png",
+        "overview.png",
     ]
     assert Image.open(checkout / "attention" / "img.png").size == (48, 64)
 

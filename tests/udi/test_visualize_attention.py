@@ -73,7 +73,7 @@ def test_files(picture, tmp_path, tokens, capsys):
     flags += ["--image_size", "45", "60", "--output_dir", str(tmp_path / "out"), "--threshold", "0.6"]
     run_main(visualize_attention, *flags)
     names = ["img.png"] + [f"{kind}head{j}.png" for j in range(3) for kind in ("attn-", "mask_th0.6_")]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == set(names)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*names, "overview.png"}
     for name in names:
         assert Image.open(tmp_path / "out" / name).size == (56, 40), "cut to multiples of 8"
     assert "WARNING" not in capsys.readouterr().out
