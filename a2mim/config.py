@@ -174,6 +174,7 @@ def _set_defaults(parser: argparse.ArgumentParser, where: str, values: dict[str,
     parsed = vars(parser.parse_args(words))
     parser.error = complain  # type: ignore[method-assign]
     parser.set_defaults(**{actions[n].dest: switches.get(n, parsed[actions[n].dest]) for n in values})
+    parser.preset |= {actions[n].dest for n in values}  # type: ignore[attr-defined]
 
 
 def _cfg_options(options: list[str]) -> dict[str, Any]:
@@ -208,6 +209,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         overrides = _cfg_options(args.cfg_options)
         _set_defaults(parser, "--cfg-options", overrides)
         actions = _option_names(parser)
+        args.given |= parser.preset  # type: ignore[attr-defined]
         for name in overrides:
             setattr(args, actions[name].dest, parser.get_default(actions[name].dest))
     if args.pretrained and args.load_checkpoint:

@@ -144,7 +144,6 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     short_sides = range(640, 801, 32) if args.multi_scale else args.short_sides
     views = TrainTransform(short_sides, args.long_side, args.crop_short_sides, args.crop_range)

@@ -130,7 +130,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
         augment = data.finetune_transform(args.aug, args.train_size, args.ra_level)
     train = None if args.eval else data.images(args, train=True, labelled=True)
     val = data.images(args, train=False, labelled=True)
-    args.class_names = datasets.check_classes(train, val, args.nb_classes)
+    datasets.follow_classes(args, train, val)
     view = data.eval_transform(args.val_resize, args.val_crop)
     val_loader = datasets.build_loader(args, val, view, device, train=False)
     if train is None:
@@ -166,7 +166,10 @@ def run(
         evaluate_checkpoint(found, model, val_loader, updater)
         return
     resume = resume_path(args)
+    if not (resume or args.pretrained or args.load_checkpoint):
+        distributed.log("WARNING: no --pretrained: the encoder has random weights")
     net = training.prepare(args, model, device, starts=not resume, resize_rel_pos=args.resize_rel_pos)
+    datasets.check_memory(args, model, lambda net, batch: net(data.normalize(batch[0])), loader)
     ema = None
     if args.ema:  # of weights that are those of process 0 by now
         ema = optim.EMA(model, args.ema, warmup_iters=args.ema_warmup_iters, update_interval=args.ema_update_interval)
@@ -190,7 +193,6 @@ def run(
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     loaders = build_loaders(args, device)
     model = build_model(args)
     run(args, model, device, loaders, model.train)

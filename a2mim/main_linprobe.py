@@ -43,9 +43,6 @@ def build_model(args: argparse.Namespace) -> Classifier:
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
-    if not args.pretrained and not args.load_checkpoint and not args.resume:
-        distributed.log("WARNING: no --pretrained: a new probe has a random encoder")
     loaders = main_finetune.build_loaders(args, device)
     model = build_model(args)
     model.requires_grad_(False)

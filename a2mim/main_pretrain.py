@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from a2mim import config, data, optim, training
 from a2mim.backbones import BACKBONES, FINE_TUNED, insertion_stride
 from a2mim.config import boolean
-from a2mim.engine_pretrain import train_one_epoch
+from a2mim.engine_pretrain import batch_loss, train_one_epoch
 from a2mim.files import resume_path, run_files
 from a2mim.losses import PIXEL_LOSSES, MIMLoss
 from a2mim.masking_generator import BlockwiseMaskGenerator
@@ -232,7 +233,6 @@ def build_optimizer(args: argparse.Namespace, model: MaskedImageModel, lr: float
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     loader, context = build_data(args, device)
     if context["filled_target"]:
@@ -242,6 +242,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     resume = resume_path(args)
     net = training.prepare(args, model, device, starts=not resume)
+    datasets.check_memory(args, model, partial(batch_loss, **context), loader)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
     schedule = optim.lr_config(args)

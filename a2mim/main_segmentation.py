@@ -127,7 +127,6 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, RANGES)
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     size = args.input_size
     long, short = args.scale or (4 * size, size)

@@ -116,3 +116,10 @@ def _refuse_another_encoder(args: argparse.Namespace, path: str) -> None:
         raise distributed.UserError(
             f"--finetune {args.finetune}: {path} holds a finished probe of {before}; name another --output_dir"
         )
+
+
+def default_folder(args: argparse.Namespace, name: str) -> None:
+    """Let a run save in runs/<name> unless it is told where: the authors' default is nowhere."""
+    if not (distributed.is_given(args, "output_dir") or getattr(args, "eval", False)):
+        args.output_dir = f"runs/{name}"
+        distributed.log(f"no --output_dir: results go to {args.output_dir}")

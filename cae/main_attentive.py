@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cae import main_finetune
+from cae.files import default_folder
 from cae.models_vit import VisionTransformer
 from common import distributed
 
@@ -59,20 +60,20 @@ def published_order(images: int) -> list[int]:
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    default_folder(args, f"cae_{args.model.removeprefix('cae_')}_attentive")
+    if not args.enable_linear_eval and not args.aa:  # as upstream: fine-tuning always has RandAugment
+        args.aa = main_finetune.get_args_parser().get_default("aa")
+    own = args.eval_bn == "batch" and args.enable_linear_eval and args.linear_type == "attentive"
+    loaders = main_finetune.build_loaders(args, device, published_order if own else None)
     model = build_model(args)
     if args.enable_linear_eval:
         main_finetune.freeze(model, "query_token", "attentive_blocks", "head")
         head: nn.Linear = model.head  # type: ignore[assignment]
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    elif not args.aa:  # as upstream: without the probe it is fine-tuning, which always has RandAugment
-        args.aa = main_finetune.get_args_parser().get_default("aa")
-    own = args.eval_bn == "batch" and args.enable_linear_eval and args.linear_type == "attentive"
-    order = published_order if own else None
     is_train = args.eval_bn == "batch"
     prefix = f"{args.exp_name}_"
-    main_finetune.run(args, model, device, prefix=prefix, stage="attentive", val_order=order, is_train=is_train)
+    main_finetune.run(args, model, device, loaders, prefix=prefix, stage="attentive", is_train=is_train)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,6 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     loader, val_loader, images = build_loaders(args, device)
     # ---- model

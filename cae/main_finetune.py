@@ -16,7 +16,7 @@ from torchvision import transforms
 from cae import optim
 from cae.augmentation import HALF
 from cae.engine_finetune import evaluate, evaluate_checkpoint, fit
-from cae.files import resume_path, run_files
+from cae.files import default_folder, resume_path, run_files
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common import datasets, distributed, lr_decay
 
@@ -171,7 +171,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- data, files, process
     datasets.add_flags(p)
     g.data.add_argument("--eval_data_path", help="folder of the validation images; default: val/ in --data_path")
-    g.model.add_argument("--nb_classes", default=0, type=int, help="number of the data set's classes; must be given")
+    g.model.add_argument("--nb_classes", default=0, type=int, help="number of classes; 0: as many as the class folders")
     g.augmentation.add_argument(
         "--imagenet_default_mean_and_std",
         action="store_true",
@@ -307,6 +307,9 @@ def build_loaders(
 
     val_order: as in `supervised_loaders`.
     """
+    if args.enable_deepspeed:
+        raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
+    args.accum_iter = args.update_freq
     if args.data_set == "IMNET100":
         raise distributed.UserError("--data_set IMNET100: has no definition upstream; use IMNET or image_folder")
     if args.data_set == "image_folder" and not args.eval_data_path:
@@ -325,7 +328,7 @@ def build_loaders(
             direct=direct,
             skip=args.output_dir,
         )
-        args.class_names = datasets.check_classes(images, images, args.nb_classes)
+        datasets.follow_classes(args, images, images)
         options = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": True}
         return datasets.build_loader(args, images, augment, device, **options), None
     return datasets.supervised_loaders(
@@ -354,35 +357,35 @@ def take_weights(args: argparse.Namespace, model: VisionTransformer, resume: str
         load_encoder(model, args.finetune, std, keys, args.model_prefix, keep_norm=not args.new_cls_norm)
     elif args.finetune:
         distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
+    elif not resume:
+        distributed.log("WARNING: no --finetune: the encoder has random weights")
 
 
 def run(
     args: argparse.Namespace,
     model: VisionTransformer,
     device: torch.device,
+    loaders: tuple[datasets.Loader, datasets.Loader | None],
     head_std: float = 0.0,
     prefix: str = "",
     stage: str = "finetune",
-    val_order: Callable[[int], list[int]] | None = None,
     **kwargs,
 ) -> None:
     """Load, train, evaluate as the flags say.
 
     Args:
         model: whose frozen parts are frozen. head_std: as in `load_encoder`. stage: as in `resume_path`.
-        prefix: of numbered checkpoints. val_order: as in `build_loaders`. kwargs: of the forward pass in evaluations.
+        prefix: of numbered checkpoints. kwargs: of the forward pass in evaluations.
     """
-    if args.enable_deepspeed:
-        raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
-    args.accum_iter = args.update_freq
-    # ---- data
-    loader, val_loader = build_loaders(args, device, val_order)
+    loader, val_loader = loaders
     with distributed.user_errors("--mixup, --cutmix and their options"):
         mixup = build_mixup(args)
     # ---- model
     resume = resume_path(args, stage)
     take_weights(args, model, resume, head_std)
     model.to(device)
+    if not args.eval:
+        datasets.check_memory(args, model, lambda net, batch: net(batch[0], is_train=False), loader)
     net = distributed.wrap(model, device, args.compile, find_unused=args.abs_pos_emb)  # positions get no gradient
     place = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None
@@ -421,13 +424,14 @@ def run(
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    default_folder(args, f"cae_{args.model.removeprefix('cae_')}_finetune")
+    if args.enable_linear_eval and args.aa == get_args_parser().get_default("aa"):
+        args.aa = ""  # as upstream
+    loaders = build_loaders(args, device)
     model = build_model(args, lin_probe=args.enable_linear_eval)
     if args.enable_linear_eval:  # as upstream: the class token, without fc_norm
         freeze(model, "head")
-        if args.aa == get_args_parser().get_default("aa"):
-            args.aa = ""  # as upstream
-    run(args, model, device, head_std=0.01 if args.enable_linear_eval else 0.0)
+    run(args, model, device, loaders, head_std=0.01 if args.enable_linear_eval else 0.0)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> LAR
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.batch_size < 2 and not args.eval:
         raise distributed.UserError(f"--batch_size {args.batch_size}: the probe's batch norm needs at least 2 images")
     # ---- data
@@ -87,6 +86,8 @@ def main(args: argparse.Namespace) -> None:
     resume = resume_path(args, "linear")
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=0.01, resize_positions=True)
+    elif not args.finetune and not resume:
+        distributed.log("WARNING: no --finetune: the encoder has random weights")
     elif args.finetune and resume:
         distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     head = add_probe(model)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
@@ -13,8 +14,8 @@ from torchvision import transforms
 
 from cae import optim
 from cae.augmentation import HALF, RANGES, PretrainAugmentation
-from cae.engine_pretrain import train_one_epoch
-from cae.files import resume_path, run_files
+from cae.engine_pretrain import batch_loss, train_one_epoch
+from cae.files import default_folder, resume_path, run_files
 from cae.masking_generator import MaskingGenerator, RandomMaskingGenerator
 from cae.models_cae import MODELS, ContextAutoencoderViT
 from cae.models_dalle import DalleTokenizer, map_pixels
@@ -275,12 +276,13 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    default_folder(args, f"cae_{args.model.removeprefix('cae_')}")
     # ---- model
     model = build_model(args).to(device)
     net = distributed.wrap(model, device, args.compile)
     # ---- data
     loader, context = build_data(args, device)
+    datasets.check_memory(args, model, partial(batch_loss, **context), loader, context["tokenizer"])
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()
     optimizer = build_optimizer(args, model, args.lr)

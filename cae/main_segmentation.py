@@ -120,7 +120,6 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, RANGES)
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.save_pictures and not args.output_dir:
         raise distributed.UserError(f"--save_pictures {args.save_pictures}: needs --output_dir")
     # ---- data

@@ -135,7 +135,6 @@ def main(args: argparse.Namespace) -> None:
         args.epochs = math.ceil(UPDATES / (len(loader) // args.accum_iter))
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- model
     model = build_model(args).to(device)
     net = distributed.wrap(model, device, args.compile)

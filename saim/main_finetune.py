@@ -142,7 +142,6 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, {"crop_min_size": (1e-9, 1), "hflip": (0, 1)})
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     with distributed.user_errors(f"--aa {args.aa} --remode {args.remode}"):
         augment = datasets.finetune_transform(
@@ -163,7 +162,11 @@ def main(args: argparse.Namespace) -> None:
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=2e-5)  # upstream main_finetune.py@08d36c3
+    elif not args.finetune and not resume:
+        distributed.log("WARNING: no --finetune: the encoder has random weights")
     model.to(device)
+    if not args.eval:
+        datasets.check_memory(args, model, lambda net, batch: net(batch[0]), loader)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()

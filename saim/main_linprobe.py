@@ -79,7 +79,6 @@ def build_optimizer(args: argparse.Namespace, head: nn.Module, lr: float) -> tor
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.batch_size < 2:
         raise distributed.UserError(f"--batch_size {args.batch_size}: the probe's batch norm needs at least 2 images")
     # ---- data
@@ -96,6 +95,8 @@ def main(args: argparse.Namespace) -> None:
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=0.01)  # upstream main_linprobe.py@08d36c3
+    elif not args.finetune and not resume:
+        distributed.log("WARNING: no --finetune: the encoder has random weights")
     head = add_probe(model)
     model.to(device)
     net = distributed.wrap(model, device, args.compile)

@@ -11,7 +11,7 @@ import torch
 from torchvision import transforms
 
 from common import datasets, distributed, lr_decay, lr_sched
-from saim.engine_pretrain import train_one_epoch
+from saim.engine_pretrain import batch_loss, train_one_epoch
 from saim.models_saim import MODELS, SaimViT
 
 
@@ -68,8 +68,17 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
     return datasets.pretrain_loader(args, pretrain_transform(args.input_size), device), {}
 
 
+def default_query_depth(model: str) -> int:
+    """The authors' 12 where it fits the encoder's depth, else the next larger number that does, or all blocks."""
+    with torch.device("meta"):
+        depth = len(MODELS[model](query_depth=1).blocks)
+    return min((depth // step for step in range(1, depth + 1) if depth // step >= 12), default=depth)
+
+
 def build_model(args: argparse.Namespace, **overrides) -> SaimViT:
     """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
+    if args.query_depth == 12 and not distributed.is_given(args, "query_depth"):
+        args.query_depth = default_query_depth(args.model)
     if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
         distributed.log("WARNING: no blur; it needs both --gaussian_kernel_size and --gaussian_sigma")
     with distributed.user_errors(f"--model {args.model}"):
@@ -97,13 +106,13 @@ def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, lr: float)
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     loader, _ = build_data(args, device)
     # ---- model
     model = build_model(args).to(device)
     if model.idle_blocks:
         distributed.log(f"WARNING: the last {model.idle_blocks} encoder blocks are not trained at this --query_depth")
+    datasets.check_memory(args, model, batch_loss, loader)
     net = distributed.wrap(model, device, args.compile, find_unused=model.idle_blocks > 0)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()

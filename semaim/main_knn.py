@@ -254,7 +254,6 @@ def load_dump(folder: str, keep: torch.device) -> list[Tensor]:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.use_cuda and device.type != "cuda":
         distributed.log(f"WARNING: --use_cuda: the features stay on the {device}, where the network runs")
     if min(args.nb_knn) < 1:

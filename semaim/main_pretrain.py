@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import transforms
 
 from common import datasets, distributed, lr_decay, lr_sched
-from semaim.engine_pretrain import Guide, train_one_epoch
+from semaim.engine_pretrain import Guide, batch_loss, train_one_epoch
 from semaim.files import run_files
 from semaim.models_clip import ClipVisual, DinoViT, load_teacher
 from semaim.models_semaim import MODELS, AimViT
@@ -120,8 +120,17 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
     return datasets.pretrain_loader(args, pretrain_transform(args.input_size), device), {}
 
 
+def default_query_depth(model: str) -> int:
+    """The authors' 12 where it fits the encoder's depth, else the next larger number that does, or all blocks."""
+    with torch.device("meta"):
+        depth = len(MODELS[model](query_depth=1).blocks)
+    return min((depth // step for step in range(1, depth + 1) if depth // step >= 12), default=depth)
+
+
 def build_model(args: argparse.Namespace, **overrides) -> AimViT:
     """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
+    if args.query_depth == 12 and not distributed.is_given(args, "query_depth"):
+        args.query_depth = default_query_depth(args.model)
     if (args.gaussian_kernel_size is None) != (args.gaussian_sigma is None):  # as upstream: then there is no blur
         distributed.log("WARNING: no blur; it needs both --gaussian_kernel_size and --gaussian_sigma")
     keywords = {
@@ -178,7 +187,6 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, {"saveckp_freq": (1, math.inf)})
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.predict_feature == "ema" and not args.use_ema_model:
         raise distributed.UserError("--predict_feature ema: needs --use_ema_model")
     # ---- data
@@ -193,6 +201,7 @@ def main(args: argparse.Namespace) -> None:
     net = distributed.wrap(model, device, args.compile, find_unused=model.idle_blocks > 0)
     ema = ModelEmaV3(model) if args.use_ema_model else None
     guide = Guide(model, ema and ema.module, teacher and teacher.to(device), args.order_amp)  # type: ignore[arg-type]
+    datasets.check_memory(args, model, partial(batch_loss, guide=guide), loader, *(teacher and [teacher] or []))
     if args.compile:
         guide.source.semantic_pass = torch.compile(guide.source.semantic_pass)
     # ---- optimizer

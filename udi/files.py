@@ -1,5 +1,6 @@
 """Where evaluations leave their files, beside the weights that they evaluate, and weights under upstream's names."""
 
+import argparse
 import contextlib
 import os
 from pathlib import Path
@@ -79,3 +80,10 @@ class Prefixed:
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         self.module.load_state_dict(state_dict)
+
+
+def default_folder(args: argparse.Namespace, name: str) -> None:
+    """Let a run save in runs/<name> unless it is told where: the authors' default is the working directory."""
+    if not distributed.is_given(args, "output_dir"):
+        args.output_dir = f"runs/{name}"
+        distributed.log(f"no --output_dir: results go to {args.output_dir}")

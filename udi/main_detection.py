@@ -127,7 +127,6 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     # ---- data
     views = TrainTransform(args.short_sides, args.long_side, args.crop_short_sides, args.crop_range)
     whole = EvalTransform(args.test_short_side, args.long_side)

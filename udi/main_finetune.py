@@ -333,7 +333,6 @@ def build_transforms(args: argparse.Namespace):
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.enable_deepspeed:
         raise distributed.UserError("--enable_deepspeed: DeepSpeed is not supported; leave it out")
     if not 0 <= args.model_ema_decay <= 1:
@@ -357,9 +356,13 @@ def main(args: argparse.Namespace) -> None:
             missing, unexpected = load_pretrained(model, weights)
         matched = len(model.state_dict()) - len(missing)
         distributed.log(f"{args.finetune}: {distributed.load_report(matched, missing, unexpected)}")
+    elif not resume:
+        distributed.log("WARNING: no --finetune: the encoder has random weights")
     elif args.finetune not in ("", resume):
         distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     model.to(device)
+    if not args.eval:
+        datasets.check_memory(args, model, lambda net, batch: net(batch[0]), loader)
     net = distributed.wrap(model, device, args.compile)
     place = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None

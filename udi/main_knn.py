@@ -251,7 +251,6 @@ def load_dump(folder: str, keep: torch.device) -> list[Tensor]:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if min(args.nb_knn) < 1:
         raise distributed.UserError(f"--nb_knn {min(args.nb_knn)}: expected at least 1")
     torch.manual_seed(0)  # random weights are the same on all processes

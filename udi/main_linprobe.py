@@ -155,7 +155,7 @@ def build_model(args: argparse.Namespace) -> Probe:
     if args.pretrained_weights:
         weights = load_backbone(args.pretrained_weights, args.checkpoint_key, args.class_tokens)
     else:
-        distributed.log("--pretrained_weights '': random weights are probed")
+        distributed.log("WARNING: no --pretrained_weights: the encoder has random weights")
     backbone = build_backbone(args.arch, args.patch_size, weights, args.input_size)
     with distributed.user_errors(f"--n_last_blocks {args.n_last_blocks} and --avgpool_patchtokens"):
         return Probe(backbone, args.num_labels, args.n_last_blocks, args.avgpool_patchtokens)
@@ -173,7 +173,7 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
         datasets.image_dataset(args.data_path, is_train, True, args.dataset, split)
         for is_train, split in ((not args.evaluate, args.train_split), (False, args.val_split))
     )
-    args.class_names = datasets.check_classes(train, val, args.num_labels)
+    datasets.follow_classes(args, train, val, "num_labels")
     augment, val_transform = strong_transform(args.input_size), datasets.eval_transform(args.input_size, 224 / 256)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "drop_last": False}
     loader = None if args.evaluate else datasets.build_loader(args, train, augment, device, **own)
@@ -184,7 +184,6 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if args.val_freq < 1 or args.lr_min < 0:
         raise distributed.UserError(f"--val_freq {args.val_freq} --lr_min {args.lr_min}: expected at least 1 and 0")
     args.output_dir = output_dir(args)

@@ -205,7 +205,6 @@ def compute(args: argparse.Namespace, device: torch.device, key: str) -> list[Te
 
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     if min(args.lr_lambd) <= 0:
         raise distributed.UserError(f"--lr_lambd {min(args.lr_lambd)}: expected more than 0")
     if args.class_num < 2:

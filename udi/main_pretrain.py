@@ -5,6 +5,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import nn
 from common import datasets, distributed
 from udi import optim
 from udi.backbone import ALIASES
-from udi.engine_pretrain import Rates, train_one_epoch
-from udi.files import Prefixed
+from udi.engine_pretrain import Rates, batch_loss, train_one_epoch
+from udi.files import Prefixed, default_folder
 from udi.flags import ARCHS, PRETRAIN_RANGES, boolean, limit
 from udi.loss import UDILoss
 from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
@@ -232,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, PRETRAIN_RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed)
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
+    default_folder(args, f"udi_{args.arch}")
     if not args.use_fp16:
         args.amp_dtype = "fp32"
     # ---- data
@@ -240,6 +241,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     student = build_model(args).to(device)
     teacher, udi_loss = build_teacher(student), build_loss(args).to(device)
+    loss_of = partial(batch_loss, teacher=teacher, udi_loss=udi_loss)
+    datasets.check_memory(args, student, loss_of, loader, teacher, udi_loss)
     net = distributed.wrap(student, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()

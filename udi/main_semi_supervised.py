@@ -69,7 +69,6 @@ def results_folder(args: argparse.Namespace) -> str:
 def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, {"out_dim": (1, math.inf), "finetune_head_layer": (0, 3)})
     device = distributed.init(args.device)
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
 
     def add_head(model: EvaluationViT, path: str, key: str) -> None:
         layer = args.finetune_head_layer

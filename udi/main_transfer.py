@@ -59,7 +59,6 @@ def results_folder(args: argparse.Namespace) -> str:
 
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     train, val = (data.transfer_set(args, split and not args.eval) for split in (True, False))
 
     def add_head(model: EvaluationViT, _path: str, _key: str) -> None:

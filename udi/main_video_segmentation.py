@@ -187,7 +187,6 @@ RANGES: dict[str, tuple[float, float]] = {
 def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, RANGES)
     device = distributed.init(args.device)
-    distributed.log(f"{Path(__file__).name} {vars(args)}")
     torch.manual_seed(0)  # random weights are the same on all processes
     videos, folder = video.read_videos(args.data_path), results_folder(args)
     if args.eval not in (None, "."):

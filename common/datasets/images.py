@@ -1,5 +1,6 @@
 """The data set of a command line: folders, lists of files, or those of timm's factory; items (PIL image, class)."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from timm.data.dataset_factory import create_dataset
 
 from common.datasets.files import ListedImages, read_folder, split_folder
 from common.datasets.tars import TarImages
-from common.distributed import UserError, log, on_main_first
+from common.distributed import UserError, flags_of, is_given, load, log, on_main_first
 
 READERS = ("torch", "wds", "hfds")  # images by number; what timm only streams has no order that could be resumed
 
@@ -86,3 +87,14 @@ def check_classes(train: Any, val: Any, nb_classes: int) -> list[str]:
         raise UserError(f"{val.root}: its class folders differ from the training ones, first {odd[0]}")
     names = classes[0] or classes[1] or []
     return list(names) if all(isinstance(name, str) for name in names) else []
+
+
+def follow_classes(args: argparse.Namespace, train: Any, val: Any, flag: str = "nb_classes") -> None:
+    """Set args.class_names and, unless it is given, the number of classes: the checkpoint's that --eval reads, else the
+    class folders'. Raises as `check_classes`."""
+    found = getattr(train, "classes", None) or getattr(val, "classes", None)
+    if found and not is_given(args, flag):
+        evaluates = getattr(args, "eval", False) or getattr(args, "evaluate", False)
+        stored = flags_of(load(args.resume)).get(flag) if evaluates and Path(args.resume).is_file() else None
+        setattr(args, flag, stored or len(found))
+    args.class_names = check_classes(train, val, getattr(args, flag))

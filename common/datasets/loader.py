@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import os
 import random
 import re
 import signal
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 
 from common import distributed
 from common.datasets.files import to_rgb
-from common.datasets.images import check_classes, image_dataset
+from common.datasets.images import follow_classes, image_dataset
 from common.distributed import (
     SIGNALS,
     Position,
@@ -206,6 +207,8 @@ class Loader:
         order: Callable[[int], list[int]] | None = None,
         joint: bool = False,
     ):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = min(num_workers, cores)
         self.device, self.train, self.bad_images, self.accum_iter = device, train, bad_images, accum_iter
         self.batch_size, self.whole_updates, self.processes = batch_size, whole_updates, world_size()
         self.drop_last = drop_last or not train
@@ -254,6 +257,16 @@ class Loader:
             return batches
         # Processes may share out a few images twice, which upstream does not count.
         return self.accum_iter * max(1, self.images // (self.batch_size * self.accum_iter * self.processes))
+
+    @property
+    def left_out(self) -> int:
+        """Images that fill no batch of an epoch."""
+        return max(0, self.images - len(self) * self.batch_size * self.processes)
+
+    def one_image(self) -> Any:
+        """A batch of the first image alone; None where it cannot be read."""
+        images, targets, _ = self.loader.collate_fn([self.loader.dataset[(0, 0)]])
+        return None if images is None else tree_map(lambda x: x.to(self.device), (images, targets))
 
     def match_classes(self, state: dict[str, Any], path: str) -> None:
         """Let targets be the class indices of a checkpoint read from path, by the names of the classes.
@@ -371,7 +384,7 @@ def supervised_loaders(
     train = None if args.eval else image_dataset(args.data_path, True, True, args.dataset, args.train_split, **kwargs)
     path = val_path or args.data_path
     val = image_dataset(path, False, True, args.dataset, args.val_split, **kwargs)
-    args.class_names = check_classes(train, val, args.nb_classes)
+    follow_classes(args, train, val)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": whole_updates}
     loader = None if args.eval else build_loader(args, train, transform, device, **own)
     view = {"train": False, "batch_size": val_batch_size or args.batch_size, "order": val_order}

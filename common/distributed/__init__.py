@@ -6,7 +6,7 @@ resume), command (flags, run).
 """
 
 from common.distributed.checkpoint import Checkpoint, Files, find_checkpoint
-from common.distributed.command import add_flags, add_launch_flags, check_ranges, flag_groups, new_parser, run
+from common.distributed.command import add_flags, add_launch_flags, check_ranges, flag_groups, is_given, new_parser, run
 from common.distributed.exits import (
     SIGNALS,
     Exit,

@@ -64,6 +64,20 @@ class Batches(Protocol):
     def start(self, position: Position) -> tuple[int, dict[str, list[float]]]: ...
 
 
+# Flags that say where, on what and how long a run goes on, not what it learns.
+ELSEWHERE = {"data_path", "eval_data_path", "output_dir", "log_dir", "resume", "auto_resume", "start_epoch", "device"}
+ELSEWHERE |= {"num_workers", "pin_mem", "world_size", "local_rank", "dist_url", "verbose", "class_names", "config"}
+STARTS = ("finetune", "pretrained", "pretrained_weights", "load_checkpoint", "teacher_path", "discrete_vae_weight_path")
+ACT = {"weight_decay": "weight_decay", "layer_decay": "lr_scale"}  # if given, these act at a resume, too
+
+
+def origin(args: argparse.Namespace, loader: Any) -> dict[str, Any]:
+    """What a finished run shares with one that may return at once from its folder: images, rate, starting weights."""
+    paths, rate = {f"--{name}": getattr(args, name, None) for name in STARTS}, getattr(args, "lr", None)
+    found = {"images": getattr(loader, "images", None), "rate": getattr(args, "blr", None) if rate is None else rate}
+    return found | {flag: os.path.abspath(path) for flag, path in paths.items() if path}
+
+
 def check_states(optimizer: torch.optim.Optimizer, model: Any) -> None:
     """Compare each state's shape with its parameter's: fused kernels would not notice, and write beyond it.
 
@@ -100,17 +114,26 @@ class Checkpoint:
         self.missing: list[str] = []  # parts that the resumed file did not hold
         self.best = 0.0  # best accuracy so far, kept over a resume
         self._log_bytes: int | None = None  # of the log, when the resumed file was written
+        self._origin: dict[str, Any] = {}  # as `origin`, of the run that was found in the folder, then of this one
         self.writes = bool(folder)
+        if not folder:
+            log("WARNING: --output_dir is empty: neither checkpoints nor logs are written")
         if folder:
             main_does(self._open)
 
     def _open(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".writable").touch()
-            (self.folder / ".writable").unlink()
+            self._lock = open(self.folder / f".{self.files.latest}.lock", "w")  # noqa: SIM115 - held while this exists
         except OSError as error:
             raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
+        with contextlib.suppress(ImportError, OSError):  # systems and disks without locks
+            import fcntl
+
+            try:  # ends with the process, and its children do not inherit it
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise UserError(f"{self.folder / self.files.latest}: another run is writing it") from error
 
     def save(self, position: Position, name: str = "") -> None:
         """Write the run's state as the latest file, or under another name; nothing without a folder.
@@ -127,7 +150,8 @@ class Checkpoint:
         parts = {key: part.state_dict() for key, part in self.parts.items()}
         state: dict[str, Any] = {key: own for key, own in parts.items() if own}  # an enabled GradScaler refuses {}
         state |= {files.weights: self.model.state_dict(), "epoch": done - 1 + files.epoch, "args": vars(self.args)}
-        state |= {"version": __version__, "images": position.images, "meters": position.meters, "best": self.best}
+        state |= {"version": __version__, "origin": self._origin, "best": self.best}
+        state |= {"images": position.images, "meters": position.meters}
         state |= files.values(position) if callable(files.values) else files.values
         log_file = self.folder / files.log
         state["log_bytes"] = log_file.stat().st_size if log_file.exists() else 0
@@ -203,9 +227,11 @@ class Checkpoint:
         epoch = state.get("epoch", state["meta"].get("epoch") if isinstance(state.get("meta"), dict) else None)
         complete = "optimizer" in state and isinstance(epoch, int)
         settings = set(getattr(optimizer, "defaults", ()))  # before loading, which adds some
+        acting = {flag: key for flag, key in ACT.items() if flag in getattr(self.args, "given", ())}
         if complete and isinstance(optimizer, torch.optim.Optimizer):  # the implementation is this run's choice
             for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
-                group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
+                keys = ("foreach", "fused", "capturable", *acting.values())
+                group |= {key: own[key] for key in keys if key in own}
             if self.files.adapt is not None:
                 with user_errors(f"{path}: 'optimizer' does not fit this run"):
                     self.files.adapt(state, self.model, optimizer)
@@ -228,6 +254,13 @@ class Checkpoint:
             odd = next(iter(set(names) ^ set(kept)), "their order")
             raise UserError(f"{path}: its classes are not this run's, first {odd}; start in another --output_dir")
         self.best = state.get("best", 0.0)
+        was, now = flags_of(state), vars(self.args)
+        compared = [k for k in now if k in was and k not in ELSEWHERE and (k not in ACT or k in acting)]
+        changed = [f"{k} {now[k]} (was {was[k]})" for k in compared if was[k] != now[k]]
+        if changed:
+            log(f"flags that differ from the resumed run's: {', '.join(changed)}")
+        if is_here and not self.args.resume:
+            self._origin = state.get("origin", {})
         if is_here:
             self._log_bytes = state.get("log_bytes")
         done = epoch + 1 - self.files.epoch
@@ -256,14 +289,29 @@ class Checkpoint:
         warmup = getattr(self.args, "warmup_epochs", 0)
         if warmup >= self.args.epochs:
             log(f"WARNING: --warmup_epochs {warmup} of --epochs {self.args.epochs}: the learning rate only rises")
+        own = origin(self.args, loader)
+        was = self._origin or own
+        odd = [f"{k} {own.get(k)} (was {was.get(k)})" for k in {**was, **own} if own.get(k) != was.get(k)]
+        if odd and position.epoch >= self.args.epochs:
+            found = f"--output_dir {self.folder}: holds a finished run of other {', '.join(odd)}"
+            raise UserError(f"{found}; name another --output_dir, or give more --epochs")
+        self._origin = own
         start, sums = loader.start(position)
         files, length = self.files, len(loader)
         ticks, total = ticks or length, total or self.args.epochs * length
         first = (position.epoch + start / length) * ticks  # what the resumed run wrote later is cut off
-        run_log = RunLog(self.log_folder, files.log, files.events, first, ticks, self._log_bytes, length)
+        options = first, ticks, self._log_bytes, length, vars(self.args)
+        run_log = RunLog(self.log_folder, files.log, files.events, *options)
+        left = getattr(loader, "left_out", 0)
+        log(
+            f"{self.args.epochs} epochs of {length} steps{f', {left} images of each fill no batch' * (left > 0)}; "
+            f"results go to {self.log_folder or 'no folder'}"
+        )
         for epoch in range(position.epoch, self.args.epochs):
             title, images = header.format(epoch=epoch, done=epoch + 1), loader.batch_size
             steps = min(length, total - epoch * length)
             place = epoch, start, sums, total - epoch * length - steps
             yield epoch, EpochLog(title, steps, images, loader.device, print_freq, run_log, tags, *place)
             start, sums = 0, {}
+        if self.writes and is_main():
+            (self.folder / f".{files.latest}.lock").unlink(missing_ok=True)

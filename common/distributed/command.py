@@ -53,6 +53,8 @@ def run(main: Callable, args) -> None:
     try:
         args = args() if callable(args) else args
         check_ranges(args)
+        if getattr(args, "verbose", False) and os.environ.get("RANK", "0") == "0":
+            print(vars(args), flush=True)
         main(args)
     except Exit as end:
         if rank() > 0:  # an error that all ranks share is printed by rank 0, whose end takes the others along
@@ -97,10 +99,33 @@ GROUPS = {
 }
 
 
-def new_parser(title: str) -> argparse.ArgumentParser:
-    """A parser that takes no abbreviations, whose help shows the defaults."""
+class Flags(argparse.Namespace):
+    """Parsed flags, and the names of those that were given; `vars` are the flags alone."""
+
+    __slots__ = ("given",)
+
+
+class _Parser(argparse.ArgumentParser):
+    preset: frozenset[str] = frozenset()  # flags that a configuration file gave
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        words = sys.argv[1:] if args is None else list(args)
+        flags, rest = super().parse_known_args(words, namespace or Flags())
+        names = {word.split("=")[0] for word in words}
+        if isinstance(flags, Flags):
+            flags.given = {a.dest for option, a in self._option_string_actions.items() if option in names} | self.preset
+        return flags, rest
+
+
+def is_given(args: argparse.Namespace, name: str) -> bool:
+    """Whether a flag was given and is no default; values that no command line was read for count as given."""
+    return name in getattr(args, "given", (name,))
+
+
+def new_parser(title: str) -> _Parser:
+    """A parser that takes no abbreviations, whose help shows the defaults, and whose flags know if they were given."""
     usage = "%(prog)s [flags], listed by --help"
-    return argparse.ArgumentParser(title, allow_abbrev=False, usage=usage, formatter_class=_Help)
+    return _Parser(title, allow_abbrev=False, usage=usage, formatter_class=_Help)
 
 
 def flag_groups(parser: argparse.ArgumentParser) -> SimpleNamespace:
@@ -114,6 +139,7 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say on what a program runs."""
     g, launched = flag_groups(parser), "the launcher's environment decides"
     g.process.add_argument("--device", default="auto", help="auto (CUDA if present, else cpu), cpu, cuda or cuda:N")
+    g.output.add_argument("--verbose", action="store_true", help="print the values of all flags at the start")
     g.unused.add_argument("--local_rank", "--local-rank", default=-1, type=int, help=launched)
     g.unused.add_argument("--dist_on_itp", action="store_true", help="OpenMPI is recognised by its environment")
     g.unused.add_argument("--dist_url", default="env://", help=launched)
@@ -129,6 +155,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.process.add_argument("--seed", default=0, type=int, help="seed of all random draws")
     latest = "checkpoint to continue from; by default the latest one in --output_dir, if any"
     g.process.add_argument("--resume", default="", help=latest)
+    g.process.add_argument("--force", action="store_true", help="train even if the memory is estimated to be too small")
     first = "epoch to start at when the checkpoint does not say it, counted from 0"
     g.process.add_argument("--start_epoch", default=0, type=int, help=first)
     g.unused.add_argument("--world_size", default=1, type=int, help="the launcher's environment decides")

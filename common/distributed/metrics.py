@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import __version__
 from common.distributed.exits import Exit, NonFinite, UserError
-from common.distributed.process import agree, all_sum, gather, is_main, log, main_does, rank, world_size
+from common.distributed.process import agree, all_sum, gather, is_main, log, main_does, rank, warnings, world_size
 
 Batch = TypeVar("Batch")
 WINDOW = 20  # steps of the running median, as upstream
@@ -104,7 +104,7 @@ class RunLog:
         folder: of the log; '' writes none. events: of the TensorBoard events, if another.
         start: where TensorBoard's curves continue; what is there from then on is dropped.
         ticks: units of TensorBoard's horizontal axis per epoch of `steps` steps.
-        keep: bytes of an existing log to keep; None keeps all.
+        keep: bytes of an existing log to keep; None keeps all. flags: of the run, for run.json.
     Raises:
         UserError: a folder cannot be written.
     """
@@ -118,10 +118,11 @@ class RunLog:
         ticks: int = 1000,
         keep: int | None = None,
         steps: int = 1000,
+        flags: dict[str, Any] | None = None,
     ):
         self.writer: Any = None
         self.path = Path(folder) / name if folder else None
-        self.ticks, self.length = ticks, steps
+        self.ticks, self.length, self.flags = ticks, steps, flags or {}
         self._earlier: list[dict[str, Any]] | None = None  # starts before this one
         self._begun, self._clock = time.time(), time.perf_counter()
         self.lines = 0  # of progress.jsonl, by this start
@@ -187,6 +188,8 @@ class RunLog:
         start = {
             "row": os.environ.get("ROW_SCRIPT", ""),  # by scripts/lib/row.sh
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "flags": self.flags,
+            "warnings": list(dict.fromkeys(warnings)),
             "processes": world_size(),
             "hardware": hardware(),
             "version": __version__,
@@ -196,7 +199,7 @@ class RunLog:
         }
         with self._written():
             temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"starts": [*self._earlier, start]}, indent=1) + "\n")
+            temporary.write_text(json.dumps({"starts": [*self._earlier, start]}, indent=1, default=str) + "\n")
             os.replace(temporary, file)
 
 

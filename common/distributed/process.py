@@ -29,10 +29,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+warnings: list[str] = []  # that this run has printed, for run.json
+
+
 def log(*words) -> None:
-    """Print a time-stamped line on rank 0."""
+    """Print a time-stamped line on rank 0; one that begins with WARNING is kept, too."""
+    text = " ".join(map(str, words))
+    if text.startswith("WARNING: "):
+        warnings.append(text.removeprefix("WARNING: "))
     if is_main():
-        print(time.strftime("[%H:%M:%S]"), *words, flush=True)
+        print(time.strftime("[%H:%M:%S]"), text, flush=True)
 
 
 @contextlib.contextmanager
@@ -139,6 +145,7 @@ def init(device: str = "auto", deterministic: bool = False) -> torch.device:
     if chosen.type == "cuda" and not cuda:
         raise UserError(f"--device {device}: no CUDA device is available here; use --device cpu or auto")
     own_rank, world, local = _rendezvous()
+    warnings.clear()  # of an earlier run in this process
     if chosen.type == "cuda":
         index = local if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():

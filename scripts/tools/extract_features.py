@@ -208,7 +208,6 @@ def extract(backbone: encoders.Backbone, loader: datasets.Loader, rows: np.ndarr
 
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
-    log(f"{Path(__file__).name} {vars(args)}")
     path = out_file(args.out, args.split)
     # ---- data
     train = args.split == "train"

@@ -80,7 +80,6 @@ def load(paths: list[str]) -> list[Tensor]:
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
-    log(f"{Path(__file__).name} {vars(args)}")
     if bool(args.features) == bool(args.method):
         raise UserError("expected METHOD and CHECKPOINT, or --features TRAIN VAL")
     if args.method and not args.checkpoint:

@@ -89,7 +89,8 @@ def test_mixup():
 def test_attentive_probing_without_a_probe_is_fine_tuning_with_its_augmentation(monkeypatch):
     toy = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "8", "--nb_classes", "5", "--device", "cpu"]
     seen: list[str] = []
-    monkeypatch.setattr(main_finetune, "run", lambda args, *_, **__: seen.append(args.aa))
+    monkeypatch.setattr(main_finetune, "build_loaders", lambda args, *_: seen.append(args.aa))
+    monkeypatch.setattr(main_finetune, "run", lambda *_, **__: None)
     for flags in ([], ["--enable_linear_eval"], ["--aa", "rand-m5"]):
         main_attentive.main(main_attentive.get_args_parser().parse_args([*toy, *flags]))
     assert seen == ["rand-m9-mstd0.5-inc1", "", "rand-m5"]
@@ -133,8 +134,9 @@ def test_attentive_evaluation_has_the_same_batches_on_any_number_of_processes(wo
     ],
 )
 def test_attentive_probing_orders_what_batch_statistics_see(flags, ordered, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(main_finetune, "run", lambda *_, **kwargs: seen.update(kwargs))
+    orders = []
+    monkeypatch.setattr(main_finetune, "build_loaders", lambda args, device, order=None: orders.append(order))
+    monkeypatch.setattr(main_finetune, "run", lambda *_, **__: None)
     toy = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "8", "--nb_classes", "5", "--device", "cpu"]
     main_attentive.main(main_attentive.get_args_parser().parse_args([*toy, *flags]))
-    assert (seen["val_order"] is main_attentive.published_order) == ordered
+    assert [order is main_attentive.published_order for order in orders] == [ordered]

@@ -1,0 +1,67 @@
+"""The estimate of a step's memory: what it counts, what it leaves untouched, what it refuses."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import saim.main_pretrain
+from common.datasets import memory
+from tests.support.runs import mistake, run_main
+
+TINY = ["--model", "saim_nano", "--input_size", "16", "--patch_size", "8", "--batch_size", "16", "--epochs", "1"]
+TINY += ["--num_workers", "0", "--device", "cpu", "--warmup_epochs", "0"]
+
+
+def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    random.random()
+    np.random.rand()  # noqa: NPY002 - the global generator must stay as it is
+    return model(batch + torch.rand_like(batch)).sum()
+
+
+def test_saved_bytes__activations_without_weights():
+    model = nn.Sequential(nn.Linear(8, 100), nn.Tanh(), nn.Linear(100, 4), nn.Tanh())
+    assert memory.saved_bytes(model, loss_of, torch.randn(3, 8)) == 4 * 3 * (8 + 100 + 4)
+
+
+def test_saved_bytes__nothing_else_changes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    other = nn.BatchNorm1d(2)
+    batch = torch.randn(1, 3, 8, 8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+
+    def loss(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        other(torch.randn(4, 2))  # moves its statistics, as a loss moves its centres
+        return loss_of(net, batch)
+
+    assert memory.saved_bytes(model, loss, batch, other) > 0
+    assert model.training and int(other.num_batches_tracked) == 0  # type: ignore[arg-type]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_a_run_says_what_it_needs_and_refuses_what_does_not_fit(digits, tmp_path, monkeypatch, capsys):
+    command = [*TINY, "--data_path", digits, "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 6e6)
+    error = mistake(saim.main_pretrain, *command, "--batch_size", "48", capsys=capsys)
+    assert re.search(r"--batch_size 48: a step of 48 images takes about \S+ GB \(.*, --force goes on", error)
+    assert not (tmp_path / "log.txt").exists()
+    run_main(saim.main_pretrain, *command, "--batch_size", "48", "--force")
+    assert "memory: a step of 48 images takes about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("free", [1.0, 1e12])
+def test_a_batch_that_fits_is_named(digits, free, monkeypatch, capsys):
+    flags = [*TINY, "--data_path", digits, "--output_dir", ""]
+    monkeypatch.setattr(memory, "available_bytes", lambda _: free)
+    if free > 1:
+        run_main(saim.main_pretrain, *flags)
+        assert "1000.0 GB are available" in capsys.readouterr().out
+    else:
+        assert "a smaller network or images fit" in mistake(saim.main_pretrain, *flags, capsys=capsys)
