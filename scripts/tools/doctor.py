@@ -38,6 +38,7 @@ import torch
 from packaging.requirements import Requirement
 
 from common import datasets, distributed
+from common.dense_datasets.detection import DetectionImages, detection_images
 from common.distributed.process import LAUNCHERS
 from scripts.tools import flags
 from scripts.tools.machine import amount, cores, duration, memory_available
@@ -343,6 +344,10 @@ def image_sets(args: argparse.Namespace, labelled: bool, count: int) -> dict[str
             name, skip = getattr(args, "dataset", ""), getattr(args, "output_dir", "")
             return datasets.image_dataset(path, train, labelled, name, split, skip=skip, **form)
 
+    if hasattr(args, "train_json"):
+        with contextlib.suppress(distributed.UserError):
+            return {"train": detection_images(args, True), "val": detection_images(args, False)}
+        return {}
     for form in ({}, {"lists": True}, {"direct": True}):
         sets = {"train": found(True, **form), "val": found(False, **form)}
         if sets["train"] is not None and count in (0, len(sets["train"])):
@@ -388,7 +393,9 @@ def check_data(report: Report, plan: Plan, run: Measurement) -> None:
     for name, found in sets.items() if not pretrains else list(sets.items())[:1]:
         samples = getattr(found, "samples", None)
         text = f"{len(found)} images"
-        if samples is not None:
+        if isinstance(found, DetectionImages):
+            text += f" with objects of {len(found.classes)} classes"
+        elif samples is not None:
             counts = sorted(Counter(target for _, target in samples).values())
             each = f"{counts[0]} to {counts[-1]} each (median {statistics.median(counts):g})"
             text += f" in {len(counts)} classes, {each}" if getattr(found, "classes", None) else " without classes"
