@@ -6,8 +6,12 @@ evaluation resize them. Batch norms become synchronised ones in the main program
 Legend: B batch, H W pixels, C width of a feature map, D channels of a head, K classes.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+if not __package__:  # imported from inside the folder: take what it needs from this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# CAE ViT-B/16, 800 epochs. Published: 83.8 fine-tuned, 75.9 attentive, 68.9 linear.
+# CAE ViT-B/16, 800 epochs. Published: 83.8 fine-tuned, 75.9 attentive, 68.9 linear, 49.7 mIoU.
 # TOKENIZER: folder with DALL-E's encoder.pkl and decoder.pkl, from https://cdn.openai.com/dall-e/encoder.pkl and so on.
 # Images per update: 2048 = 32 GPUs x 64 in pre-training, 16384 = 32 x 512 in linear and 8192 = 32 x 256 in attentive
-# probing, 4096 = 32 x 128 in fine-tuning; with fewer GPUs --accum_iter makes up for them.
+# probing, 4096 = 32 x 128 in fine-tuning, 16 = 8 x 2 in segmentation; with fewer GPUs --accum_iter makes up for them.
 # Usage: DATA=/imagenet TOKENIZER=/dall-e bash scripts/cae_base_800e.sh [--dry_run] [stage ...]
-# Stages: pretrain linear attentive finetune. After a crash run it again, it resumes by itself. All variables: --help.
+# Stages: pretrain linear attentive finetune, and, only when named and with ADE20K=/ade20k, segmentation.
+# After a crash run it again, it resumes by itself. All variables: --help.
 set -euo pipefail
 source "$(dirname "$0")/lib/row.sh"
 needs TOKENIZER pretrain /path/to/dall_e_tokenizer_weight
@@ -31,3 +32,8 @@ launch finetune cae/main_finetune.py 4096 --batch_size 128 --epochs 100 --warmup
     --model cae_base_patch16_224 --finetune "$OUT/pretrain/checkpoint.pth" --nb_classes 1000 \
     --lr 8e-3 --layer_decay 0.65 --drop_path 0.1 --weight_decay 0.05 \
     --mixup 0.8 --cutmix 1.0 --smoothing 0.1 --reprob 0.25 --imagenet_default_mean_and_std --dist_eval
+
+launch segmentation cae/main_segmentation.py 16 --batch_size 2 --iters 160000 --warmup_iters 1500 \
+    --model upernet_cae_base --finetune "$OUT/pretrain/checkpoint.pth" \
+    --lr 2e-4 --layer_decay 0.65 --drop_path 0.1 --layer_scale_init_value 0.1 --weight_decay 0.05 \
+    --input_size 512 --auxiliary_weight 0.4 --eval_interval 16000 --save_interval 8000

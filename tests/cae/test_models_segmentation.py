@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from cae.engine_segmentation import resized, segmentation_loss
 from cae.models_segmentation import MODELS, ConvUnit, FCNHead, UPerHead, upernet
 from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
 
@@ -46,15 +47,34 @@ def test_network(path):
 
 @golden_files("cae", "seg_loss")
 def test_heads(path):
-    """Logits with the running statistics."""
+    """Losses and gradients with the batch's statistics, then logits with the running ones."""
     ref = load_golden(path)
-    maps = [ref[f"in/feat{i}"] for i in range(len(ref.group("in")) - 1)]
+    tol = tolerance(ref)
+    maps = [ref[f"in/feat{i}"].requires_grad_() for i in range(len(ref.group("in")) - 1)]
     heads = heads_of(ref.meta)
-    nn.ModuleDict(heads).load_state_dict(ref.weights)
-    logits = {name: head.eval()(inputs_of(ref.meta[name], maps)) for name, head in heads.items()}
-    assert_close(logits["decode_head"], ref["out/logits"], **tolerance(ref), what="decode head")
-    if "auxiliary_head" in logits:
-        assert_close(logits["auxiliary_head"], ref["out/aux_logits"], **tolerance(ref), what="auxiliary head")
+    modules = nn.ModuleDict(heads)
+    modules.load_state_dict(ref.weights)
+    weights = {name: ref.meta[name]["loss_decode"]["loss_weight"] for name in heads}
+    assert weights["decode_head"] == 1
+    outputs = [head(inputs_of(ref.meta[name], maps)) for name, head in heads.items()]
+    losses = segmentation_loss(outputs, ref["in/labels"], weights.get("auxiliary_head", 0))
+    assert_close(losses["loss"], ref["out/loss/total"], **tol)
+    assert_close(losses["loss_decode"], ref["out/loss/decode.loss_ce"], **tol)
+    assert_close(losses["pixel_acc"], ref["out/loss/decode.acc_seg"][0], **tol)
+    if len(outputs) > 1:
+        auxiliary = weights["auxiliary_head"] * losses["loss_auxiliary"]
+        assert_close(auxiliary, ref["out/loss/aux.loss_ce"], **tol)
+    losses["loss"].backward()
+    for name, gradient in ref.group("out/grad").items():
+        assert_close(modules.get_parameter(name).grad, gradient, **tol, what=name)
+    for i, x in enumerate(maps):
+        assert_close(x.grad, ref[f"out/grad_feat{i}"], **tol, what=f"map {i}")
+    modules.load_state_dict(ref.weights)
+    modules.eval()
+    outputs = [head(inputs_of(ref.meta[name], maps)) for name, head in heads.items()]
+    for name, logits in zip(("out/logits", "out/aux_logits"), outputs, strict=False):
+        assert_close(logits, ref[name], **tol, what=name)
+    assert_close(resized(outputs[0], ref["in/labels"].shape[1:]), ref["out/logits_full"], **tol)
 
 
 @pytest.mark.parametrize(
