@@ -100,6 +100,8 @@ def resume_path(args: argparse.Namespace, stage: str = "pretrain") -> str:
     found = latest if latest.exists() else None
     for path in [] if found else [path for path in others if path.exists()]:
         own = stage_of(str(path))
+        if probe and not own:
+            distributed.log(f"WARNING: {path}: cannot be read; the {stage} probe does not continue it")
         if own == stage or not (own or probe):  # what cannot be read is met with an error where it is resumed
             found = path
             break

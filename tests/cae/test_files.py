@@ -315,3 +315,12 @@ def test_masks_of_flags():
     flags = ["--mask_generator", "random", "--ratio_mask_patches", "0.4", "--input_size", "32"]
     masking = main_pretrain.build_masking(parser.parse_args(flags))
     assert (masking.num_masked, masking().shape) == (1, (4,))
+
+
+@pytest.mark.parametrize("stage", ["linear", "attentive"])
+def test_an_unreadable_checkpoint_of_another_stage_is_named(stage, tmp_path, capsys):
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    args = argparse.Namespace(resume="", auto_resume=True, output_dir=str(tmp_path), finetune="", epochs=1)
+    assert resume_path(args, stage) == ""
+    warning = f"WARNING: {tmp_path}/checkpoint.pth: cannot be read; the {stage} probe does not continue it"
+    assert warning in capsys.readouterr().out
