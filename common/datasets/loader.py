@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
@@ -52,6 +52,8 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     group.add_argument("--dataset", default="", help=timm)
     group.add_argument("--train_split", default="train", help="name of that data set's training split")
     group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
+    turn = "turn images as their EXIF orientation says, which the authors' programs do not"
+    group.add_argument("--exif_transpose", action="store_true", help=turn)
     add_loader_flags(parser, pin_mem)
 
 
@@ -94,8 +96,9 @@ class Sample(NamedTuple):
 class _Samples(Dataset):
     """Decoded, augmented samples; keys are those of `_EpochSampler`, and random draws depend on (seed, *key)."""
 
-    def __init__(self, base: Any, transform: Callable, seed: int, replace_bad: bool, joint: bool):
-        self.base, self.transform, self.seed, self.replace_bad, self.joint = base, transform, seed, replace_bad, joint
+    def __init__(self, base: Any, transform: Callable, seed: int, replace_bad: bool, joint: bool, turn: bool):
+        self.base, self.transform, self.seed = base, transform, seed
+        self.replace_bad, self.joint, self.turn = replace_bad, joint, turn
 
     def _decode(self, index: int) -> tuple[Image.Image, Any]:
         reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
@@ -103,7 +106,7 @@ class _Samples(Dataset):
         image = image if isinstance(image, Image.Image) else Image.open(image)
         if max(image.size) > THINNEST * min(image.size):  # resizing the shorter side would fill the memory
             raise ValueError("{} x {} pixels are too thin".format(*image.size))
-        return to_rgb(image), target
+        return to_rgb(ImageOps.exif_transpose(image) if self.turn else image), target
 
     def _name(self, index: int) -> str:
         samples = getattr(self.base, "samples", None)
@@ -184,6 +187,7 @@ class Loader:
             then what `collate` makes of a list of such pairs, and have its length.
         order: evaluation: number of images -> their indices in another order, of whose batches rank r of R takes whole
             ones, r, r + R, ..., so that the batches are the same on any number of processes.
+        exif_transpose: turn images as their EXIF orientation says.
     Raises:
         UserError: the training images do not fill one batch.
     """
@@ -206,6 +210,7 @@ class Loader:
         whole_updates: bool = False,
         order: Callable[[int], list[int]] | None = None,
         joint: bool = False,
+        exif_transpose: bool = False,
     ):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_workers = min(num_workers, cores)
@@ -225,7 +230,7 @@ class Loader:
             sampler = [(0, index) for first in firsts for index in indices[first : first + batch_size]]
         self.sampler: Any = sampler
         self.loader = DataLoader(
-            _Samples(dataset, transform, seed, train and bad_images == "skip", joint),
+            _Samples(dataset, transform, seed, train and bad_images == "skip", joint, exif_transpose),
             batch_size,
             sampler=sampler,
             num_workers=num_workers,
@@ -353,6 +358,7 @@ class Loader:
 def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:
     """Batches of a data set by the flags; kwargs: of `Loader`."""
     options = {"num_workers": args.num_workers, "pin_mem": args.pin_mem, "bad_images": args.bad_images}
+    options["exif_transpose"] = getattr(args, "exif_transpose", False)  # not where a mask belongs to the image
     return Loader(dataset, transform, device=device, **{"batch_size": args.batch_size, **options, **kwargs})
 
 

@@ -405,3 +405,18 @@ def test_images_of_every_kind_become_rgb(tmp_path):
     for i in range(3):
         assert images[i][0].mode == "RGB"
         assert np.array_equal(np.asarray(images[i][0]), np.stack([grey] * 3, axis=-1)), i
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_exif_orientation_is_followed_where_asked(ending, tmp_path):
+    """A picture that is bright at the top, stored lying on its side."""
+    upright = Image.fromarray(np.repeat(np.uint8([[200], [20]]), 24, axis=0).repeat(32, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 270 degrees to show it
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"a.{ending}", exif=exif)
+    images = datasets.image_dataset(str(tmp_path), True, labelled=False)
+    for turn, shape in ((False, (3, 32, 48)), (True, (3, 48, 32))):
+        loader = Loader(images, transforms.ToTensor(), 1, CPU, num_workers=0, exif_transpose=turn)
+        ((batch, _),) = list(loader.batches())
+        assert batch[0].shape == shape
+    assert batch[0, :, :20].mean() > 0.7 > 0.2 > batch[0, :, 28:].mean()
