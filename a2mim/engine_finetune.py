@@ -120,7 +120,7 @@ def fit(
     """
     plain = distributed.unwrap(model)
     schedule = optim.lr_config(args)
-    optim.check_schedule(schedule, args.epochs)
+    optim.check_schedule(schedule)
     position = checkpoint.resume(resume, args.start_epoch)
     tags = {name: f"train/{name}" for name in ("loss", "lr", "grad_norm")}
     for epoch, epoch_log in checkpoint.epochs(loader, position, tags, "Epoch: [{done}]"):

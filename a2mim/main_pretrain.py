@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)
     schedule = optim.lr_config(args)
-    optim.check_schedule(schedule, args.epochs)
+    optim.check_schedule(schedule)
     updater = training.build_updater(args, optimizer, model, loader)
     # ---- loop
     checkpoint = distributed.Checkpoint(

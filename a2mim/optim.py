@@ -255,7 +255,8 @@ def lr_at(lr_config: dict[str, Any], base_lr: float, it: int, iters_per_epoch: i
             lr = lr_sched.cosine(it / total, base_lr, low)
         case "StepFixCosineAnnealing":
             # As upstream: the cosine also runs before its start, and the warm-up starts at 0 whatever the ratio.
-            lr, ratio = lr_sched.cosine((it - warmup) / (total - warmup), base_lr, low), 0.0
+            phase = (it - warmup) / (total - warmup) if total > warmup else 0.0
+            lr, ratio = lr_sched.cosine(phase, base_lr, low), 0.0
         case policy:
             raise ValueError(f"policy {policy}: expected one of {', '.join(POLICIES)}")
     return lr * warmup_factor(it, warmup, ratio) if it < warmup else lr
@@ -268,10 +269,8 @@ def lr_config(args: argparse.Namespace) -> dict[str, Any]:
     return cfg | {"warmup": "linear" if args.warmup_epochs else None, "warmup_by_epoch": True}
 
 
-def check_schedule(cfg: dict[str, Any], epochs: int) -> None:
-    """Raise UserError for a cosine that would begin where the run ends, or `step` without epochs."""
-    if cfg["policy"] == "StepFixCosineAnnealing" and cfg["warmup_iters"] == epochs:
-        raise distributed.UserError(f"--warmup_epochs {cfg['warmup_iters']}: expected less than --epochs {epochs}")
+def check_schedule(cfg: dict[str, Any]) -> None:
+    """Raise UserError for `step` without epochs."""
     if cfg["policy"] == "step" and not cfg["step"]:
         raise distributed.UserError("--sched step: needs the epochs of --steps, such as --steps 60 80")
 

@@ -103,10 +103,9 @@ def param_groups(model: nn.Module, weight_decay: float, skip: Iterable[str] = ()
 
 def build_rates(args: argparse.Namespace, updates: int) -> Callable[[int], tuple[float, float]]:
     """Learning rate and weight decay by update: warm-up and cosine, and cosine; `updates` per epoch."""
-    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
-        lr = lr_sched.cosine_table(
-            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
-        )
+    lr = lr_sched.cosine_table(
+        args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
+    )
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     weight_decay = lr_sched.cosine_table(args.weight_decay, end, args.epochs, updates)
     return lambda update: (float(lr[update]), float(weight_decay[update]))

@@ -31,16 +31,13 @@ def cosine_table(
     """One value per step, as DINO and BEiT tabulate learning rate, weight decay and EMA momentum.
 
     The warm-up runs from start to base inclusive, so base occurs twice; the cosine never quite reaches final.
-    warmup_steps > 0 overrides warmup_epochs.
-    Raises:
-        ValueError: the warm-up is longer than the run.
+    warmup_steps > 0 overrides warmup_epochs. Of a warm-up that is longer than the run the beginning is the table.
     """
     total = epochs * steps_per_epoch
     warmup = warmup_steps if warmup_steps > 0 else warmup_epochs * steps_per_epoch
-    if warmup > total:
-        raise ValueError(f"a warm-up of {warmup} steps does not fit into {total} steps")
     phase = np.pi * np.arange(total - warmup) / max(total - warmup, 1)
-    return np.concatenate([np.linspace(start, base, warmup), final + 0.5 * (base - final) * (1 + np.cos(phase))])
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(phase))
+    return np.concatenate([np.linspace(start, base, warmup)[:total], cosine])
 
 
 def cosine(position: float, base: float, final: float) -> float:

@@ -287,10 +287,9 @@ def build_optimizer(args: argparse.Namespace, model: VisionTransformer, lr: floa
 
 def build_rates(args: argparse.Namespace, updates: int) -> Callable[[int, int], tuple[float, float]]:
     """Learning rate and weight decay by epoch and micro-step; `updates` per epoch."""
-    with distributed.user_errors("--epochs, --warmup_epochs and --warmup_steps"):
-        lr = cosine_scheduler(
-            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
-        )
+    lr = cosine_scheduler(
+        args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, warmup_steps=args.warmup_steps
+    )
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     weight_decay = cosine_scheduler(args.weight_decay, end, args.epochs, updates)
 

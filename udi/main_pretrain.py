@@ -210,8 +210,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
 
 def build_rates(args: argparse.Namespace, lr: float, updates: int) -> Callable[[int], Rates]:
     """Learning rate (warm-up to lr), weight decay and the teacher's momentum by update; `updates` per epoch."""
-    with distributed.user_errors("--epochs and --warmup_epochs"):
-        lrs = optim.cosine_scheduler(lr, args.min_lr, args.epochs, updates, args.warmup_epochs)
+    lrs = optim.cosine_scheduler(lr, args.min_lr, args.epochs, updates, args.warmup_epochs)
     decays = optim.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, updates)
     momenta = optim.cosine_scheduler(args.momentum_teacher, 1, args.epochs, updates)
     return lambda update: Rates(*(float(table[update]) for table in (lrs, decays, momenta)))

@@ -30,11 +30,7 @@ def cosine_scheduler(
     start_warmup_value: float = 0.0,
     warmup_steps: int = -1,
 ) -> NDArray[np.float64]:
-    """One value per iteration: linear from start_warmup_value to base_value, then half a cosine to final_value.
-
-    Raises:
-        ValueError: the warm-up is longer than the run.
-    """
+    """One value per iteration: linear from start_warmup_value to base_value, then half a cosine to final_value."""
     return lr_sched.cosine_table(
         base_value, final_value, epochs, niter_per_ep, warmup_epochs, start_warmup_value, warmup_steps
     )

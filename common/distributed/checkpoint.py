@@ -286,9 +286,11 @@ class Checkpoint:
             ticks: units of TensorBoard's horizontal axis per epoch, default one per step.
             total: steps of the run, where they are less than all epochs': the last one is then shorter.
         """
-        warmup = getattr(self.args, "warmup_epochs", 0)
-        if warmup >= self.args.epochs:
-            log(f"WARNING: --warmup_epochs {warmup} of --epochs {self.args.epochs}: the learning rate only rises")
+        updates = len(loader) // getattr(self.args, "accum_iter", 1)
+        warmups = {"warmup_epochs": self.args.epochs, "warmup_steps": self.args.epochs * updates}
+        for name, most in warmups.items():
+            if (warmup := getattr(self.args, name, 0)) >= most:
+                log(f"WARNING: --{name} {warmup} of --epochs {self.args.epochs}: the learning rate only rises")
         own = origin(self.args, loader)
         was = self._origin or own
         odd = [f"{k} {own.get(k)} (was {was.get(k)})" for k in {**was, **own} if own.get(k) != was.get(k)]

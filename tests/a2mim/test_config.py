@@ -197,7 +197,7 @@ def test_every_file_fits(name):
     path = str(ROOT / "a2mim" / name)
     values, args = config.read(path), parsed(name)
     assert len(values) > 15
-    optim.check_schedule(optim.lr_config(args), args.epochs)
+    optim.check_schedule(optim.lr_config(args))
     assert f"ep{args.epochs}" in name
     if "/pretrain/" in name:
         assert f"/{args.method}/" in name

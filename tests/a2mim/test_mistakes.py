@@ -54,7 +54,6 @@ BAD = [
     ("pretrain", "--accum 0", "0: expected at least 1"),
     ("pretrain", "--accum 8", "8: an epoch has only 7 batches"),
     ("pretrain", "--epochs 0", "--epochs 0: expected at least 1"),
-    ("pretrain", "--warmup_epochs 3", "--warmup_epochs 3: expected less than --epochs 3"),
     ("pretrain", "--warmup_ratio -1", "--warmup_ratio -1.0: expected 0 to 1"),
     ("pretrain", "--sched step", "--sched step: needs the epochs of --steps"),
     ("linear", "--sched step --steps", "--sched step: needs the epochs of --steps"),

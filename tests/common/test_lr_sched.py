@@ -50,12 +50,13 @@ def test_finetune_tables__udi(path):
 
 
 def test_warmup_as_long_as_the_run_or_longer():
-    """The rate rises to the end, as in the authors' programs; a table, as theirs, must fit."""
+    """The rate rises to the end, as in the authors' programs; a table is the beginning of its warm-up."""
     assert [lr_sched.warmup_cosine(e, 1.0, 0.0, 10, 10) for e in (0, 2.5, 9.5, 10)] == [0, 0.25, 0.95, 1]
     assert [lr_sched.warmup_cosine(e, 1.0, 0.0, 40, 30) for e in (0, 10, 29)] == [0, 0.25, 0.725]
     assert lr_sched.cosine_table(1.0, 0.0, 1, 4, warmup_epochs=1).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    with pytest.raises(ValueError, match="30 steps"):
-        lr_sched.cosine_table(1.0, 0.0, 2, 10, warmup_epochs=3)
+    long = lr_sched.cosine_table(1.0, 0.0, 2, 10, warmup_epochs=3)
+    assert long.tolist() == pytest.approx([i / 29 for i in range(20)])
+    assert lr_sched.cosine_table(1.0, 0.0, 2, 10, warmup_steps=30).tolist() == long.tolist()
 
 
 def test_no_warmup_starts_at_the_base():
