@@ -158,8 +158,10 @@ def steps_per_epoch(meta: dict) -> int:
 
 def criterion_of(meta: dict) -> nn.CrossEntropyLoss:
     """Soft targets and class indices go through the same loss; timm's smoothing is torch's."""
-    smoothed = "Smoothing" in meta.get("criterion", "")
-    return nn.CrossEntropyLoss(label_smoothing=meta.get("smoothing", 0.1) if smoothed else 0.0)
+    text = meta.get("criterion", "")
+    told = re.search(r"\d*\.\d+", text)  # timm's default where the file gives no number
+    smoothing = meta.get("smoothing", float(told[0]) if told else 0.1)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing if "Smoothing" in text else 0.0)
 
 
 def train(ref, model: VisionTransformer, optimizer: torch.optim.Optimizer) -> tuple[list, list, list]:
@@ -190,7 +192,10 @@ def test_finetuning_trajectory(path):
     flags = ["--weight_decay", str(meta["weight_decay"]), "--layer_decay", str(meta["layer_decay"])]
     args = main_finetune.get_args_parser().parse_args(flags)
     optimizer = main_finetune.build_optimizer(args, model, meta["lr"]["lr"])
-    assert {(g["betas"], g["eps"]) for g in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
+    told = re.search(r"betas \(([\d.]+), ?([\d.]+)\) eps ([\de.-]+)", meta["optimizer"])
+    assert told, meta["optimizer"]
+    *betas, eps = map(float, told.groups())
+    assert {(g["betas"], g["eps"]) for g in optimizer.param_groups} == {(tuple(betas), eps)}
     losses, rates, history = train(ref, model, optimizer)
     assert_close(losses, ref["out/loss"], rtol=tol["loss"], atol=0)
     if "out/group_lr" in ref:

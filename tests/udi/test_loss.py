@@ -1,6 +1,7 @@
 """The loss that is trained with, against the authors' numbers and a literal computation of every logit."""
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -250,22 +251,31 @@ def test_training_steps(path):
 def test_clipping_and_lars(path):
     ref = load_golden(path)
 
+    def setting(pattern: str) -> float:
+        """A number of the text that says what the file holds."""
+        found = re.search(pattern + r"([\d.]+\d)", ref.meta["what"])
+        assert found, pattern
+        return float(found[1])
+
+    clip, lr, decay = setting(r"clip_gradients\(model,"), setting("lr "), setting("weight_decay ")
+    grads = ref.group("in/grad")
+
     class Two(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = torch.nn.Linear(6, 5)
-            self.last_layer = torch.nn.Linear(5, 4, bias=False)
+            self.a = torch.nn.Linear(*reversed(grads["a.weight"].shape))
+            self.last_layer = torch.nn.Linear(*reversed(grads["last_layer.weight"].shape), bias=False)
 
     model = Two()
     params = dict(model.named_parameters())
     for name, grad in ref.group("in/grad").items():
         params[name].grad = grad.clone()
-    norms = optim.clip_gradients(model, 2.5)
+    norms = optim.clip_gradients(model, clip)
     assert_close(norms, ref["out/norms"], **tol(ref))
     for name, grad in ref.group("in/grad").items():
         clipped = params[name].grad
         assert clipped is not None
-        assert_close(clipped, grad * min(1, 2.5 / (float(grad.norm()) + 1e-6)), rtol=1e-5, atol=1e-7)
+        assert_close(clipped, grad * min(1, clip / (float(grad.norm()) + 1e-6)), rtol=1e-5, atol=1e-7)
     optim.cancel_gradients_last_layer(0, model, 1)
     assert [n for n, p in params.items() if p.grad is None] == ref.meta["cancelled"]
     for name, value in ref.group("in/lars/param").items():
@@ -273,7 +283,7 @@ def test_clipping_and_lars(path):
     optimizer = optim.build_optimizer("lars", optim.get_params_groups(model))
     step = 0
     while f"in/lars/grad{step}/a.weight" in ref:
-        optim.set_rates(optimizer, 0.7 / (step + 1), 0.05)
+        optim.set_rates(optimizer, lr / (step + 1), decay)
         for name, grad in ref.group(f"in/lars/grad{step}").items():
             params[name].grad = grad.clone()
         optimizer.step()
