@@ -135,6 +135,7 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
         UserError: the file cannot be read or holds another encoder.
     """
     weights = distributed.part_of(tensors(distributed.load(path)), "backbone.")
+    weights = distributed.part_of(weights, "encoder.")  # SimMIM's own files
     loaded, others = load_encoder_weights(model, weights, path, resize_rel_pos)
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     distributed.log(f"{path}: {distributed.load_report(len(loaded), sorted(set(net.state_dict()) - loaded), others)}")
@@ -148,7 +149,8 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in a checkpoint, or in a file of weights alone, without those of a momentum encoder."""
     found = next((state[key] for key in distributed.WEIGHT_KEYS if isinstance(state.get(key), dict)), state)
-    return {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
+    found = {k: v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
+    return distributed.weights_of({"model": found}, "the file")
 
 
 def load_encoder_weights(
@@ -162,6 +164,11 @@ def load_encoder_weights(
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     own = {k: v for k, v in net.state_dict().items() if not k.startswith(HEADS) or k.startswith("head.norm.")}
     own = {k: v for k, v in own.items() if not k.startswith("fc_norm.")}
+    found = dict(found)
+    shared = found.pop("rel_pos_bias.relative_position_bias_table", None)
+    if shared is not None:  # of all blocks, in SimMIM's and BEiT's pre-training, which have no absolute positions
+        found |= {k: shared for k in own if k.endswith("relative_position_bias_table")}
+        found.setdefault("pos_embed", torch.zeros_like(own["pos_embed"]))
     ours = {_encoder_name(net, name): name for name in own} | {name: name for name in own}
     left = ("head.", "fc.", "neck.", "norm.", "ln1.", "fc_norm.", "mask_token", "mask_gamma", "ema_", "decoder")
     if is_deit(net):  # as upstream, whose ViTs are pre-trained with them
@@ -171,8 +178,8 @@ def load_encoder_weights(
     missing = sorted(set(own) - set(loaded))
     if missing or unexpected:
         raise UserError(
-            f"{path}: is not this encoder: {len(missing)} of its {len(own)} tensors are missing "
-            f"({', '.join(missing[:2]) or 'none'}), {len(unexpected)} are unexpected "
+            f"{path}{distributed.kind_of(found)}: is not this encoder: {len(missing)} of its {len(own)} tensors are "
+            f"missing ({', '.join(missing[:2]) or 'none'}), {len(unexpected)} are unexpected "
             f"({', '.join(unexpected[:2]) or 'none'})"
         )
     _resize(net, loaded, own, resize_rel_pos)

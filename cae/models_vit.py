@@ -320,9 +320,12 @@ def load_pretrained(
     for key in own:
         if key in state and own[key].shape != state[key].shape:
             raise ValueError(f"{key} is {tuple(state[key].shape)}, the model expects {tuple(own[key].shape)}")
-    deeper = [key for key in state if key.startswith("blocks.") and key not in own and "relative_position" not in key]
+    more = [key for key in state if key.startswith("blocks.") and key not in own and "relative_position" not in key]
+    deeper = [key for key in more if int(key.split(".")[1]) >= len(model.blocks)]
     if deeper:
         raise ValueError(f"the checkpoint has more blocks than the model's {len(model.blocks)}: {deeper[0]}")
+    if more:
+        raise ValueError(f"the model's blocks have no {more[0].split('.', 2)[2]}, as the checkpoint's have")
     result = model.load_state_dict(state, strict=False)
     return result.missing_keys, result.unexpected_keys
 
@@ -358,7 +361,7 @@ def load_encoder(
         distributed.UserError: the file cannot be read or holds another architecture.
     """
     weights = named_weights(distributed.load(path), path, keys, prefix)
-    with distributed.user_errors(f"{path}: check --model, --input_size and --patch_size"):
+    with distributed.user_errors(f"{path}{distributed.kind_of(weights)}: check --model, --input_size and --patch_size"):
         missing, unexpected = load_pretrained(model, weights, **kwargs)
     matched = len(model.state_dict()) - len(missing)
     distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")

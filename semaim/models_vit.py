@@ -118,9 +118,12 @@ def load_pretrained(model: VisionTransformer, state: dict[str, Tensor]) -> tuple
     for key in own:
         if key in state and own[key].shape != state[key].shape:
             raise ValueError(f"{key} is {tuple(state[key].shape)}, the model expects {tuple(own[key].shape)}")
-    deeper = [key for key in state if key.startswith("blocks.") and key not in own]
+    more = [key for key in state if key.startswith("blocks.") and key not in own]
+    deeper = [key for key in more if int(key.split(".")[1]) >= len(model.blocks)]
     if deeper:
         raise ValueError(f"the checkpoint has more blocks than the model's {len(model.blocks)}: {deeper[0]}")
+    if more:
+        raise ValueError(f"the model's blocks have no {more[0].split('.', 2)[2]}, as the checkpoint's have")
     result = model.load_state_dict(state, strict=False)
     return result.missing_keys, result.unexpected_keys
 
@@ -134,8 +137,12 @@ def load_encoder(model: VisionTransformer, path: str, head_std: float = 0.0, key
     Raises:
         distributed.UserError: the file cannot be read or holds another architecture.
     """
-    state = distributed.weights_of(distributed.load(path), path, (key,) if key else distributed.WEIGHT_KEYS)
-    with distributed.user_errors(f"{path}: check --model, --patch_size and --input_size, and --global_pool"):
+    keys = (key,) if key else distributed.WEIGHT_KEYS
+    found = distributed.weights_of(distributed.load(path), path, keys, bare=not key)
+    state = distributed.fitted(found, model.state_dict())
+    with distributed.user_errors(
+        f"{path}{distributed.kind_of(found)}: check --model, --patch_size and --input_size, and --global_pool"
+    ):
         missing, unexpected = load_pretrained(model, state)
     matched = len(model.state_dict()) - len(missing)
     distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")

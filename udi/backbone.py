@@ -53,7 +53,7 @@ def vit_weights(
     keys = (checkpoint_key, "model", "state_dict")
     found = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
     weights, left = {}, []
-    for key, value in found.items():
+    for key, value in distributed.weights_of({"model": found}, path).items():
         name = key.removeprefix("module.").removeprefix("backbone.").removeprefix("backbone.")
         # The sampling module's own norm1 and attn begin no name of a ViT.
         if isinstance(value, Tensor) and (name := plain_name(name)).startswith(PARTS):

@@ -38,7 +38,9 @@ from common.distributed.process import (
 from common.distributed.step import Updater, amp_dtype
 from common.distributed.weights import (
     WEIGHT_KEYS,
+    fitted,
     flags_of,
+    kind_of,
     load,
     load_report,
     load_weights,

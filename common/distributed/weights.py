@@ -6,13 +6,14 @@ import json
 import pickle
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.distributed.exits import UserError, user_errors
 from common.distributed.process import is_main
@@ -44,6 +45,9 @@ SAFE_GLOBALS: list[Any] = [
 
 # Keys under which the five methods' authors store the weights of the network that goes on training.
 WEIGHT_KEYS = ("state_dict", "model", "module")
+# Keys of others' files, of which the weights that they recommend for use come first.
+FOREIGN_KEYS = ("teacher", "target_encoder", "model_state_dict", "model_ema", "ema_state_dict", "student", "encoder")
+WRAPPERS = ("_orig_mod.", "model.", "net.")  # of torch.compile and Lightning, before every name
 
 
 class Stateful(Protocol):
@@ -106,7 +110,9 @@ def load(path: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
         what = "no such checkpoint file" if Path(path).name == missing else f"its part {missing} is missing"
         raise UserError(f"{path}: {what}") from error
     except IsADirectoryError as error:
-        raise UserError(f"{path}: is a folder, expected a checkpoint file") from error
+        names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+        inside = next((f", such as {Path(path, name)}" for name in names if Path(path, name).is_file()), "")
+        raise UserError(f"{path}: is a folder, expected a checkpoint file{inside}") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
     except pickle.UnpicklingError as error:
@@ -148,17 +154,61 @@ def weights_of(
 
     Args:
         keys: the first of these that the file has holds the weights.
-        bare: a file that has none of the keys and is itself a dict of tensors is taken as it is.
+        bare: of a file that has none of the keys `FOREIGN_KEYS` are tried, and a dict of tensors is taken as it is.
     Raises:
         UserError: no key holds weights.
     """
-    found = next((state[key] for key in keys if isinstance(state.get(key), dict)), None)
+    found = next((state[k] for k in (*keys, *FOREIGN_KEYS * bare) if isinstance(state.get(k), dict)), None)
     if found is None and bare and state and all(isinstance(value, Tensor) for value in state.values()):
         found = state
     if found is None:
         shown = ", ".join(map(str, list(state)[:8])) or "none"
         raise UserError(f"{path}: holds no weights under {' or '.join(map(repr, keys))}; its keys: {shown}")
-    return {name.replace("module.", ""): value for name, value in found.items()}
+    found = {name.replace("module.", ""): value for name, value in found.items()}
+    while wrapper := next((w for w in WRAPPERS if found and all(name.startswith(w) for name in found)), ""):
+        found = {name.removeprefix(wrapper): value for name, value in found.items()}
+    return found
+
+
+def fitted(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The weights of a network among those of a file, under the network's own names.
+
+    Args:
+        weights: may stand below a prefix (backbone., encoder., trunk., ...): the one with most of the network's names.
+        own: the network's names. Where it has q, k and v and the file has them in one, as timm and MAE, they are split.
+    """
+    prefixes = {key.removesuffix(name) for key in weights for name in own if key.endswith(name)}
+    counts = {prefix: sum(prefix + name in weights for name in own) for prefix in sorted(prefixes, key=len)}
+    weights = part_of(weights, max(counts, key=lambda prefix: counts[prefix], default=""))
+    for name in [name for name in weights if ".qkv." in name]:
+        parts = [name.replace(".qkv.", f".{letter}.") for letter in "qkv"]
+        if set(parts) <= set(own):
+            weights |= zip(parts, weights.pop(name).chunk(3), strict=True)
+    return weights
+
+
+# What the names of foreign weights say about them, and where they can be used.
+KINDS = {
+    r"embeddings\.patch_embeddings\.": "the library transformers; timm has most such networks, under timm's names",
+    r"\.ls1\.gamma$": "DINOv2, or another ViT with LayerScale",
+    r"^visual\.": "CLIP",
+    r"^conv_proj\.": "torchvision's ViT",
+    r"relative_position_bias_table$": "a network with relative positions, such as BEiT, SimMIM, A2MIM, CAE or Swin",
+    r"\.gamma_1$": "a network with LayerScale, such as BEiT or CAE",
+    r"(^|\.)layers\.\d+\.ln1\.": "OpenMixup or MMPretrain, as A2MIM's",
+    r"^(query_blocks|decoder_blocks)\.": "a pre-training network, such as SAIM's, SemAIM's or MAE's",
+    r"(^|\.)layer1\.0\.": "a ResNet",
+    r"(^|\.)stages\.0\.": "a ConvNeXt",
+    r"(^|\.)blocks\.0\.attn\.qkv\.": "a ViT, as timm's, MAE's, DINO's or UDI's",
+    r"(^|\.)blocks\.0\.attn\.q\.": "a ViT, as SAIM's or SemAIM's",
+}
+
+
+def kind_of(weights: Collection[str]) -> str:
+    """What kind of network weights are of, by their names: " (weights of a ResNet)"; '' if nothing tells."""
+    found = (kind for pattern, kind in KINDS.items() if any(re.search(pattern, name) for name in weights))
+    kind = next(found, "")
+    return f" (weights of {kind})" if kind else ""
 
 
 def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -188,4 +238,16 @@ def load_weights(
 
 def restore(part: Stateful, state: dict[str, Any], path: str, key: str) -> None:
     with user_errors(f"{path}: '{key}' does not fit this run"):
-        part.load_state_dict(state)
+        try:
+            part.load_state_dict(state)
+        except RuntimeError as error:
+            if not isinstance(part, nn.Module):
+                raise
+            own = part.state_dict()
+            missing, others = [name for name in own if name not in state], [name for name in state if name not in own]
+            odd = [name for name in own if name in state and own[name].shape != state[name].shape]
+            lists = {"are missing": missing, "are not of this network": others, "have other shapes": odd}
+            what = ", ".join(f"{len(names)} weights {words} ({names[0]})" for words, names in lists.items() if names)
+            if not what:
+                raise
+            raise UserError(f"{path}{kind_of(state)}: does not fit this run: {what}; check --model") from error
