@@ -26,7 +26,8 @@ from saim.models_vit import MODELS, VisionTransformer, load_encoder
 def get_args_parser() -> argparse.ArgumentParser:
     p = distributed.new_parser("SAIM attention maps")
     g = distributed.flag_groups(p)
-    g.model.add_argument("--model", default="vit_base_patch16", choices=MODELS, help="size of the network")
+    told = "default: the checkpoint's, where it says it"
+    g.model.add_argument("--model", choices=MODELS, help=f"size of the network; {told}, else vit_base_patch16")
     g.model.add_argument(
         "--checkpoint", default="./pretrain/saim_base/checkpoint.pth", help="checkpoint of any program of this folder"
     )
@@ -36,8 +37,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.output.add_argument(
         "--names", nargs="+", default=[], help="titles of the maps from left to right; default: the files' names"
     )
-    g.model.add_argument("--input_size", default=224, type=int, help="side of the images in pixels")
-    g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: that in the model's name")
+    g.model.add_argument("--input_size", type=int, help=f"side of the images in pixels; {told}, else 224")
+    g.model.add_argument("--patch_size", type=int, help=f"side of a patch; {told}, else that in the model's name")
     g.output.add_argument(
         "--layer", default=-1, type=int, help="block whose attention is drawn, from 0, or from the end: -1 is the last"
     )
@@ -92,6 +93,15 @@ def stretch(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
+def fill_sizes(args: argparse.Namespace) -> None:
+    """Give the sizes that the flags leave open the values of --checkpoint's run, of whatever stage."""
+    stored = distributed.flags_of(distributed.load(args.checkpoint))
+    size = str(stored.get("model", "base")).split("_patch")[0].rpartition("_")[2]  # saim_nano, vit_nano_patch16: nano
+    own = next((name for name in MODELS if name.startswith(f"vit_{size}_")), "vit_base_patch16")
+    args.model, args.input_size = args.model or own, args.input_size or stored.get("input_size", 224)
+    args.patch_size = args.patch_size or stored.get("patch_size")
+
+
 def build_model(args: argparse.Namespace) -> VisionTransformer:
     """The encoder of the flags; raises UserError for values that do not fit together."""
     with distributed.user_errors(f"--model {args.model}"):
@@ -142,6 +152,7 @@ def main(args: argparse.Namespace) -> None:
         raise distributed.UserError(f"--names {' '.join(names)}: expected {len(checkpoints)}, one per checkpoint")
     if args.columns < 1:
         raise distributed.UserError(f"--columns {args.columns}: expected at least 1")
+    fill_sizes(args)
     # ---- data
     paths = figures.chosen_images(args)
     imgs = figures.read_images(paths, args.input_size)

@@ -132,6 +132,20 @@ def test_attention_of_every_kind_of_checkpoint(checkpoints):
 # ---- prediction
 
 
+def test_sizes_of_attention_maps_are_those_of_the_checkpoint(checkpoints):
+    """Of pre-training and fine-tuning, where they are not given; a file that says nothing has ViT-B's."""
+    parser = visualize_attention.get_args_parser()
+    for name, flags, expected in (
+        ("pretrain", [], ("vit_tiny_patch16", 16, 4)),
+        ("pretrain", ["--input_size", "32", "--patch_size", "8"], ("vit_tiny_patch16", 32, 8)),
+        ("cls", [], ("vit_tiny_patch16", 224, None)),
+        ("bare", [], ("vit_base_patch16", 224, None)),
+    ):
+        args = parser.parse_args(["--checkpoint", checkpoints[name], *flags])
+        visualize_attention.fill_sizes(args)
+        assert (args.model, args.input_size, args.patch_size) == expected
+
+
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("blur", [{}, {"gaussian_kernel_size": 3, "gaussian_sigma": 1.0}], ids=["sharp", "blurred"])
 def test_predict__in_pixels_has_the_networks_loss(norm_pix_loss, blur):
