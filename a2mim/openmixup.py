@@ -178,9 +178,9 @@ def load_encoder_weights(
     missing = sorted(set(own) - set(loaded))
     if missing or unexpected:
         raise UserError(
-            f"{path}{distributed.kind_of(found)}: is not this encoder: {len(missing)} of its {len(own)} tensors are "
+            f"{path}: is not this encoder: {len(missing)} of its {len(own)} tensors are "
             f"missing ({', '.join(missing[:2]) or 'none'}), {len(unexpected)} are unexpected "
-            f"({', '.join(unexpected[:2]) or 'none'})"
+            f"({', '.join(unexpected[:2]) or 'none'}){distributed.kind_of(found)}"
         )
     _resize(net, loaded, own, resize_rel_pos)
     odd = next((k for k, v in loaded.items() if v.shape != own[k].shape), None)

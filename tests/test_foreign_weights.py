@@ -115,8 +115,10 @@ def test_a_resumed_file_of_another_network_says_what_fits(tmp_path):
     path = written({"model": timm_weights()}, tmp_path)
     with pytest.raises(UserError) as error:
         weights.load_weights(saim_vit.VisionTransformer(**SIZES, num_classes=5), path)
-    words = "does not fit this run: 12 weights are missing (blocks.0.attn.q.weight), 4 weights are not of this network"
-    assert str(error.value).startswith(f"{path} (weights of a ViT, as timm's, MAE's, DINO's or UDI's): {words}")
+    kind = "(weights of a ViT, as timm's, MAE's, DINO's or UDI's)"
+    words = "12 weights are missing (blocks.0.attn.q.weight), 4 weights are not of this network"
+    assert str(error.value).startswith(f"{path}: 'model' does not fit this run: {words}")
+    assert str(error.value).endswith(f" {kind}; check --model")
     assert "loading state_dict" not in str(error.value)
 
 

@@ -181,7 +181,7 @@ def read_folder(root: Path, labelled: bool, skip: str = "") -> tuple[ImageFiles,
     expected = f"expected {root}/<class>/<image>" if labelled else f"expected images that end in {', '.join(ENDINGS)}"
     if labelled and not classes:
         what = f"has {len(loose)} images but no class folders" if loose else "has no class folders and no images"
-        raise UserError(f"{root}: {what}, {expected}")
+        raise UserError(f"{root}: {what}, {expected}; {listing.summary() or 'nothing else is there'}")
     if not labelled and (loose or not classes):
         listing = Listing(skip)
         dataset = ImageFiles(root, [(path, 0) for path in listing.below(root)])
@@ -190,7 +190,8 @@ def read_folder(root: Path, labelled: bool, skip: str = "") -> tuple[ImageFiles,
         for index, name in enumerate(classes):
             found = [(path, index) for path in listing.below(root / name)]
             if labelled and not found:
-                raise UserError(f"{root / name}: class folder without images; {listing.summary() or 'it is empty'}")
+                what = f"class folder without images that end in {', '.join(ENDINGS)}"
+                raise UserError(f"{root / name}: {what}; {listing.summary() or 'it is empty'}")
             samples += found
             if labelled:
                 listing.seen.clear()

@@ -245,9 +245,9 @@ def restore(part: Stateful, state: dict[str, Any], path: str, key: str) -> None:
                 raise
             own = part.state_dict()
             missing, others = [name for name in own if name not in state], [name for name in state if name not in own]
-            odd = [name for name in own if name in state and own[name].shape != state[name].shape]
+            odd = [name for name in own if name in state and own[name].shape != getattr(state[name], "shape", None)]
             lists = {"are missing": missing, "are not of this network": others, "have other shapes": odd}
             what = ", ".join(f"{len(names)} weights {words} ({names[0]})" for words, names in lists.items() if names)
             if not what:
                 raise
-            raise UserError(f"{path}{kind_of(state)}: does not fit this run: {what}; check --model") from error
+            raise UserError(f"{path}: {key!r} does not fit this run: {what}{kind_of(state)}; check --model") from error

@@ -299,8 +299,8 @@ def test_rates_of_flags():
     assert rates(0)[1] == pytest.approx(0.05)
     assert rates(11)[1] > 0.19
     args.warmup_steps, args.warmup_epochs = -1, 5
-    with pytest.raises(distributed.UserError, match="--epochs, --warmup_epochs and --warmup_steps: "):
-        optim.build_rates(args, 3)
+    rates = optim.build_rates(args, 3)
+    assert [rates(i)[0] for i in range(12)] == pytest.approx([0.1 * i / 14 for i in range(12)])
 
 
 def test_masks_of_flags():

@@ -319,9 +319,8 @@ MAINS = {"pretrain": main_pretrain, "finetune": main_finetune, "attentive": main
 
 
 @pytest.mark.parametrize("flag", ["--warmup_epochs 4", "--warmup_steps 100"])
-def test_a_warmup_longer_than_the_run_trains(flag, digits, tmp_path, capsys):
-    flags = [*PRETRAIN, "--epochs", "1", *flag.split(), "--data_path", digits, "--output_dir", str(tmp_path)]
-    run_main(main_pretrain, *flags, "--device", "cpu")
+def test_a_warmup_longer_than_the_run_trains(flag, digits, tokenizer, tmp_path, capsys):
+    run_main(main_pretrain, *pretrain_flags(digits, tokenizer, tmp_path), "--epochs", "1", *flag.split())
     assert f"WARNING: {flag} of --epochs 1: the learning rate only rises" in capsys.readouterr().out
 
 
@@ -408,7 +407,6 @@ BAD = [
     ("finetune", ["--train_interpolation", "cubic", "--input_size", "36"], "--train_interpolation"),
     ("finetune", ["--opt", "lion9"], "--opt lion9: expected one of sgd, nesterov, "),
     ("finetune", ["--input_size", "18"], "image size 18 is not a multiple of the patch size 4"),
-    ("finetune", ["--warmup_epochs", "4"], "--epochs, --warmup_epochs and --warmup_steps: "),
     ("finetune", ["--finetune", "missing.pth"], "missing.pth: no such checkpoint file"),
     ("finetune", ["--finetune", "TOKENIZER"], "encoder weights are missing"),
     (

@@ -91,7 +91,9 @@ def test_nothing_readable__names_what_was_found(tmp_path):
     with pytest.raises(UserError, match=r"expected images that end in \.jpg, .*; 3 left out \(2 \.heic, 1 \.db\)"):
         read(root)
     root = draw(tmp_path / "classes", "train/a/1.png", "train/b/1.heic")
-    with pytest.raises(UserError, match=r"train/b: class folder without images; 1 left out \(1 \.heic\)"):
+    with pytest.raises(
+        UserError, match=r"train/b: class folder without images that end in \.jpg.*; 1 left out \(1 \.heic\)"
+    ):
         read(root, labelled=True)
     assert read(root) == ["train/a/1.png"]
 

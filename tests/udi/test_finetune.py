@@ -313,7 +313,6 @@ BAD = [
     (["--opt_betas", "0.9", "2"], "--opt adamw and its flags: "),
     (["--input_size", "18"], "image size 18 is not a multiple of the patch size 4"),
     (["--patch_size", "0"], "--patch_size 0: expected at least 1"),
-    (["--warmup_epochs", "4"], "--epochs, --warmup_epochs and --warmup_steps: "),
     (["--finetune", "missing.pth"], "missing.pth: no such checkpoint file"),
     (["--finetune", "/etc/hostname"], "/etc/hostname: not a checkpoint"),
     (["--finetune", "PRETRAINED", "--model", "vit_tiny"], "PRETRAINED: check --model, --input_size and the positions'"),

@@ -62,7 +62,8 @@ def load_backbone(source: Source) -> Backbone:
     weights = encoder_weights(found)
     if len(weights) < len(found):
         notes.append("The regressor, the decoder and the mask token of pre-training are left out.")
-    with distributed.user_errors(f"{path or 'random weights'}: check --model and --input_size"):
+    path += distributed.kind_of(found)
+    with distributed.user_errors(f"{path or 'random weights'}: check METHOD, --model and --input_size"):
         needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
         lacking = [name for name in needed if name not in weights]
         if path and lacking:

@@ -38,13 +38,17 @@ def load_vit(
     """
     weights = source.weights()
     if source.path and not {"patch_embed.proj.weight", "pos_embed"} <= set(weights):
-        raise UserError(f"{source.path}: holds no ViT; its weights: {', '.join(list(weights)[:4]) or 'none'}, ...")
+        kind = distributed.kind_of(weights)
+        raise UserError(
+            f"{source.path}{kind}: holds no ViT; its weights: {', '.join(list(weights)[:4]) or 'none'}, ..."
+        )
     name = source.name(models, aliases) or source.name_by_width(models, weights)
     sizes = {"patch_size": weights["patch_embed.proj.weight"].shape[-1]} if weights else {}
     size = source.image_side(weights, sizes.get("patch_size", 0))
     trained = "avg" if "fc_norm.weight" in weights else "token"
     pool = source.pool or trained
-    with distributed.user_errors(f"{source.path or 'random weights'}: check --model, --input_size and --pool"):
+    path = f"{source.path or 'random weights'}{distributed.kind_of(weights)}"
+    with distributed.user_errors(f"{path}: check METHOD, --model, --input_size and --pool"):
         network = models[name](img_size=size, **sizes, num_classes=0, global_pool=pool == "avg")
         head = linear_head(weights)
         if weights:
