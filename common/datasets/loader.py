@@ -42,12 +42,8 @@ MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip g
 def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     """Add the flags that say where images come from."""
     group = flag_groups(parser).data
-    group.add_argument(
-        "--data_path",
-        default="../imagenet",
-        type=str,
-        help="folder with train/ and val/; pre-training takes any images",
-    )
+    where = "folder with train/ and val/; pre-training takes any images"
+    group.add_argument("--data_path", default="../imagenet", type=str, help=where)
     timm = "data set of timm's in --data_path (torch/cifar10, wds/... for tar files, hfds/...); default: folders"
     group.add_argument("--dataset", default="", help=timm)
     group.add_argument("--train_split", default="train", help="name of that data set's training split")
@@ -245,10 +241,8 @@ class Loader:
         self._running: list[Any] = []  # the iterator whose workers are alive
         weakref.finalize(self, _end_workers, self._running)
         if train and len(self) == 0:
-            raise UserError(
-                f"--batch_size {batch_size}: {self.images} training images do not fill one batch on each of "
-                f"{world_size()} processes"
-            )
+            few = f"{self.images} training images do not fill one batch on each of {world_size()} processes"
+            raise UserError(f"--batch_size {batch_size}: {few}")
         if isinstance(self.sampler, _EpochSampler) and whole_updates:
             self.sampler.last = len(self) * batch_size
         if train and len(self) < accum_iter:
@@ -256,8 +250,8 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch and rank."""
-        own = len(self.sampler)
-        batches = own // self.batch_size if self.train and self.drop_last else -(-own // self.batch_size)
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        batches = whole + (rest > 0 and not (self.train and self.drop_last))
         if not self.whole_updates or batches < self.accum_iter:
             return batches
         # Processes may share out a few images twice, which upstream does not count.
