@@ -190,8 +190,8 @@ def read_folder(root: Path, labelled: bool, skip: str = "") -> tuple[ImageFiles,
         for index, name in enumerate(classes):
             found = [(path, index) for path in listing.below(root / name)]
             if labelled and not found:
-                what = f"class folder without images that end in {', '.join(ENDINGS)}"
-                raise UserError(f"{root / name}: {what}; {listing.summary() or 'it is empty'}")
+                others = listing.summary() and f"{listing.summary()}, images end in {', '.join(ENDINGS)}"
+                raise UserError(f"{root / name}: class folder without images; {others or 'it is empty'}")
             samples += found
             if labelled:
                 listing.seen.clear()
