@@ -1,6 +1,6 @@
 """An extracted ResNet under detectron2's names, or one of detectron2's under ours.
 
-Usage: python det_detectron2/convert_backbone.py SRC DST [--back]
+Usage: python a2mim/det_detectron2/convert_backbone.py SRC DST [--back]
 DST is for detectron2's MODEL.WEIGHTS (.pth, or .pkl: a pickle of arrays); with --back SRC is such a file (.pth).
 """
 
@@ -57,6 +57,14 @@ def from_detectron2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def get_args_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p.add_argument("src")
+    p.add_argument("dst")
+    p.add_argument("--back", action="store_true", help="from detectron2's names to ours")
+    return p
+
+
 def main(args: argparse.Namespace) -> None:
     if args.back and args.src.endswith(".pkl"):
         raise distributed.UserError(
@@ -84,8 +92,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("src")
-    parser.add_argument("dst")
-    parser.add_argument("--back", action="store_true", help="from detectron2's names to ours")
-    distributed.run(main, parser.parse_args())
+    distributed.run(main, get_args_parser().parse_args())
