@@ -60,7 +60,10 @@ def load_backbone(source: Source) -> Backbone:
     path, args, notes = source.path, source.args, []
     found = source.weights()
     weights = encoder_weights(found)
-    if len(weights) < len(found):
+    if any(name.startswith("backbone.") for name in found):
+        weights = {k: value for k, value in weights.items() if not k.startswith("fpn")}
+        notes.append("The pyramid and the heads of a dense task are left out.")
+    elif len(weights) < len(found):
         notes.append("The regressor, the decoder and the mask token of pre-training are left out.")
     path += distributed.kind_of(found)
     with distributed.user_errors(f"{path or 'random weights'}: check METHOD, --model and --input_size"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from cae import main_linprobe, models_cae
 from cae.main_finetune import build_model
 from cae.main_linprobe import add_probe
+from cae.models_segmentation import upernet_cae_nano
 from cae.models_vit import MODELS, VisionTransformer, load_encoder
 from common.distributed import UserError
 from scripts.tools.encoders import load
@@ -106,6 +107,14 @@ def test_pretraining_as_in_linear_probing(size, tmp_path):
     assert (backbone.patch_size, backbone.embed_dim, backbone.head) == (8, 96, None)
     assert torch.equal(backbone(images(size)), probe.eval().forward_features(images(size)))
     assert_timm_agrees(backbone)
+
+
+def test_segmentation__gives_its_backbone(tmp_path):
+    network = randomised(upernet_cae_nano(img_size=32, patch_size=8, num_classes=3))
+    backbone = load_backbone(written(tmp_path, network))
+    assert (backbone.model_name, backbone.pool, backbone.input_size) == ("cae_nano", "token", 32)
+    assert "The pyramid and the heads of a dense task are left out." in backbone.notes
+    assert torch.equal(backbone(images()), network.backbone.tokens(images(), slice(0, 1))[:, 0])
 
 
 def test_pretraining__pooled_as_in_fine_tuning(tmp_path):
