@@ -172,10 +172,8 @@ class Checkpoint:
             except (OSError, RuntimeError) as error:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
-                cause = (
-                    error.__context__ if isinstance(error.__context__, OSError) else error
-                )  # torch hides a full disk
-                why = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+                disk = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)  # torch hides it
+                why = disk.strerror if disk else str(error).splitlines()[0]
                 raise UserError(f"{target}: cannot be written ({why}); earlier checkpoints are intact") from error
         if len(names) > 1 and not files.keep_all:
             for path in self.folder.glob(files.patterns[-1]):

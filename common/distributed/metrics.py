@@ -89,6 +89,7 @@ def finite(stats: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in stats.items()}
 
 
+@dataclass(eq=False)
 class RunLog:
     """log.txt (one JSON object per epoch), progress.jsonl and TensorBoard events of a run; rank 0 writes.
 
@@ -100,45 +101,38 @@ class RunLog:
     the host's, which runs ahead; they are right at reports. A resumed run goes on at the end of the file: its seconds
     begin at 0 again, and a step that the ended run had done but not saved has two lines, of which the later counts.
 
-    Args:
-        folder: of the log; '' writes none. events: of the TensorBoard events, if another.
-        start: where TensorBoard's curves continue; what is there from then on is dropped.
-        ticks: units of TensorBoard's horizontal axis per epoch of `steps` steps.
-        keep: bytes of an existing log to keep; None keeps all. flags: of the run, for run.json.
     Raises:
         UserError: a folder cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        name: str = "log.txt",
-        events: str = "",
-        start: float = 0.0,
-        ticks: int = 1000,
-        keep: int | None = None,
-        steps: int = 1000,
-        flags: dict[str, Any] | None = None,
-    ):
+    folder: str  # of the log; '' writes none
+    name: str = "log.txt"
+    events: str = ""  # folder of the TensorBoard events, if another
+    start: float = 0.0  # where TensorBoard's curves continue; what is there from then on is dropped
+    ticks: int = 1000  # units of TensorBoard's horizontal axis per epoch
+    keep: int | None = None  # bytes of an existing log to keep; None keeps all
+    length: int = 0  # steps of a whole epoch; by default those of its `EpochLog`
+    flags: dict[str, Any] = field(default_factory=dict)  # of the run, for run.json
+
+    def __post_init__(self) -> None:
         self.writer: Any = None
-        self.path = Path(folder) / name if folder else None
-        self.ticks, self.length, self.flags = ticks, steps, flags or {}
+        self.path = Path(self.folder) / self.name if self.folder else None
         self._earlier: list[dict[str, Any]] | None = None  # starts before this one
         self._begun, self._clock = time.time(), time.perf_counter()
         self.lines = 0  # of progress.jsonl, by this start
-        if folder or events:
-            main_does(lambda: self._open(events or folder, start, keep))
+        if self.folder or self.events:
+            main_does(self._open)
 
-    def _open(self, events: str, start: float, keep: int | None) -> None:
+    def _open(self) -> None:
         with self._written():
             try:
                 from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
-                self.writer = SummaryWriter(events, purge_step=int(start) or None)
+                self.writer = SummaryWriter(self.events or self.folder, purge_step=int(self.start) or None)
             except ImportError as error:
                 log(f"WARNING: TensorBoard cannot be imported ({error}); no events are written")
-            if self.path is not None and keep is not None and self.path.exists() and self.path.stat().st_size > keep:
-                os.truncate(self.path, keep)
+            if self.path and self.keep is not None and self.path.exists() and self.path.stat().st_size > self.keep:
+                os.truncate(self.path, self.keep)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -203,45 +197,29 @@ class RunLog:
             os.replace(temporary, file)
 
 
-def _images_of(batch: Any, usual: int) -> int:
-    """How many images a batch (images, targets) holds: a last one may be smaller. Of other batches, what is usual."""
-    targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    return len(targets) if isinstance(targets, Tensor) and targets.ndim else usual
-
-
+@dataclass(eq=False)
 class EpochLog:
     """The meters and the progress display of one epoch.
 
     Values stay on the device until the next report: every `print_freq` steps, and every step on a CPU, where reading
     costs nothing. Reports are collective.
-    Args:
-        header: such as "Epoch: [3]".
-        total: steps of the epoch. images: images per step and process; for the rate those of each batch count.
-        run_log: of the run; default: none. tags: TensorBoard scalars to write per update, {value name: tag}.
-        start, sums: position to continue from, and the sums there (`Position`).
-        later: steps of the epochs that follow, for the time left of the run.
     """
 
-    def __init__(
-        self,
-        header: str,
-        total: int,
-        images: int,
-        device: torch.device,
-        print_freq: int = 20,
-        run_log: RunLog | None = None,
-        tags: dict[str, str] | None = None,
-        epoch: int = 0,
-        start: int = 0,
-        sums: dict[str, list[float]] | None = None,
-        later: int = 0,
-    ):
-        self.header, self.total, self.images, self.device = header, total, images, device
-        self.print_freq, self.tags, self.epoch, self.start = print_freq, tags or {}, epoch, start
-        self.run_log, self.later = run_log or RunLog(""), later
-        self._boundaries = [start]  # micro-steps done when an update was complete
-        self._earlier = {k: list(v) for k, v in (sums or {}).items()}
-        self._totals = {k: list(v) for k, v in self._earlier.items()}  # running sum and count by name
+    header: str  # such as "Epoch: [3]"
+    total: int  # steps of the epoch
+    images: int  # per step and process; for the rate those of each batch count
+    device: torch.device
+    print_freq: int = 20
+    run_log: RunLog = field(default_factory=lambda: RunLog(""))
+    tags: dict[str, str] = field(default_factory=dict)  # TensorBoard scalars to write per update, {value name: tag}
+    epoch: int = 0
+    start: int = 0  # step to continue from
+    earlier: dict[str, list[float]] = field(default_factory=dict)  # the sums there (`Position`)
+    later: int = 0  # steps of the epochs that follow, for the time left of the run
+
+    def __post_init__(self) -> None:
+        self._boundaries = [self.start]  # micro-steps done when an update was complete
+        self._totals = {k: list(v) for k, v in self.earlier.items()}  # running sum and count by name
         self._pending: list[tuple[int, bool, dict[str, Any]]] = []  # step, whether it completed an update, values
         self._records: list[tuple[int, dict[str, float]]] = []
         self._times: list[tuple[int, float, float, float, int]] = []  # step, begin, wait, end and images of a next line
@@ -278,8 +256,8 @@ class EpochLog:
             means = iter(all_sum([values[name] for _, values in steps for name in self.tags if name in values]))
             for step, values in steps:
                 scalars = {tag: next(means) / world_size() for name, tag in self.tags.items() if name in values}
-                ticks, length = self.run_log.ticks, self.run_log.length
-                self.run_log.scalars(scalars, self.epoch * ticks + step * ticks // length)
+                ticks = self.run_log.ticks
+                self.run_log.scalars(scalars, self.epoch * ticks + step * ticks // (self.run_log.length or self.total))
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Number the batches from `start` on and report while they are consumed."""
@@ -297,7 +275,9 @@ class EpochLog:
             if report or self.device.type == "cpu":
                 self._flush()
             last = time.perf_counter()
-            images += (own := _images_of(batch, self.images))
+            # A last batch (images, targets) may be smaller; of other batches, what is usual counts.
+            targets = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+            images += (own := len(targets) if isinstance(targets, Tensor) and targets.ndim else self.images)
             self._times.append((step, asked, wait, last, own))
             if report or self.device.type == "cpu":
                 self._write_progress(report)
@@ -306,8 +286,7 @@ class EpochLog:
                 seconds, rate = (last - begun) / done, images * world_size() / (last - begun)
                 if (report and not terminal) or step + 1 == self.total:  # on a terminal a line per epoch stays
                     bar.clear()
-                    text = self._describe(rate, seconds, waited / done)
-                    log(f"{self.header}  [{step + 1}/{self.total}]  {self._eta(seconds, step)}  {text}")
+                    log(self._describe(rate, seconds, waited / done, step))
                 bar.set_postfix_str(self._short(rate, seconds, step), refresh=False)
             bar.update()
         bar.close()
@@ -339,18 +318,19 @@ class EpochLog:
             line |= {"data": round(sum(wait for _, _, wait, *_ in done) / count, 6), "memory": peak_memory(self.device)}
             self.run_log.progress(end, line | {name: total / n for name, (total, n) in sums.items()})
 
-    def _describe(self, rate: float, seconds: float, data: float) -> str:
-        parts = []
-        window = [values for _, values in self._records[-WINDOW:]]
+    def _describe(self, rate: float, seconds: float, data: float, step: int) -> str:
+        """Place, times left of the epoch and of the run where epochs follow, meters, speed and memory."""
+        left = self.total - step - 1
+        run = f", of the run: {duration(seconds * (left + self.later))}" if self.later else ""
+        parts = [f"{self.header}  [{step + 1}/{self.total}]  eta: {duration(seconds * left)}{run}"]
         for name, (total, count) in self._totals.items():
-            recent = [values[name] for values in window if name in values]
+            recent = [values[name] for _, values in self._records[-WINDOW:] if name in values]
             if recent and name == "lr":
                 parts.append(f"lr: {recent[-1]:.3g}")
             elif recent:
                 parts.append(f"{name}: {statistics.median(recent):.4f} ({total / count:.4f})")
         parts.append(f"{rate:.1f} images/s  time: {seconds:.4f}  data: {data:.4f}")
-        parts.append(f"max mem: {peak_memory(self.device) / 2**20:.0f} MB")
-        return "  ".join(parts)
+        return "  ".join([*parts, f"max mem: {peak_memory(self.device) / 2**20:.0f} MB"])
 
     def _short(self, rate: float, seconds: float, step: int) -> str:
         """What fits beside a bar of 80 columns: the first meter, the speed, and the time left of the run."""
@@ -359,12 +339,6 @@ class EpochLog:
         left = self.total - step - 1 + self.later
         return f"{mean}{rate:.{0 if rate > 100 else 2}f} images/s, left {duration(seconds * left)}"
 
-    def _eta(self, seconds: float, step: int) -> str:
-        """Time left of the epoch after a step, and of the run where epochs follow, at so many seconds per step."""
-        left = self.total - step - 1
-        run = f", of the run: {duration(seconds * (left + self.later))}" if self.later else ""
-        return f"eta: {duration(seconds * left)}{run}"
-
     def boundary(self, step: float = math.inf) -> int:
         """The last position at or before `step` (of the epoch) at which an update was complete."""
         return max(b for b in self._boundaries if b <= step)
@@ -372,7 +346,7 @@ class EpochLog:
     def sums(self, before: int) -> dict[str, list[float]]:
         """Sum and count of every value over the steps before `before`, on this rank."""
         self._read()
-        totals = {k: list(v) for k, v in self._earlier.items()}
+        totals = {k: list(v) for k, v in self.earlier.items()}
         for step, values in self._records:
             if step < before:
                 _add(totals, values)

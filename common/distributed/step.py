@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,43 +33,33 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([x.detach().flatten() for x in tensors])
 
 
+@dataclass(eq=False)
 class Updater:
     """One optimizer's step: autocast, loss scaling, accumulation, clipping, and a guard against non-finite numbers.
 
     The guard lets no update with a non-finite loss or gradient norm happen. Where reading the norm would stall the
     GPU, a flag on the device makes a fused optimizer skip this and every later update; `EpochLog` reads the values at
     its next report and stops the run. Elsewhere the guard raises at once.
-    Args:
-        precision: as --amp_dtype.
-        accum_iter: micro-steps per update; each micro-step's loss counts 1/accum_iter.
-        clip_grad: largest gradient norm; None only measures it.
-        buffers: that forward passes move (batch statistics, centres); `restore` puts back those of the last update.
-        on_gradients: called before an update, when the gradients are complete and unscaled.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        precision: str = "auto",
-        accum_iter: int = 1,
-        clip_grad: float | None = None,
-        buffers: Iterable[Tensor] = (),
-        on_gradients: Callable[[], None] | None = None,
-    ):
-        self.optimizer = optimizer
-        self.device = device
-        self.dtype = amp_dtype(precision, device)
-        self.accum_iter = accum_iter
-        self.clip_grad = clip_grad
-        self.on_gradients = on_gradients
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: str = "auto"  # as --amp_dtype
+    accum_iter: int = 1  # micro-steps per update; each micro-step's loss counts 1/accum_iter
+    clip_grad: float | None = None  # largest gradient norm; None only measures it
+    # That forward passes move (batch statistics, centres); `restore` puts back those of the last update.
+    buffers: Iterable[Tensor] = ()
+    on_gradients: Callable[[], None] | None = None  # called before an update, with complete and unscaled gradients
+
+    def __post_init__(self) -> None:
+        optimizer, device, buffers = self.optimizer, self.device, list(self.buffers)
+        self.dtype = amp_dtype(self.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.guard_on_device = device.type == "cuda" and fused and not self.scaler.is_enabled()
         self.second_order = getattr(optimizer, "is_second_order", False)  # such as timm's Adahessian
         self._frozen = torch.zeros((), device=device)  # 1 from the first non-finite norm on
         self._losses: list[tuple[int, Tensor]] = []
-        buffers = list(buffers)
         self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype: None for b in buffers}]
         self._kept = [_flat(group) for group in self._buffers]
         optimizer.zero_grad(set_to_none=True)

@@ -35,10 +35,8 @@ SAFE_GLOBALS: list[Any] = [
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
     (_Inert, "yacs.config.CfgNode"),  # SimMIM, Swin
-    *(
-        (_Inert, f"{name}.AttributeDict")
-        for name in ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data")
-    ),
+    (_Inert, "lightning.fabric.utilities.data.AttributeDict"),
+    (_Inert, "lightning_fabric.utilities.data.AttributeDict"),
     (_Inert, "pytorch_lightning.utilities.parsing.AttributeDict"),
 ]
 
@@ -87,11 +85,8 @@ def _read(path: str) -> Any:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     with open(path, "rb"), safe_open(path, "pt") as file:  # open() names what is wrong with a path
-        names, metadata = file.keys(), file.metadata() or {}
-        return {
-            "model": {name: file.get_tensor(name) for name in names},
-            "args": json.loads(metadata.get("args", "{}")),
-        }
+        args = json.loads((file.metadata() or {}).get("args", "{}"))
+        return {"model": {name: file.get_tensor(name) for name in file.keys()}, "args": args}  # noqa: SIM118
 
 
 def load(path: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
