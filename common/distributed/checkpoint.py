@@ -257,7 +257,7 @@ class Checkpoint:
         changed = [f"{k} {now[k]} (was {was[k]})" for k in compared if was[k] != now[k]]
         if changed:
             log(f"flags that differ from the resumed run's: {', '.join(changed)}")
-        if is_here and not self.args.resume:
+        if is_here and not getattr(self.args, "resume", ""):
             self._origin = state.get("origin", {})
         if is_here:
             self._log_bytes = state.get("log_bytes")
