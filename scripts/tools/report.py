@@ -37,7 +37,7 @@ CHECKPOINTS = (
     "*.temp.pth",
     "*.linear.pth",
 )
-ACCURACIES = ("test_acc1", "val_head0_top1", "val_mIoU", "test_J_and_F")
+ACCURACIES = ("test_acc1", "val_head0_top1", "val_mIoU", "test_J_and_F", "test_box_AP")
 HEAD = ("run", "stage", "method", "model", "published", "measured", "difference", "loss", "epochs", "images per update")
 HEAD += ("hardware", "time", "checkpoint (SHA-256)")
 # Names of stages in the folders of rows' scripts; a folder of another name is a run of its own.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from a2mim import main_detection as a2mim_detection
+from cae import main_detection as cae_detection
 from cae import main_segmentation as cae_segmentation
 from tests.support.commands import flags, processes
 from tests.support.helpers import ROOT
@@ -46,7 +47,8 @@ def test_published_numbers__are_those_of_the_scripts():
             head = (ROOT / entry["script"]).read_text().split("set -euo")[0]
             assert entry["published"].keys() <= data["metrics"].keys()
             assert all(f" {value} " in head for value in entry["published"].values()), name
-            assert set(entry["published"]) - {"segmentation"} <= set(method_of(name).commands), name
+            dense = {"segmentation", "detection", "mask"}
+            assert set(entry["published"]) - dense <= set(method_of(name).commands), name
             assert entry["ours"].keys() <= data["metrics"].keys()
             if name in RECIPES:
                 assert entry["published"] == {"finetune": RECIPES[name].published}
@@ -78,6 +80,16 @@ def test_segmentation__is_the_row_of_the_authors_configuration(name):
     expected = vars(parser.parse_args(cae_segmentation.ROWS[size, int(epochs)].split()))
     own = {"data_path": "/ade20k", "output_dir": "out/segmentation", "finetune": "out/pretrain/checkpoint.pth"}
     assert vars(args) == expected | own | {"batch_size": 1, "input_size": 512}
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if family(name) == "cae"])
+def test_detection__is_the_row_of_the_authors_configuration(name):
+    size, epochs = re.findall(r"cae_(\w+)_(\d+)e", name)[0]
+    parser = cae_detection.get_args_parser()
+    command = dry_run(name, "detection", GPUS="8", OUT="out", COCO="/coco")["detection"]
+    expected = vars(parser.parse_args(cae_detection.ROWS[size, int(epochs)].split()))
+    own = {"data_path": "/coco", "output_dir": "out/detection", "finetune": "out/pretrain/checkpoint.pth"}
+    assert vars(parser.parse_args(flags(command))) == expected | own | {"accum_iter": 2}  # of 16 GPUs
 
 
 @pytest.mark.parametrize("name", RECIPES)
