@@ -180,8 +180,9 @@ def main(args: argparse.Namespace) -> None:
         f"{per_update} per update, lr {args.lr:.2e}, {len(images.classes)} classes"
     )
     # ---- loop
-    names = {"numbered": "epoch_{done}.pth", "weights": "state_dict"}
-    files = distributed.Files(**names, every=args.save_ckpt_freq, phase=1, adapt=refuse_mmdet)
+    files = distributed.Files(
+        numbered="epoch_{done}.pth", weights="state_dict", every=args.save_ckpt_freq, phase=1, adapt=refuse_mmdet
+    )
     parts = {"optimizer": optimizer, "scaler": updater.scaler}
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
     fit(args, net, loader, val_loader, images, updater, rate, checkpoint, resume)

@@ -7,6 +7,7 @@ Batch norms become synchronised ones in the main program.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # imported from inside the folder: take what it needs from this checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +37,8 @@ class Stage5(nn.Module):
     def __init__(self, name: str):
         super().__init__()
         net = DenseResNet(name)
-        self.layer4, self.channels = net.layer4, net.channels[-1]
+        self.layer4: nn.Module = net.layer4  # type: ignore[assignment]
+        self.channels = net.channels[-1]
         self.norm = nn.BatchNorm2d(self.channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +106,12 @@ def fpn(
         num_convs, num_fcs: layers before classes and boxes.
     """
     backbone = DenseResNet(name)
-    layers = {"num_convs": num_convs, "conv_channels": channels, "num_fcs": num_fcs, "fc_channels": fc_channels}
+    layers: dict[str, Any] = {
+        "num_convs": num_convs,
+        "conv_channels": channels,
+        "num_fcs": num_fcs,
+        "fc_channels": fc_channels,
+    }
     return MaskRCNN(
         backbone,
         FPN(backbone.channels, channels, num_outs=5, norm=True),
@@ -128,7 +135,7 @@ def vit(
         channels, fc_channels: as in `fpn`. kwargs: as in `DenseViT`; img_size is that of the largest padded image.
     """
     backbone = DenseViT(name, use_abs_pos_emb=True, final_norm=True, **kwargs)
-    layers = {"num_convs": 4, "conv_channels": channels, "num_fcs": 1, "fc_channels": fc_channels}
+    layers: Any = {"num_convs": 4, "conv_channels": channels, "num_fcs": 1, "fc_channels": fc_channels}
     return MaskRCNN(
         backbone,
         ViTPyramid(backbone.embed_dim, channels),

@@ -325,14 +325,15 @@ class BoxHead(nn.Module):
         widths = [in_channels] + [conv_channels] * num_convs
         self.shared_convs = nn.ModuleList(conv_unit(widths[i], widths[i + 1], 3, norm) for i in range(num_convs))
         widths = [widths[-1] * (1 if avg_pool else size**2)] + [fc_channels] * num_fcs
-        self.shared_fcs = nn.ModuleList(nn.Linear(widths[i], widths[i + 1]) for i in range(num_fcs))
+        fcs = [nn.Linear(widths[i], widths[i + 1]) for i in range(num_fcs)]
+        self.shared_fcs = nn.ModuleList(fcs)
         self.fc_cls = nn.Linear(widths[-1], num_classes + 1)
         self.fc_reg = nn.Linear(widths[-1], 4 * num_classes)
-        for fc in self.shared_fcs:
+        for fc in fcs:
             nn.init.xavier_uniform_(fc.weight)
         nn.init.normal_(self.fc_cls.weight, std=0.01)
         nn.init.normal_(self.fc_reg.weight, std=0.001)
-        for fc in (*self.shared_fcs, self.fc_cls, self.fc_reg):
+        for fc in (*fcs, self.fc_cls, self.fc_reg):
             nn.init.zeros_(fc.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -369,7 +370,8 @@ class MaskHead(nn.Module):
 def crop_masks(masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Targets of the mask head (n, size, size), 0 or 1: the bitmaps (n, H, W) within the boxes (n, 4)."""
     index = torch.arange(len(boxes), device=boxes.device)[:, None]
-    rois = torch.cat([index, clip_boxes_to_image(boxes, masks.shape[-2:])], dim=1)
+    height, width = masks.shape[-2:]
+    rois = torch.cat([index, clip_boxes_to_image(boxes, (height, width))], dim=1)
     return (roi_align(masks[:, None].float(), rois, size, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
 
 

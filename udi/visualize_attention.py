@@ -168,21 +168,22 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise distributed.UserError(f"--threshold {args.threshold}: expected 0 to 1")
-    if args.image_path is None:
+    paths = args.image_path or []
+    if not paths:
         read_image(None, args.image_size, args.patch_size)  # before weights are loaded
     torch.manual_seed(0)  # of random weights
     model = build_model(args)
     model.to(device)
-    images = [draw(args, model, path, device) for path in args.image_path]
+    images = [draw(args, model, path, device) for path in paths]
     shown = [{title(name, args.threshold): picture for name, picture in files.items()} for files in images]
     out = Path(args.output_dir)
     try:
-        for path, files in zip(args.image_path, images, strict=True):
+        for path, files in zip(paths, images, strict=True):
             folder = out / Path(path).stem if len(images) > 1 else out
             folder.mkdir(parents=True, exist_ok=True)
             for name, picture in files.items():
                 imsave(str(folder / name), picture.numpy())
-        overview(shown, [Path(path).name for path in args.image_path]).savefig(out / "overview.png")
+        overview(shown, [Path(path).name for path in paths]).savefig(out / "overview.png")
     except OSError as error:
         raise distributed.UserError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
     distributed.log(f"wrote overview.png and {', '.join(images[0])} to {args.output_dir}")

@@ -154,7 +154,7 @@ def test_joint_transforms_see_image_and_target(digits):
 
     def flip(image: Any, target: int) -> tuple[torch.Tensor, dict[str, Any]]:
         turn = torch.rand(()) < 0.5
-        pixels = transforms.functional.to_tensor(image)
+        pixels = transforms.ToTensor()(image)
         return pixels.flip(-1) if turn else pixels, {"class": target, "flipped": bool(turn)}
 
     def collate(pairs: list) -> tuple[torch.Tensor, list]:
@@ -410,7 +410,7 @@ def test_images_of_every_kind_become_rgb(tmp_path):
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 def test_exif_orientation_is_followed_where_asked(ending, tmp_path):
     """A picture that is bright at the top, stored lying on its side."""
-    upright = Image.fromarray(np.repeat(np.uint8([[200], [20]]), 24, axis=0).repeat(32, axis=1))
+    upright = Image.fromarray(np.repeat(np.array([[200], [20]], np.uint8), 24, axis=0).repeat(32, axis=1))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 270 degrees to show it
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"a.{ending}", exif=exif)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def test_saved_bytes__nothing_else_changes():
     other = nn.BatchNorm1d(2)
     batch = torch.randn(1, 3, 8, 8)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    states = random.getstate(), numpy[1].tolist(), torch.get_rng_state()
 
     def loss(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         other(torch.randn(4, 2))  # moves its statistics, as a loss moves its centres
@@ -42,7 +44,8 @@ def test_saved_bytes__nothing_else_changes():
     assert model.training and int(other.num_batches_tracked) == 0  # type: ignore[arg-type]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    numpy = np.random.get_state()  # noqa: NPY002
+    assert numpy[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
 
 

@@ -98,7 +98,7 @@ def test_shares_are_drawn_as_percents():
     run = {0: {"train_loss": 2.0, "train_mlm_acc": 0.54, "epoch": 0}}
     _, accuracy = plot_log.plot({"cae": run}).axes
     assert accuracy.get_ylabel() == "accuracy (%)"
-    assert accuracy.lines[0].get_xydata()[0, 1] == pytest.approx(54)
+    assert np.asarray(accuracy.lines[0].get_ydata())[0] == pytest.approx(54)
 
 
 def test_plot_progress__a_point_per_line(tmp_path):

@@ -264,7 +264,7 @@ def check_training(ref: Golden, heads: ModuleType) -> None:
     for name, grad in gradients.items():
         expected = ref[f"out/{name}"]
         assert grad is not None, name
-        assert_close(grad, expected, rtol=0, atol=1e-4 * expected.abs().max() + 1e-6, what=name)
+        assert_close(grad, expected, rtol=0, atol=1e-4 * float(expected.abs().max()) + 1e-6, what=name)
 
 
 def check_detections(ref: Golden, heads: ModuleType) -> None:

@@ -1,5 +1,7 @@
 """The ViT as a backbone: the authors' maps, which weights of which file it takes, and positions of any size."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from udi.dense_backbone import (
     resize,
 )
 
-TINY = {"embed_dim": 12, "depth": 4, "num_heads": 3, "out_indices": (0, 1, 2, 3)}
+TINY: dict[str, Any] = {"embed_dim": 12, "depth": 4, "num_heads": 3, "out_indices": (0, 1, 2, 3)}
 
 
 @golden_files("udi", "detection_backbone")
@@ -44,7 +46,7 @@ def test_mistaken_networks():
     with pytest.raises(ValueError, match="patches of 32 pixels: expected 4 maps, 8 or 16 pixels"):
         ViTDeiT(64, 32, **TINY)
     with pytest.raises(ValueError, match="expected numbers from 0 to 3"):
-        SegmentationViT(64, 16, **TINY | {"out_indices": (2, 5, 8, 11)})
+        SegmentationViT(64, 16, **{**TINY, "out_indices": (2, 5, 8, 11)})
 
 
 def test_stored_positions_are_for_square_images():
@@ -105,10 +107,10 @@ def test_weights_of_any_file(layout, checkpoint, tmp_path, capsys):
     weights = load_patches(file)
     assert weights["pos_embed"].equal(vit["pos_embed"][:, 2:])
     assert not {"cls_token", "norm.weight"} & set(weights)
-    detector = build_detection_backbone("vit_nano", 16, weights)
+    detector: Any = build_detection_backbone("vit_nano", 16, weights)
     assert detector.patch_size == 8
     assert detector.blocks[1].mlp.fc1.weight.equal(vit["blocks.1.mlp.fc1.weight"])
-    segmenter = build_segmentation_backbone("vit_nano", 8, weights, 64)
+    segmenter: Any = build_segmentation_backbone("vit_nano", 8, weights, 64)
     assert segmenter.blocks[3].attn.qkv.bias.equal(vit["blocks.3.attn.qkv.bias"])
     assert_close(segmenter.pos_embed, resize(vit["pos_embed"][:, 2:], (8, 8)), rtol=0, atol=0)
     said = capsys.readouterr().out
