@@ -130,6 +130,8 @@ def main(args: argparse.Namespace) -> None:
     resume = distributed.find_checkpoint(args.output_dir if args.auto_resume else "", args.resume)
     if args.finetune and not resume:
         load_backbone(model.backbone, args.finetune)  # type: ignore[arg-type]
+    elif not resume:
+        distributed.log("WARNING: no --finetune: the encoder has random weights")
     model.to(device)
     if loader is None:
         if not resume:
