@@ -17,7 +17,7 @@ from common.datasets import Loader
 from common.dense_datasets import coco
 from common.dense_datasets.detection import DetectionImages
 
-PICTURE_SIDE = 480  # pixels to which smaller pictures are enlarged, so that names can be read
+PICTURE_SIDE = 480  # pixels to which smaller sides are enlarged, so that names can be read
 SHOWN_SCORE = 0.3  # the least score of an object in a picture
 
 
@@ -119,14 +119,15 @@ def save_picture(folder: Path, images: DetectionImages, index: int, found: dict[
 
 def annotated(image: Tensor, boxes: Tensor, masks: Tensor, labels: Tensor, texts: list[str]) -> Tensor:
     """The image (3, H, W) uint8, enlarged by a whole number if it is small, with objects in their classes' colours."""
-    factor = max(1, PICTURE_SIDE // max(image.shape[1:]))
+    factor = max(1, PICTURE_SIDE // min(image.shape[1:]))
     image, masks = (x.repeat_interleave(factor, -1).repeat_interleave(factor, -2) for x in (image, masks))
     if not len(boxes):
         return image
     hues = [label * 0.618 % 1 for label in labels.tolist()]  # steps of the golden ratio: any few differ much
     colours: Any = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.9, 1)) for hue in hues]
     image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colours)
-    return draw_bounding_boxes(image, boxes * factor, texts, colours, width=2)
+    words: Any = {"label_colors": "black", "label_background_colors": colours, "fill_labels": True}
+    return draw_bounding_boxes(image, boxes * factor, texts, colours, width=2, **words)
 
 
 def fit(

@@ -109,7 +109,7 @@ def test_pictures_show_truth_and_what_was_found(drawn, tmp_path):
 
 
 def test_objects_have_their_classes_colours():
-    image, masks = torch.zeros(3, 100, 500, dtype=torch.uint8), torch.zeros(2, 100, 500)
+    image, masks = torch.zeros(3, 480, 500, dtype=torch.uint8), torch.zeros(2, 480, 500)
     masks[:, 20:80, 100:200] = 1
     boxes, labels = torch.tensor([[100.0, 20, 200, 80]]), torch.tensor([3])
     one, same, other = (annotated(image, boxes, masks[:1], label, ["x"]) for label in (labels, labels, labels + 1))
