@@ -62,7 +62,7 @@ def matching(num_regions: int, low_quality: float | None = 0.5) -> Matching:
     return Matching(0.5, 0.5, low_quality, number=num_regions, positive_fraction=0.25)
 
 
-def c4(name: str, num_classes: int = 80, channels: int = 256, fc_channels: int = 0, num_regions: int = 512) -> MaskRCNN:
+def c4(name: str, num_classes: int = 80, channels: int = 256, num_regions: int = 512) -> MaskRCNN:
     """Mask R-CNN without a pyramid on a ResNet; channels: of the mask head. There are no linear layers but the last."""
     backbone, stage5 = C4ResNet(name), Stage5(name)
     width = backbone.channels[-1]

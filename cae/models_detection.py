@@ -7,7 +7,9 @@ from cae.dense_backbone import detection_backbone
 from cae.detection_heads import FPN, BoxHead, MaskHead, MaskRCNN, Matching, RoIHead, RPNHead
 
 
-def mask_rcnn(num_classes: int = 80, channels: int = 256, fc_channels: int = 1024, num_regions: int = 512, **kwargs):
+def mask_rcnn(
+    num_classes: int = 80, channels: int = 256, fc_channels: int = 1024, num_regions: int = 512, **kwargs
+) -> MaskRCNN:
     """Mask R-CNN as in the authors' configurations: 4 convolutions and a linear layer before classes and boxes, GIoU.
 
     Args:

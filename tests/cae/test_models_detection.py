@@ -35,6 +35,6 @@ def test_every_weight_learns():
 @pytest.mark.slow
 def test_four_images_are_learned_by_heart(tmp_path):
     torch.manual_seed(0)
-    scores = detection.overfit(MODELS["mask_rcnn_cae_nano"](num_classes=6, drop_path_rate=0.0), tmp_path, 300, 1e-3)
+    scores = detection.overfit(MODELS["mask_rcnn_cae_nano"](num_classes=6, drop_path_rate=0.0), tmp_path, 200, 1e-3)
     assert scores["box_AP"] > 90, scores
     assert scores["mask_AP"] > 90, scores
