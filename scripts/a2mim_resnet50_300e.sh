@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A2MIM ResNet-50, 300 epochs. Published: 80.4 fine-tuned by RSB A2, 300 epochs.
-# Published for COCO: 39.8 box and 34.9 mask AP, for ADE20K: 38.3 mIoU; which of the authors' configurations made them is not said.
-# Images per update: 2048 in pre-training, 2048 in fine-tuning, 16 in detection and segmentation;
-# with fewer GPUs --accum_iter makes up for them.
+# Images per update: 2048 in pre-training, 2048 in fine-tuning; 16 in detection and segmentation.
+# With fewer GPUs --accum_iter makes up for them.
+# Published for COCO: 39.8 box and 34.9 mask AP, for ADE20K: 38.3 mIoU; the authors do not say which of their
+# configurations made them.
 # Usage: DATA=/imagenet [OUT=... GPUS=8] bash scripts/a2mim_resnet50_300e.sh [--dry_run] [stage ...]
 # Stages: pretrain extract finetune, and when named detection (needs COCO=) and segmentation (needs ADE20K=). After a
 # crash run it again, it resumes by itself. All variables: --help.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A2MIM ViT-B, 800 epochs. Published: 84.3 (84.2 in the summary) fine-tuned by AdamW with layer decay, 100 epochs.
+# Images per update: 2048 in pre-training, 1024 in fine-tuning; 16 in detection and segmentation.
+# With fewer GPUs --accum_iter makes up for them.
 # Published for COCO: 49.4 box and 43.5 mask AP, for ADE20K: 49.0 mIoU.
-# Images per update: 2048 in pre-training, 1024 in fine-tuning, 16 in detection and segmentation;
-# with fewer GPUs --accum_iter makes up for them.
 # Usage: DATA=/imagenet [OUT=... GPUS=8] bash scripts/a2mim_vit_base_800e.sh [--dry_run] [stage ...]
 # Stages: pretrain extract finetune, and when named detection (needs COCO=) and segmentation (needs ADE20K=). After a
 # crash run it again, it resumes by itself. All variables: --help.

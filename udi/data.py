@@ -76,11 +76,12 @@ def semi_supervised_sets(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         UserError: something is missing or does not fit together.
     """
-    train, val = (datasets.image_dataset(args.data_path, split and not args.eval) for split in (True, False))
+    evaluates = getattr(args, "eval", False)  # which the logistic regression does not have
+    train, val = (datasets.image_dataset(args.data_path, split and not evaluates) for split in (True, False))
     datasets.check_classes(train, val, max(len(train.classes), len(val.classes)))
     train, val = (first_classes(dataset, args.class_num) for dataset in (train, val))
     args.class_names = list(train.classes)
-    return train if args.eval else listed(train, args.target_list_path), val
+    return train if evaluates else listed(train, args.target_list_path), val
 
 
 # ---- transfer

@@ -93,7 +93,7 @@ def follow_classes(args: argparse.Namespace, train: Any, val: Any, flag: str = "
     """Set args.class_names and, unless it is given, the number of classes: the checkpoint's that --eval reads, else the
     class folders'. Raises as `check_classes`."""
     found = getattr(train, "classes", None) or getattr(val, "classes", None)
-    if found and not is_given(args, flag):
+    if found and not (is_given(args, flag) and getattr(args, flag)):
         evaluates = getattr(args, "eval", False) or getattr(args, "evaluate", False)
         stored = flags_of(load(args.resume)).get(flag) if evaluates and Path(args.resume).is_file() else None
         setattr(args, flag, stored or len(found))

@@ -40,13 +40,17 @@ def saved_bytes(model: nn.Module, loss_of: Callable[[nn.Module, Any], Tensor], b
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    modules, mode = (model, *others), model.training
+    modules = (model, *others)
+    modes = [module.training for module in modules]
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with seeded(0), torch.random.fork_rng(devices), saved_tensors_hooks(keep, lambda x: x):
-        loss = loss_of(model.eval(), batch)  # batch norms take a single image only in evaluation
+        for module in modules:
+            module.eval()  # batch norms take a single image only in evaluation
+        loss = loss_of(model, batch)
     del loss
-    model.train(mode)
+    for module, mode in zip(modules, modes, strict=True):
+        module.train(mode)
     for buffer, before in buffers:
         buffer.copy_(before)
     weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}

@@ -104,6 +104,10 @@ class Flags(argparse.Namespace):
 
     __slots__ = ("given",)
 
+    def __reduce__(self) -> tuple:
+        """Pickled, as in a checkpoint, they are a plain namespace, which files may hold."""
+        return argparse.Namespace, (), dict(vars(self))
+
 
 class _Parser(argparse.ArgumentParser):
     preset: frozenset[str] = frozenset()  # flags that a configuration file gave

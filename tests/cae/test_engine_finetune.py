@@ -105,6 +105,7 @@ def test_top5_of_few_classes():
 def test_linear_evaluation_of_fine_tuning_trains_a_head_on_the_class_token(monkeypatch):
     seen: list[VisionTransformer] = []
     monkeypatch.setattr(main_finetune, "run", lambda _args, model, *_, **__: seen.append(model))
+    monkeypatch.setattr(main_finetune, "build_loaders", lambda *_: (None, None))
     toy = ["--model", "cae_nano", "--input_size", "16", "--patch_size", "8", "--nb_classes", "5", "--device", "cpu"]
     main_finetune.main(main_finetune.get_args_parser().parse_args([*toy, "--enable_linear_eval"]))
     (model,) = seen

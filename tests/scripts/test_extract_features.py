@@ -232,7 +232,7 @@ def test_damaged_checkpoints_and_other_methods_are_refused(checkpoint, digits, t
     own = ["--data_path", digits, "--out", str(tmp_path / "a.npy"), *SMALL]
     for name in ("a.pth", "b.pth"):
         assert f"{name}: " in mistake(extract_features, "saim", str(tmp_path / name), *own, capsys=capsys)
-    assert "check --model" in mistake(extract_features, "semaim", checkpoint, *own, capsys=capsys)
+    assert "check METHOD, --model" in mistake(extract_features, "semaim", checkpoint, *own, capsys=capsys)
 
 
 def test_damaged_files_are_refused(checkpoint, digits, tmp_path):

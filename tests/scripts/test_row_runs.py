@@ -114,7 +114,7 @@ def test_image__is_told_by_its_variable(fake):
         assert (done.returncode, done.stderr) == (0, "")
         assert len(calls(fake)) == 1 + (number == "0")
     args = parse("attention", done.stdout.replace("\\\n", " "), "udi")
-    assert (args.image_path, args.output_dir) == ("my photo.jpg", f"{fake['OUT']}/attention")
+    assert (args.image_path, args.output_dir) == (["my photo.jpg"], f"{fake['OUT']}/attention")
 
 
 def test_failed_stage__stops_the_script(fake):

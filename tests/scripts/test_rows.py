@@ -51,7 +51,9 @@ def test_published_numbers__are_those_of_the_scripts():
             assert set(entry["published"]) - dense <= set(method_of(name).commands), name
             assert entry["ours"].keys() <= data["metrics"].keys()
             if name in RECIPES:
-                assert entry["published"] == {"finetune": RECIPES[name].published}
+                assert {k: v for k, v in entry["published"].items() if k not in dense} == {
+                    "finetune": RECIPES[name].published
+                }
     assert sorted(known) == sorted(ROWS)
 
 

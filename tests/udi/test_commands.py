@@ -16,6 +16,7 @@ from common import distributed
 from tests.support.commands import commands_of, fill, finish, flags, processes, run, start, uneven_images
 from tests.support.helpers import ROOT, golden_files, load_golden
 from udi import (
+    main_detection,
     main_finetune,
     main_knn,
     main_linprobe,
@@ -228,24 +229,17 @@ for place in ("", "eval/"):  # README and repository
         f"{place}{TRANSFER}": main_transfer,
         f"{place}{VIDEO}": main_video_segmentation,
     }
-DENSE = [
-    *(f"eval_object_detection/{name}" for name in ("tools/dist_train.sh", "tools/train.py", "tools/test.py")),
-    "eval_object_detection/configs/udi/mask_rcnn_vit_small_12_p16_1x_coco.py",
-]
-NAMES |= {f"eval/{name}": None for name in DENSE}
 SEGMENTATION = "eval/eval_semantic_segmentation/tools"
 NAMES |= {f"{SEGMENTATION}/{name}.py": main_segmentation for name in ("train", "test")}
+NAMES |= {f"eval/eval_object_detection/tools/{name}.py": main_detection for name in ("train", "test")}
 NAMES[f"{SEGMENTATION}/model_converters/vit2mmseg.py"] = vit2mmseg
-# Detection is not written yet.
-TODO = pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="not written yet")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if main else TODO) for name, main in NAMES.items()])
+@pytest.mark.parametrize("name", NAMES)
 def test_names(name, monkeypatch, capsys):
     """All commands of README and repository lead to the main."""
     path, main = ROOT / "udi" / name, NAMES[name]
     text = path.read_text()
-    assert main is not None, "say which main it is"
     own = Path(str(main.__file__)) == path
     assert own or len(text.splitlines()) <= 10
     monkeypatch.setattr("sys.argv", [str(path), "--help"])

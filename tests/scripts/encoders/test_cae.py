@@ -237,7 +237,10 @@ def test_mistakes(tmp_path):
     Path(tmp_path / "damaged.pth").write_bytes(Path(path).read_bytes()[:999])
     cases = [
         ({"checkpoint": path, "model": "vit"}, "--model vit: expected one of cae_tiny_patch16_224"),
-        ({"checkpoint": path, "model": "cae_tiny_patch16_224"}, "check --model and --input_size: 120 encoder weights"),
+        (
+            {"checkpoint": path, "model": "cae_tiny_patch16_224"},
+            "check METHOD, --model and --input_size: 120 encoder weights",
+        ),
         ({"checkpoint": path, "input_size": 30}, "image size 30 is not a multiple"),
         ({"checkpoint": path, "pool": "max"}, "--pool max: expected token or avg"),
         ({"checkpoint": str(tmp_path / "other.pth")}, "holds no encoder of CAE, cls_token is missing; its keys: w"),

@@ -161,7 +161,7 @@ def test_pools_without_weights(tmp_path):
 
 MISTAKES = [
     ({"model": "vit_nano"}, "--model vit_nano: expected one of vit_base_patch16"),
-    ({"model": "vit_tiny_patch16"}, "check --model, --input_size and --pool: 128 encoder weights are missing"),
+    ({"model": "vit_tiny_patch16"}, "check METHOD, --model, --input_size and --pool: 128 encoder weights are missing"),
     ({"input_size": 18}, "image size 18 is not a multiple of the patch size 4"),
     ({"key": "ema_state_dict"}, "holds no weights under 'ema_state_dict'; its keys: model, args"),
 ]
