@@ -94,7 +94,7 @@ BAD = [
     ("finetune_vit", "--pretrained RESNET", "is not this encoder"),
     ("finetune", "--load_checkpoint RESNET", "tensors are missing"),
     ("finetune", "--nb_classes 3", "--nb_classes 3: the training images have 10 classes"),
-    ("finetune", "--nb_classes 0", "--nb_classes 0: "),
+    ("finetune", "--nb_classes -1", "--nb_classes -1: expected 0 to"),
     ("linear", "--nb_classes 9", "--nb_classes 9: the training images have 10 classes"),
     ("finetune_vit", "--val_crop 40", "--val_crop 40: a ViT is evaluated at its --train_size 32"),
     ("finetune_vit", "--train_size 30 --val_crop 30", "--train_size 30"),
