@@ -157,7 +157,5 @@ def segmentation_loaders(
     val_loader = build_loader(args, val, val_transform, device, train=False, batch_size=1, joint=True)
     if args.eval:
         return None, val_loader
-    if getattr(args, "warmup_iters", 0) >= args.iters:
-        log(f"WARNING: --warmup_iters {args.warmup_iters} of --iters {args.iters}: the learning rate stays low")
     passes = build_loader(args, segmentation_images(args, train=True), transform, device, seed=args.seed, joint=True)
     return IterationLoader(passes, args.iters, args.eval_interval, args.accum_iter), val_loader

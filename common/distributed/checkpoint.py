@@ -285,10 +285,14 @@ class Checkpoint:
             total: steps of the run, where they are less than all epochs': the last one is then shorter.
         """
         updates = len(loader) // getattr(self.args, "accum_iter", 1)
-        warmups = {"warmup_epochs": self.args.epochs, "warmup_steps": self.args.epochs * updates}
-        for name, most in warmups.items():
+        warmups = {  # the length of the run in the same unit, the flag that says it, what a warm-up of that length does
+            "warmup_epochs": (self.args.epochs, "epochs", "only rises"),
+            "warmup_steps": (self.args.epochs * updates, "epochs", "only rises"),
+            "warmup_iters": (getattr(self.args, "iters", math.inf), "iters", "stays low"),
+        }
+        for name, (most, flag, course) in warmups.items():
             if (warmup := getattr(self.args, name, 0)) >= most:
-                log(f"WARNING: --{name} {warmup} of --epochs {self.args.epochs}: the learning rate only rises")
+                log(f"WARNING: --{name} {warmup} of --{flag} {getattr(self.args, flag)}: the learning rate {course}")
         own = origin(self.args, loader)
         was = self._origin or own
         odd = [f"{k} {own.get(k)} (was {was.get(k)})" for k in {**was, **own} if own.get(k) != was.get(k)]
