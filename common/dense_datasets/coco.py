@@ -1,6 +1,7 @@
 """Average precision of boxes and masks by COCO's own program, pycocotools, over all processes."""
 
 import contextlib
+import functools
 import io
 import json
 from pathlib import Path
@@ -62,18 +63,26 @@ def average_precision(
     return stats, per_class
 
 
+@functools.lru_cache(maxsize=1)  # a run evaluates the same images again and again
+def _truth(images: DetectionImages) -> Any:
+    """The annotations as pycocotools holds them."""
+    from pycocotools.coco import COCO
+
+    truth = COCO()
+    truth.dataset = read_annotations(images.path)  # type: ignore[assignment]
+    truth.createIndex()
+    return truth
+
+
 def _evaluate(
     images: DetectionImages, predictions: list[dict[str, Any]]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     stats: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # tables that say the same
-        truth = COCO()
-        truth.dataset = read_annotations(images.path)  # type: ignore[assignment]
-        truth.createIndex()
+        truth = _truth(images)
         for kind, name in KINDS.items():
             if not predictions:
                 stats |= {f"{kind}_{n}": 0.0 for n in NAMES}

@@ -72,6 +72,14 @@ def test_perfect_and_absent_predictions(images):
     assert set(per_class["mask"].values()) == {0.0}
 
 
+def test_annotations_are_read_once(images, monkeypatch):
+    made = predictions(images, noise=1.5)
+    first, _ = coco.average_precision(images, made)
+    monkeypatch.setattr(coco, "read_annotations", None)
+    again, _ = coco.average_precision(images, made)
+    np.testing.assert_equal(again, first)
+
+
 def test_save_predictions__raises_where_nothing_can_be_written(images, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(coco.UserError, match="predictions.bbox.json: cannot be written"):
