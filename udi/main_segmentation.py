@@ -68,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.output.add_argument("--tta", action="store_true", help=averaged)
     drawn = "evaluated images that are drawn with truth and prediction, in pictures/ of --output_dir"
     g.output.add_argument("--save_pictures", default=0, type=int, metavar="N", help=drawn)
-    distributed.add_flags(p)
+    distributed.add_flags(p, counts_epochs=False)
     g.process.add_argument("--deterministic", action="store_true", help="deterministic kernels on a GPU")
     p.set_defaults(save_interval=4000, auxiliary_weight=0.0)  # there is no auxiliary head
     return p

@@ -149,8 +149,12 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     g.unused.add_argument("--dist_url", default="env://", help=launched)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say on what a training program runs, and how it resumes."""
+def add_flags(parser: argparse.ArgumentParser, counts_epochs: bool = True) -> None:
+    """Add the flags that say on what a training program runs, and how it resumes.
+
+    Args:
+        counts_epochs: False where the run counts updates and has no epoch to start at.
+    """
     add_launch_flags(parser)
     g = flag_groups(parser)
     precision = "precision of forward passes; auto: fp32 on a CPU, on a GPU bf16 where it has it, else fp16"
@@ -161,5 +165,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.process.add_argument("--resume", default="", help=latest)
     g.process.add_argument("--force", action="store_true", help="train even if the memory is estimated to be too small")
     first = "epoch to start at when the checkpoint does not say it, counted from 0"
-    g.process.add_argument("--start_epoch", default=0, type=int, help=first)
+    if counts_epochs:
+        g.process.add_argument("--start_epoch", default=0, type=int, help=first)
     g.unused.add_argument("--world_size", default=1, type=int, help="the launcher's environment decides")
