@@ -47,7 +47,7 @@ def translate(words: list[str], rows: dict[str, str], test: bool = False) -> lis
 
     Args:
         words: flags of our program may stand among them.
-        rows: flags of a row, but for the defaults, by a pattern that its configuration's name has in it.
+        rows: flags of a row, but for the defaults, as `row_flags` finds them.
     Raises:
         UserError: they cannot be understood.
     """
@@ -73,7 +73,7 @@ def translate(words: list[str], rows: dict[str, str], test: bool = False) -> lis
         p.add_argument(ignored, action="store_true")
     found, own = p.parse_known_args(words)
     flags = [*row_flags(places[0], rows), f"--output_dir={found.work_dir}", *map(option_flag, found.options)]
-    flags += [f"--pretrained={found.load_from}"] if found.load_from else []
+    flags += [f"--{OPTIONS['model.pretrained']}={found.load_from}"] if found.load_from else []
     flags += [f"--resume={found.resume_from}"] if found.resume_from else []
     flags += ["--tta"] if found.aug_test else []
     return [*flags, *(["--eval", f"--resume={places[1]}"] if test else []), *own, *ranks]

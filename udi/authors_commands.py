@@ -34,6 +34,7 @@ def row_flags(config: str, rows: dict[str, str]) -> list[str]:
     return rows[name].split()
 
 
+# same as a2mim/authors_commands.py
 def option_flag(option: str) -> str:
     """The flag for NAME=VALUE of --options; raises UserError for a name that has none."""
     name, _, value = option.partition("=")
@@ -42,12 +43,13 @@ def option_flag(option: str) -> str:
     return f"--{OPTIONS[name]}={value}"
 
 
+# same as a2mim/authors_commands.py
 def translate(words: list[str], rows: dict[str, str], test: bool = False) -> list[str]:
     """Flags of our program for the words after tools/train.py, or, with `test`, after tools/test.py.
 
     Args:
         words: flags of our program may stand among them.
-        rows: by a configuration's name the flags of its row, but for the defaults.
+        rows: flags of a row, but for the defaults, as `row_flags` finds them.
     Raises:
         UserError: they cannot be understood.
     """
@@ -73,7 +75,7 @@ def translate(words: list[str], rows: dict[str, str], test: bool = False) -> lis
         p.add_argument(ignored, action="store_true")
     found, own = p.parse_known_args(words)
     flags = [*row_flags(places[0], rows), f"--output_dir={found.work_dir}", *map(option_flag, found.options)]
-    flags += [f"--pretrained_weights={found.load_from}"] if found.load_from else []
+    flags += [f"--{OPTIONS['model.pretrained']}={found.load_from}"] if found.load_from else []
     flags += [f"--resume={found.resume_from}"] if found.resume_from else []
     flags += ["--tta"] if found.aug_test else []
     return [*flags, *(["--eval", f"--resume={places[1]}"] if test else []), *own, *ranks]
