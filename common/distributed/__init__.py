@@ -38,6 +38,7 @@ from common.distributed.process import (
 from common.distributed.step import Updater, amp_dtype
 from common.distributed.weights import (
     WEIGHT_KEYS,
+    adapt_channels,
     fitted,
     flags_of,
     kind_of,

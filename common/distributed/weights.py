@@ -6,17 +6,18 @@ import json
 import pickle
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
+from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from common.distributed.exits import UserError, user_errors
-from common.distributed.process import is_main
+from common.distributed.process import is_main, log
 
 
 class _Inert:
@@ -180,6 +181,23 @@ def fitted(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor
         if set(parts) <= set(own):
             weights |= zip(parts, weights.pop(name).chunk(3), strict=True)
     return weights
+
+
+def adapt_channels(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a file, whose convolutions of three-channel images become those of a network of other channels.
+
+    Their sum over the channels stays what it was, by timm's `adapt_input_conv`; the other sizes are as in the file.
+    Args:
+        own: the network's weights by the same names.
+    """
+    adapted = {}
+    for name, value in weights.items():
+        if value.ndim == 4 and value.shape[1] == 3 and name in own and own[name].ndim == 4:
+            chans = own[name].shape[1]
+            if chans != 3 and len(value) == len(own[name]):
+                adapted[name] = adapt_input_conv(chans, value)
+                log(f"{name}: of 3 channels, adapted to {chans}")
+    return {**weights, **adapted}
 
 
 # What the names of foreign weights say about them, and where they can be used.

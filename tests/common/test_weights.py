@@ -157,3 +157,18 @@ def test_torchrun_repeats_the_line(tmp_path, monkeypatch):
         command.run(fail, argparse.Namespace())
     about = json.loads((tmp_path / "error.json").read_text())["message"]
     assert about["message"] == "main_pretrain.py: --data_path x: no such folder"
+
+
+@pytest.mark.parametrize("chans", [1, 2, 4, 13])
+def test_weights_of_three_channels_are_adapted_to_others(chans):
+    found = {"proj.weight": torch.rand(5, 3, 2, 2), "head.weight": torch.rand(2, 3, 1, 1), "bias": torch.ones(2)}
+    own = {"proj.weight": torch.zeros(5, chans, 4, 4), "head.weight": torch.zeros(7, 9, 1, 1), "bias": torch.zeros(2)}
+    adapted = distributed.adapt_channels(found, own)
+    assert {name for name in found if adapted[name] is not found[name]} == {"proj.weight"}  # head: of another width
+    weight, old = adapted["proj.weight"], found["proj.weight"]  # the patch size may differ, and stays the file's
+    if chans == 1:  # a grey image gives what it gave as three equal channels
+        torch.testing.assert_close(weight, old.sum(dim=1, keepdim=True))
+    else:
+        torch.testing.assert_close(weight, old[:, [i % 3 for i in range(chans)]] * 3 / chans)
+    same = {"proj.weight": torch.zeros(5, 3, 2, 2)}
+    assert distributed.adapt_channels(found, same)["proj.weight"] is old
