@@ -101,8 +101,11 @@ def normalize(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) uint8 -> float, by ImageNet's mean and deviation; floats are returned as they are."""
     if pixels.is_floating_point():
         return pixels
-    mean, std = (255 * torch.tensor(x, device=pixels.device) for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
-    return (pixels - mean[:, None, None]) / std[:, None, None]
+    mean, std = (
+        255 * distributed.constant(x, pixels.device)[:, None, None]
+        for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+    )
+    return (pixels - mean) / std
 
 
 def finetune_transform(aug: str, size: int, ra_level: int = 7) -> Any:

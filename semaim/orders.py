@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import distributed
+
 BOXES = (1, 3, 5)  # half sides of the three nested boxes, upstream models_semaim.py@ade770f
 BOX_GRID = 14  # grid side that their bounds were tabulated for
 
@@ -48,7 +50,7 @@ def stochastic(grid: Grid, maps: Tensor, noise: Tensor, center_noise: Tensor) ->
 
 def center2out(grid: Grid, maps: Tensor, noise: Tensor, center_noise: Tensor) -> Tensor:
     """A random order within each of four zones: three nested boxes in the middle of the image, and the rest."""
-    start = (grid.side // 2 - torch.tensor(BOXES, device=noise.device)).expand(len(noise), -1)
+    start = (grid.side // 2 - distributed.constant(BOXES, noise.device)).expand(len(noise), -1)
     return noise - boxes_that_hold(grid, start, start)
 
 
@@ -126,7 +128,7 @@ def boxes_that_hold(grid: Grid, top: Tensor, left: Tensor) -> Tensor:
     Returns:
         (N, L) long, 0 to 3.
     """
-    side = 2 * torch.tensor(BOXES, device=top.device)[:, None]
+    side = 2 * distributed.constant(BOXES, top.device)[:, None]
     down, right = grid.row - top[..., None], grid.column - left[..., None]  # (N, 3, L)
     return ((down >= 0) & (down < side) & (right >= 0) & (right < side)).sum(dim=1)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as tf
 
-from common import datasets
+from common import datasets, distributed
 
 Array = NDArray[np.float32]
 Box = tuple[int, int, int, int, int, int]  # i, j, h, w of a crop; H, W of its image
@@ -323,7 +323,7 @@ def corner_map(corner: Tensor, weight: Tensor, patches: int) -> Tensor:
 def expand(batch: dict[str, Any], patch_size: int) -> dict[str, Any]:
     """What `udi_forward_loss` takes of a collated batch, on its device: normalised crops, dense maps, rows."""
     mean, std = (
-        255 * torch.tensor(x, device=batch["token"].device)[:, None, None]
+        255 * distributed.constant(x, batch["token"].device)[:, None, None]
         for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
     )
     crops = [(crop - mean) / std for crop in batch["crops"]]

@@ -35,7 +35,7 @@ from common.distributed.process import (
     world_size,
     wrap,
 )
-from common.distributed.step import Updater, amp_dtype
+from common.distributed.step import Updater, amp_dtype, constant
 from common.distributed.weights import (
     WEIGHT_KEYS,
     adapt_channels,

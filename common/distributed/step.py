@@ -1,6 +1,7 @@
 """One optimizer step: precision, accumulation, clipping, and a guard that lets no non-finite update happen."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype:
     elif name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values, (n,), on a device, where they stay: every copy from the host's memory would make it wait."""
+    return torch.tensor(values, device=device)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
