@@ -1,5 +1,6 @@
-"""A drawn data set for dense tasks: textured shapes on photographs and clouds, with masks, boxes and tracks.
+"""A drawn data set for dense tasks: shapes on photographs and clouds, with masks, boxes and tracks.
 
+Classes differ by outline and by pattern (stripes, dots, ...); colours, sizes and directions of both are random.
 Written in three layouts: OUT/ade20k (index masks), OUT/coco (json of polygons and run lengths), OUT/davis (videos).
 """
 
@@ -16,7 +17,7 @@ CATEGORIES = {"disc": 1, "square": 2, "triangle": 4, "star": 7, "cross": 8, "rin
 NAMES = list(CATEGORIES)
 FOLDERS = ("ade20k/images", "coco/train2017", "coco/val2017", "davis/JPEGImages")
 SCALE = 4  # outlines are drawn this much larger and reduced, so that edges are smooth
-CONTRAST = 70  # least difference of mean level between a shape and the background under it
+PERIODS = 18  # of a pattern along the shorter side of a picture, give or take a quarter
 VIDEOS = {"train": 1, "val": 3}
 FRAMES = 10
 
@@ -65,6 +66,33 @@ def texture(rng: np.random.Generator, photos: list[np.ndarray], size: int) -> np
     return np.rot90(np.asarray(part), int(rng.integers(4)))
 
 
+def pattern(name: str, rng: np.random.Generator, size: int, period: float) -> np.ndarray:
+    """(size, size, 3) uint8: the pattern of a class, turned at random, in a dark and a light colour.
+
+    Args:
+        period: pixels after which the pattern repeats.
+    """
+    angle, phase = rng.uniform(0, 2 * math.pi), rng.uniform(0, 2 * math.pi, 2)
+    y, x = np.mgrid[:size, :size] * (2 * math.pi / period)
+    u, v = x * math.cos(angle) + y * math.sin(angle) + phase[0], y * math.cos(angle) - x * math.sin(angle) + phase[1]
+    if name == "disc":  # stripes
+        level = np.sin(u)
+    elif name == "square":  # checks
+        level = 2 * np.sin(u) * np.sin(v)
+    elif name == "triangle":  # dots
+        level = np.sin(u) + np.sin(v) - 0.7
+    elif name == "star":  # grain
+        grains = Image.fromarray(rng.integers(0, 2, (math.ceil(3 * size / period),) * 2, np.uint8))
+        level = 2.0 * np.asarray(grains.resize((size, size), Image.Resampling.NEAREST)) - 1
+    elif name == "cross":  # a grid of lines
+        level = 3 * np.maximum(np.sin(u), np.sin(v)) - 2.2
+    else:  # ring: plain, a little lighter on one side
+        level = np.sin(u / 8) / 3
+    share = np.clip(0.5 + level, 0, 1)[..., None]
+    colours = rng.uniform((0, 150), (105, 255), (3, 2)).T[rng.permutation(2)]
+    return (colours[0] + share * (colours[1] - colours[0])).astype(np.uint8)
+
+
 # ---- shapes
 
 
@@ -110,17 +138,6 @@ def pasted(shape: Shape, height: int, width: int) -> np.ndarray:
     return shape.texture[rows[:, None], columns].astype(np.float32)
 
 
-def stand_out(shape: Shape, background: np.ndarray) -> Shape:
-    """The shape with a texture that is at least CONTRAST levels brighter or darker than the background under it."""
-    inside = coverage(shape, *background.shape[:2]) > 0
-    there = background[inside].mean()
-    difference = pasted(shape, *background.shape[:2])[inside].mean() - there
-    if abs(difference) >= CONTRAST:
-        return shape
-    wanted = -CONTRAST if there > 127 else CONTRAST
-    return shape._replace(texture=(shape.texture + (wanted - difference)).clip(0, 255).astype(np.uint8))
-
-
 def paint(background: np.ndarray, shapes: list[Shape]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Paint shapes over each other.
 
@@ -138,12 +155,14 @@ def paint(background: np.ndarray, shapes: list[Shape]) -> tuple[np.ndarray, np.n
     return image.round().astype(np.uint8), owner, mixed
 
 
+def make(rng: np.random.Generator, name: str, centre: tuple[float, float], radius: float, side: int) -> Shape:
+    """A shape in a picture whose shorter side is `side`, turned at random."""
+    period = side / PERIODS * rng.uniform(0.75, 1.25)
+    return Shape(name, centre, radius, rng.uniform(0, 2 * math.pi), pattern(name, rng, math.ceil(2 * radius), period))
+
+
 def place(
-    rng: np.random.Generator,
-    photos: list[np.ndarray],
-    shapes: list[Shape],
-    box: tuple[int, int],
-    sizes: tuple[float, float] = (0.08, 0.28),
+    rng: np.random.Generator, shapes: list[Shape], box: tuple[int, int], sizes: tuple[float, float] = (0.18, 0.36)
 ) -> Shape:
     """A random shape in a picture of (width, height), of ten places the one farthest from the other shapes.
 
@@ -155,7 +174,7 @@ def place(
     places = rng.uniform(0.7 * radius, np.array(box) - 0.7 * radius, (10, 2))
     gaps = [[math.dist(p, s.centre) - s.radius for s in shapes] or [0.0] for p in places]
     x, y = places[int(np.argmax([min(gap) for gap in gaps]))]
-    return Shape(name, (x, y), radius, rng.uniform(0, 2 * math.pi), texture(rng, photos, math.ceil(2 * radius)))
+    return make(rng, name, (x, y), radius, min(box))
 
 
 # ---- stills, as ADE20K and as COCO
@@ -193,11 +212,11 @@ def still(rng: np.random.Generator, photos: list, size: int, index: int) -> tupl
     if index % 20 == 10:
         middle = rng.uniform(0.3, 0.7, 2) * (width, height)
         for x, y in middle + rng.normal(0, size / 12, (14, 2)):
-            shapes.append(Shape("disc", (x, y), size / 24, 0.0, texture(rng, photos, math.ceil(size / 12))))
+            shapes.append(make(rng, "disc", (x, y), size / 24, size))
     crowd = len(shapes)
-    for _ in range(int(rng.integers(1, 5)) if index % 20 else 0):
-        shapes.append(place(rng, photos, shapes, (width, height)))
-    image, owner, mixed = paint(background, [stand_out(shape, background) for shape in shapes])
+    for _ in range(int(rng.integers(1, 4)) if index % 20 else 0):
+        shapes.append(place(rng, shapes, (width, height)))
+    image, owner, mixed = paint(background, shapes)
     labels = np.array([*(2 + NAMES.index(s.name) for s in shapes), 1], np.uint8)[owner]
     labels[mixed] = 0
     annotations = []
@@ -247,8 +266,7 @@ def write_video(out: Path, name: str, rng: np.random.Generator, size: int) -> No
     background = texture(rng, photos, width + FRAMES)
     first: list[Shape] = []
     for _ in range(int(rng.integers(2, 4))):
-        shape = place(rng, photos, first, (width, height), sizes=(0.14, 0.24))
-        first.append(stand_out(shape, background[:height, :width]))
+        first.append(place(rng, first, (width, height), sizes=(0.14, 0.24)))
     speed = (np.array([width / 2, height / 2]) - [s.centre for s in first]) * 0.7 / FRAMES  # towards the middle
     turn = rng.uniform(-0.1, 0.1, len(first))  # radians per frame
     colours = np.array([(0, 0, 0), (236, 95, 103), (249, 145, 87), (250, 200, 99)], np.uint8)
