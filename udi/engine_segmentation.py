@@ -42,7 +42,7 @@ def segmentation_loss(outputs: list[Tensor], labels: Tensor, auxiliary_weight: f
     full = [resized(logits.float(), labels.shape[1:]) for logits in outputs]
     sums = [F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="sum") for logits in full]
     losses = [one / labels.numel() for one in sums]
-    right = (full[0].detach().argmax(dim=1) == labels).sum()
+    right = (full[0].detach().max(dim=1).indices == labels).sum()
     parts = dict(zip(("loss_decode", "loss_auxiliary"), losses, strict=False))
     accuracy = 100 * right / (labels != IGNORED).sum().clamp(min=1)
     return {"loss": losses[0] + auxiliary_weight * sum(losses[1:]), **parts, "pixel_acc": accuracy}
@@ -125,7 +125,7 @@ def predict(
             logits = slide(model, seen, window, stride) if window else resized(model(seen)[0].float(), seen.shape[2:])
             logits = (logits.flip(-1) if mirrored else logits)[..., :height, :width]
             total = total + resized(logits, size).softmax(dim=1)
-    return total.argmax(dim=1)
+    return total.max(dim=1).indices
 
 
 def colours(number: int) -> np.ndarray:
