@@ -112,7 +112,7 @@ def load_backbone(source: Source) -> Backbone:
         size = source.image_side(weights, keywords.get("patch_size", 0))
         head = {k: found[h + k] for h in HEADS for k in ("weight", "bias") if h + k in found and pool == trained}
         network = build_classifier(name, num_classes=len(head["bias"]) if head else 1, img_size=size, **keywords)
-        if path:
+        if path and not source.fresh:
             _load(network, weights, path, pool)
         if head:
             network.head.load_state_dict(head)

@@ -25,6 +25,7 @@ class Source:
         key: under which the file holds the weights; '': that of the network that goes on training.
         pool: token (the class token) or avg (the mean of the patches); '': as the method's own evaluations.
         state: the file's content. args: the flags of the run that wrote it.
+        fresh: take the network of the file, and the weights that it has when it is made.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Source:
     pool: str = ""
     state: dict[str, Any] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
     def weights(self) -> dict[str, Tensor]:
         """The weights under --key, else those of the network that goes on training; {} for random weights."""

@@ -88,7 +88,7 @@ def load_backbone(source: Source) -> Backbone:
         mean_pooling = pool == "avg" or not normed
         network: Any = MODELS[name](**keywords, num_classes=0, use_mean_pooling=mean_pooling, lin_probe=pool == "token")
         head = linear_head(weights) if pool == trained else None
-        if path:
+        if path and not source.fresh:
             source.log_loaded(name, network, *load_pretrained(network, weights, resize_positions=True))
     # Fine-tuning and attentive probing choose the images' statistics and view, linear probing does not.
     tuned, size = (head is not None and "head.weight" in weights) or attentive, network.patch_embed.img_size

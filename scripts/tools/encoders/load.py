@@ -1,7 +1,10 @@
 """The network of any method's checkpoint, or of a folder that export.py wrote, by flags."""
 
 import argparse
+import contextlib
 import importlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,22 @@ from scripts.tools.encoders.timm_folder import load_folder
 from scripts.tools.encoders.timm_form import TimmForm
 
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
+# Flags that only one method's programs have, and what names of weights say where there are no flags.
+OWN_FLAGS = {"backbone": "a2mim", "arch": "udi", "class_tokens": "udi", "permutation_type": "semaim"}
+OWN_FLAGS |= {
+    "experiment": "semaim",
+    "discrete_vae_type": "cae",
+    "sin_pos_emb": "cae",
+    "order": "saim",
+    "hflip": "saim",
+}
+OWN_WEIGHTS = {
+    r"(^|\.)layer1\.0\.|(^|\.)stages\.0\.|downsample_layers\.|layers\.\d+\.ln1\.": "a2mim",
+    r"attn\.q_bias$|\.gamma_1$": "cae",
+    r"relative_position_bias_table$": "a2mim",
+    r"blocks\.0\.attn\.q\.": "saim",
+    r"blocks\.0\.attn\.qkv\.": "udi",
+}
 
 
 def add_flags(p: argparse.ArgumentParser, timm: bool = True) -> None:
@@ -34,22 +53,56 @@ def _own(method: str) -> Any:
     return importlib.import_module(f"scripts.tools.encoders.{method}")
 
 
+def method_of(checkpoint: str, state: dict[str, Any]) -> str:
+    """Whose reader reads a checkpoint: by the command in the run.json beside it, by its flags, by its weights' names.
+
+    Args:
+        state: the file's content.
+    Raises:
+        UserError: nothing tells.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        command = json.loads(Path(checkpoint).with_name("run.json").read_text("utf-8"))["starts"][-1]["command"]
+        found = re.search(rf"\b({'|'.join(METHODS)})[/.]main_", command)
+        if found:
+            return found[1]
+    flags = distributed.flags_of(state)
+    found = next((method for flag, method in OWN_FLAGS.items() if flag in flags), "")
+    if not found:
+        with contextlib.suppress(UserError):
+            names = distributed.weights_of(state, checkpoint, bare=True)
+            fits = (m for pattern, m in OWN_WEIGHTS.items() if any(re.search(pattern, name) for name in names))
+            found = next(fits, "")
+    if not found:
+        raise UserError(f"{checkpoint}: does not tell which method it is of; name it with --method")
+    return found
+
+
 def load_backbone(
-    method: str, checkpoint: str, model: str = "", input_size: int | None = None, key: str = "", pool: str = ""
+    method: str,
+    checkpoint: str,
+    model: str = "",
+    input_size: int | None = None,
+    key: str = "",
+    pool: str = "",
+    state: dict[str, Any] | None = None,
+    fresh: bool = False,
 ) -> Backbone:
     """The encoder of a checkpoint, from images to features, with its head where it is a classifier of them.
 
     Args:
         checkpoint: file or https address of any stage, ours or the authors'; '' gives random weights of `model`.
-        model, input_size, key, pool: as in `Source`.
+        model, input_size, key, pool, fresh: as in `Source`.
+        state: the file's content, where it is read already.
     Raises:
         UserError: the file cannot be read or holds no such encoder, or an argument does not fit it.
     """
     if pool not in ("", "token", "avg"):
         raise UserError(f"--pool {pool}: expected token or avg")
-    state = distributed.load(checkpoint) if checkpoint else {}
+    if state is None:
+        state = distributed.load(checkpoint) if checkpoint else {}
     args = distributed.flags_of(state)
-    return _own(method).load_backbone(Source(checkpoint, model, input_size, key, pool, state, args))
+    return _own(method).load_backbone(Source(checkpoint, model, input_size, key, pool, state, args, fresh))
 
 
 def timm_form(method: str, backbone: Backbone) -> TimmForm:

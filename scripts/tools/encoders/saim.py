@@ -51,7 +51,7 @@ def load_vit(
     with distributed.user_errors(f"{path}: check METHOD, --model, --input_size and --pool"):
         network = models[name](img_size=size, **sizes, num_classes=0, global_pool=pool == "avg")
         head = linear_head(weights)
-        if weights:
+        if weights and not source.fresh:
             source.log_loaded(name, network, *load(network, weights))
     whole = 1.0 if head is not None or resized is None else size / resized
     return Backbone(

@@ -98,7 +98,9 @@ def load_backbone(source: Source) -> Backbone:
     head = _head(weights)
     pool = source.pool or args.get("pool") or trained
     with distributed.user_errors(f"{path}: check --model, --input_size and --pool"):
-        if is_finetuned or "pos_embed" not in weights:
+        if source.fresh:
+            network = known(img_size=[size], patch_size=patch, num_class_token=tokens)
+        elif is_finetuned or "pos_embed" not in weights:
             network = _finetuned(source, name, weights, {"img_size": size, "patch_size": patch}, pool)
         elif trained == pool == "avg":  # has a norm of its own
             sizes = {"img_size": [patch * grid_side(weights)], "patch_size": patch, "num_class_token": tokens}
