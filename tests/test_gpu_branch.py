@@ -15,26 +15,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import distributed
-from scripts.tools import bench
+from scripts.tools import bench, gpu_check
 from semaim import orders
 from tests.support.device_waits import NoWaiting, on_fake_gpu
 
-NANO = {
-    "saim": ("saim", "--model saim_nano --query_depth 4 --input_size 32 --patch_size 8"),
-    "semaim": ("semaim", "--model aim_nano --query_depth 4 --input_size 32 --patch_size 8"),
-    "cae": ("cae", f"--model cae_nano {bench.FLAGS['cae', 'nano']} --batch_size 4"),
-    "a2mim vit": ("a2mim", "--backbone vit_nano --input_size 64 --patch_size 8 --mask_layer 0 --mask_init 0"),
-    "a2mim resnet": ("a2mim", "--backbone resnet_nano --input_size 64 --patch_size 8"),
-    "a2mim convnext": ("a2mim", "--backbone convnext_nano --input_size 64 --patch_size 8"),
-    "udi": ("udi", "--arch vit_nano --global_size 32 --local_size 16 --patch_size 8 --out_dim 256"),
-}
+NANO = {**gpu_check.NANO, "a2mim convnext": ("a2mim", "--backbone convnext_nano --input_size 64 --patch_size 8")}
 
 
 def pretraining(key: str, data_path: str, *flags: str, **overrides) -> tuple[argparse.Namespace, Any, nn.Module, Any]:
     """Flags, main, network and loss of a batch of four images."""
     method, network = NANO[key]
     main, engine = (importlib.import_module(f"{method}.{name}_pretrain") for name in ("main", "engine"))
-    words = [*bench.RECIPE[method].split(), "--batch_size", "4", *network.split(), "--num_workers", "0", *flags]
+    words = [*bench.RECIPE[method].split(), *network.split(), "--batch_size", "4", "--num_workers", "0", *flags]
     args = main.get_args_parser().parse_args(words)
     args.data_path = data_path
     loader, context = main.build_data(args, torch.device("cpu"))

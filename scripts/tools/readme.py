@@ -3,7 +3,8 @@
 A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of rows.json, by method {"metrics":
 {metric: title}, "rows": [{"name", "script", "published": {metric: number}, "ours": {metric: number}, "note"}]}.
 `<!-- differences METHOD -->` holds the section of upstream/<method>.json (its form: diff_upstream.py). A method without
-such data keeps its region as it is.
+such data keeps its region as it is. `<!-- gpu speed -->` holds what docs/gpu_check.jsonl, a result of
+scripts/gpu_check.sh, says about speed; without that file the region stays as it is.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from common import distributed
 from common.distributed import UserError
 from scripts.tools.diff_upstream import METHODS, ROOT, TOOLS, read_record, shared_differences
 
-REGION = re.compile(r"(<!-- (rows|differences) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+REGION = re.compile(r"(<!-- (rows|differences|gpu) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 120
 
 
@@ -103,6 +104,33 @@ def result_rows(method: str) -> str | None:
     return table(["row", "script", *titles, *(["measured here"] if measured else [])], lines)
 
 
+def gpu_speed() -> str | None:
+    """The table of speeds on a GPU; None where they were not measured.
+
+    Raises:
+        UserError: docs/gpu_check.jsonl is not what scripts/gpu_check.sh writes.
+    """
+    path = ROOT / "docs" / "gpu_check.jsonl"
+    if not path.exists():
+        return None
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        done = {tuple(line["item"]): line["result"] for line in lines if line["status"] == "ok"}
+        about, peaks = done[("machine",)], done[("peaks",)]
+        head = ["network", "way", "batch", "images/s", "ms/step", "peak GB", "of peak"]
+        keys = ["batch", "images/s", "ms", "peak GB", "of peak"]
+        rows = [
+            [preset, way[0] if way else "from JPEG files", *(f"{found[key]:g}" if key in found else "" for key in keys)]
+            for (item, preset, *way), found in ((words, r) for words, r in done.items() if len(words) > 1)
+            if item in ("speed", "files")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not what scripts/gpu_check.sh writes ({error!r})") from error
+    measured = ", ".join(f"{name} {value:g}" for name, value in peaks.items())
+    preface = paragraph(f"{about['device']}, torch {about['torch']}; {measured}.")
+    return f"{preface}\n\n{table(head, sorted(rows))}"
+
+
 def generate(text: str) -> str:
     """A document with its regions filled.
 
@@ -112,6 +140,9 @@ def generate(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         begin, kind, method, old, end = match.groups()
+        if kind == "gpu":
+            new = gpu_speed()
+            return match[0] if new is None else f"{begin}{new}\n{end}"
         if method not in METHODS:
             raise UserError(f"region '{kind} {method}': expected one of {', '.join(METHODS)}")
         if kind == "differences":
@@ -137,7 +168,9 @@ def main(args: argparse.Namespace) -> None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
         if not REGION.search(text):
-            raise UserError(f"{path}: has no region <!-- rows METHOD --> or <!-- differences METHOD -->")
+            raise UserError(
+                f"{path}: has no region <!-- rows METHOD -->, <!-- differences METHOD --> or <!-- gpu speed -->"
+            )
         new = generate(text)
         if new == text:
             print(f"{path}: nothing to change")

@@ -53,7 +53,8 @@ def test_readme_is_what_the_data_say():
     texts = [path.read_text() for path in readme.documents()]
     assert [readme.generate(text) for text in texts] == texts
     regions = {(kind, method) for text in texts for _, kind, method, _, _ in readme.REGION.findall(text)}
-    assert regions == {(kind, method) for kind in ("rows", "differences") for method in readme.METHODS}
+    tables = {(kind, method) for kind in ("rows", "differences") for method in readme.METHODS}
+    assert regions == tables | {("gpu", "speed")}
     run("--check")
 
 
@@ -116,3 +117,30 @@ def test_wrong_files(here):
         (here / "rows.json").write_text(json.dumps({"saim": wrong}))
         with pytest.raises(UserError, match="is not of the form metrics, rows"):
             readme.result_rows("saim")
+
+
+def test_gpu_speed(here):
+    text = "a\n<!-- gpu speed -->\nNot measured yet.\n<!-- end -->\n"
+    assert readme.generate(text) == text
+    lines = [
+        {"item": ["machine"], "status": "ok", "result": {"device": "A GPU", "torch": "2.11"}},
+        {"item": ["peaks"], "status": "ok", "result": {"bf16 TFLOP/s": 700.5}},
+        {
+            "item": ["speed", "saim base", "default"],
+            "status": "ok",
+            "result": {"batch": 64, "images/s": 2000, "ms": 32},
+        },
+        {"item": ["speed", "saim base", "--compile"], "status": "out of time", "seconds": 150},
+        {"item": ["files", "saim base"], "status": "ok", "result": {"batch": 64, "images/s": 1800.5}},
+        {"item": ["guard", "saim"], "status": "ok", "result": {"guard": "on the device"}},
+    ]
+    (here / "docs").mkdir()
+    (here / "docs" / "gpu_check.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    region = readme.generate(text)
+    assert "A GPU, torch 2.11; bf16 TFLOP/s 700.5." in region
+    assert "| saim base | default | 64 | 2000 | 32 | | |" in region
+    assert "| saim base | from JPEG files | 64 | 1800.5 | | | |" in region
+    assert "compile" not in region and "guard" not in region
+    (here / "docs" / "gpu_check.jsonl").write_text("{")
+    with pytest.raises(UserError, match="is not what scripts/gpu_check.sh writes"):
+        readme.generate(text)
