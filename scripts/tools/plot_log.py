@@ -13,10 +13,12 @@ from pathlib import Path
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import numpy as np
 from matplotlib.figure import Figure
 
 from common import distributed
 from common.distributed.metrics import progress_name
+from scripts.tools.curves import Band
 
 Run = dict[int, dict[str, float]]  # values by epoch and name
 SHARES = ("mlm_acc", "class_acc")  # accuracies that logs hold as shares; all others are percents
@@ -120,8 +122,12 @@ def panels_of(runs: dict[str, Run]) -> dict[str, dict[str, list[str]]]:
     return {title: names for title, names in panels.items() if names}
 
 
-def plot(runs: dict[str, Run]) -> Figure:
-    """Panels over the epochs: losses, accuracy if any run has one, learning rate; raises UserError if there is none."""
+def plot(runs: dict[str, Run], band: Band | None = None) -> Figure:
+    """Panels over the epochs: losses, accuracy if any run has one, learning rate; raises UserError if there is none.
+
+    Args:
+        band: reference losses from the first run's first epoch on.
+    """
     panels, colours = panels_of(runs), {label: f"C{i}" for i, label in enumerate(runs)}
     if not panels:
         raise distributed.UserError(f"{', '.join(runs)}: no loss, accuracy or learning rate to draw")
@@ -142,6 +148,10 @@ def plot(runs: dict[str, Run]) -> Figure:
                         marker="." if len(points) < 30 else "",
                         label=label if len(names) == 1 else f"{label}: {name}",
                     )
+        if band is not None and "loss" in title:
+            epochs = min(next(iter(runs.values()))) + np.arange(len(band.mean))
+            mean, half = np.array(band.mean), band.half_width
+            ax.fill_between(epochs, mean - half, mean + half, color="0.85", label=f"reference, {band.row}")
         ax.set_ylabel(title)
         ax.grid(alpha=0.3)
         if title != "learning rate":

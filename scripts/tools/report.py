@@ -22,6 +22,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
+from scripts.tools.curves import Band, band_of
 from scripts.tools.machine import duration
 from scripts.tools.plot_log import Run, plot, plot_progress, read_log, read_progress
 
@@ -66,6 +67,7 @@ class Stage:
     starts: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: str = ""  # file and hash
     progress: list[dict[str, float]] = field(default_factory=list)  # by logged step
+    band: Band | None = None  # reference losses of its recipe
 
     @property
     def loss(self) -> float | None:
@@ -75,6 +77,11 @@ class Stage:
     @property
     def warnings(self) -> list[str]:
         return list(dict.fromkeys(str(w) for start in self.starts for w in start.get("warnings", ())))
+
+    @property
+    def verdict(self) -> str:
+        """Whether the losses are inside the reference band; '' where there is none."""
+        return self.band.verdict(self.log) if self.band else ""
 
     @property
     def done(self) -> int:
@@ -215,6 +222,7 @@ def read_stage(folder: Path) -> Stage:
     stage.model = str(next((flags[name] for name in ("model", "arch", "backbone") if flags.get(name)), ""))
     if main and not row and stage.name not in STAGES:  # a run of its own, wherever its folder is
         stage.run, stage.name = stage.name, main[2]
+    stage.band = band_of(starts[-1].get("flags", {})) if starts else None
     epochs, batch = flags.get("epochs"), flags.get("batch_size", flags.get("batch_size_per_gpu"))
     stage.epochs = epochs if isinstance(epochs, int) else None
     accum = flags.get("accum_iter", flags.get("update_freq", 1))
@@ -262,7 +270,7 @@ def draw(stages: list[Stage], out: Path) -> dict[int, list[str]]:
         name = re.sub(r"[^\w.-]", "_", f"{i + 1}-{stage.run}-{stage.name}")
         figures = {}
         with contextlib.suppress(UserError):  # a log without a loss
-            figures[f"{name}.png"] = plot({stage.name: stage.log}) if stage.log else None
+            figures[f"{name}.png"] = plot({stage.name: stage.log}, stage.band) if stage.log else None
         figures[f"{name}-steps.png"] = plot_progress(stage.progress) if stage.progress else None
         for file, figure in figures.items():
             if figure is not None:
@@ -288,6 +296,7 @@ def markdown(stages: list[Stage], pictures: dict[int, list[str]]) -> str:
     for i, stage in enumerate(stages):
         lines += ["", f"## {title(i, stage)}"]
         lines += [line for warning in stage.warnings for line in ("", f"**Warning: {warning}**")]
+        lines += ["", f"{stage.verdict}."] if stage.verdict else []
         if stage.starts:
             shown = ["", "```", commands(stage), "```"]
             folded = ["", "<details><summary>command</summary>", *shown, "", "</details>"]
@@ -337,6 +346,7 @@ def page(stages: list[Stage], pictures: dict[int, list[str]], out: Path) -> str:
         rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in stage.cells()) + "</tr>")
         parts = [f"<h2>{html.escape(title(i, stage))}</h2>"]
         parts += [f"<p><strong>Warning: {html.escape(warning)}</strong></p>" for warning in stage.warnings]
+        parts += [f"<p>{html.escape(stage.verdict)}.</p>"] if stage.verdict else []
         if stage.starts:
             shown, folded = f"<pre>{html.escape(commands(stage))}</pre>", len(commands(stage)) > LONG
             parts.append(f"<details><summary>command</summary>{shown}</details>" if folded else shown)

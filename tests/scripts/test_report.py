@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import distributed
-from scripts.tools import report
+from scripts.tools import curves, report
 from tests.support.runs import mistake
 
 ROW = "saim_vit_base_800e"
@@ -213,3 +213,18 @@ def test_pretraining_has_its_loss_its_steps_and_warnings(tmp_path):
     assert "Warning: &lt;odd&gt;" in html and "<details>" in html
     assert len(Page(html).links) == 2
     assert (tmp_path / "out" / "1-photos-pretrain-steps.png").exists()
+
+
+def test_losses_are_compared_with_the_recipes_band(tmp_path, monkeypatch):
+    band = curves.Band("digits_saim", {"epochs": 2}, 48, [0, 1, 2], [0.25, 0.125], [0.01, 0.01])
+    monkeypatch.setattr(report, "band_of", lambda flags: band if flags.get("epochs") == 2 else None)
+    command = "python saim/main_pretrain.py"
+    for name, epochs in (("known", 2), ("other", 3)):
+        run = make_stage(
+            tmp_path / "runs" / name, 2, {"epochs": epochs}, start(command=command, flags={"epochs": epochs})
+        )
+        (run / "log.txt").write_text('{"train_loss": 0.25, "epoch": 0}\n{"train_loss": 0.2, "epoch": 1}\n')
+    text, html = run_report(tmp_path / "runs", out=tmp_path / "out")
+    where = "in 1 of 2 epochs, first in epoch 1: 0.2, 0.075 to 0.175 expected."
+    line = f"loss outside the reference band of digits_saim (3 seeds) {where}"
+    assert text.count(line) == html.count(line) == 1
