@@ -134,8 +134,7 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
     Raises:
         UserError: the file cannot be read or holds another encoder.
     """
-    weights = distributed.part_of(tensors(distributed.load(path)), "backbone.")
-    weights = distributed.part_of(weights, "encoder.")  # SimMIM's own files
+    weights = tensors(distributed.load(path))
     loaded, others = load_encoder_weights(model, weights, path, resize_rel_pos)
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     distributed.log(f"{path}: {distributed.load_report(len(loaded), sorted(set(net.state_dict()) - loaded), others)}")
@@ -148,7 +147,8 @@ def load_encoder(model: Model, path: str, head_std: float = 0.01, resize_rel_pos
 
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in a checkpoint, or in a file of weights alone, without those of a momentum encoder."""
-    found = next((state[key] for key in distributed.WEIGHT_KEYS if isinstance(state.get(key), dict)), state)
+    keys = (*distributed.WEIGHT_KEYS, *distributed.FOREIGN_KEYS)
+    found = next((state[key] for key in keys if isinstance(state.get(key), dict) and state[key]), state)
     found = {k: v for k, v in found.items() if isinstance(v, Tensor) and "momentum" not in k}
     return distributed.weights_of({"model": found}, "the file")
 
@@ -164,12 +164,12 @@ def load_encoder_weights(
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     own = {k: v for k, v in net.state_dict().items() if not k.startswith(HEADS) or k.startswith("head.norm.")}
     own = {k: v for k, v in own.items() if not k.startswith("fc_norm.")}
-    found = dict(found)
+    ours = {_encoder_name(net, name): name for name in own} | {name: name for name in own}
+    found = distributed.fitted(found, ours)
     shared = found.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None:  # of all blocks, in SimMIM's and BEiT's pre-training, which have no absolute positions
         found |= {k: shared for k in own if k.endswith("relative_position_bias_table")}
         found.setdefault("pos_embed", torch.zeros_like(own["pos_embed"]))
-    ours = {_encoder_name(net, name): name for name in own} | {name: name for name in own}
     left = ("head.", "fc.", "neck.", "norm.", "ln1.", "fc_norm.", "mask_token", "mask_gamma", "ema_", "decoder")
     if is_deit(net):  # as upstream, whose ViTs are pre-trained with them
         left += tuple(k for k in found if k.endswith((".q_bias", ".v_bias")))

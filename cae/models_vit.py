@@ -316,7 +316,9 @@ def load_pretrained(
     lacking = [key for key in missing if key.startswith(("cls_token", "patch_embed.", "blocks."))]
     lacking = [key for key in lacking if "relative_position" not in key]
     if lacking:
-        raise ValueError(f"{len(lacking)} encoder weights are missing, first {lacking[0]}")
+        plain = all(".gamma_" in key for key in lacking)
+        way = "; --layer_scale_init_value 0 makes a network without them" if plain else ""
+        raise ValueError(f"{len(lacking)} encoder weights are missing, first {lacking[0]}{way}")
     for key in own:
         if key in state and own[key].shape != state[key].shape:
             raise ValueError(f"{key} is {tuple(state[key].shape)}, the model expects {tuple(own[key].shape)}")
@@ -360,8 +362,9 @@ def load_encoder(
     Raises:
         distributed.UserError: the file cannot be read or holds another architecture.
     """
-    weights = named_weights(distributed.load(path), path, keys, prefix)
-    with distributed.user_errors(f"{path}{distributed.kind_of(weights)}: check --model, --input_size and --patch_size"):
+    found = named_weights(distributed.load(path), path, keys, prefix)
+    weights = distributed.fitted(encoder_weights(found), model.state_dict())
+    with distributed.user_errors(f"{path}{distributed.kind_of(found)}: check --model, --input_size and --patch_size"):
         missing, unexpected = load_pretrained(model, weights, **kwargs)
     matched = len(model.state_dict()) - len(missing)
     distributed.log(f"encoder from {path}: {distributed.load_report(matched, missing, unexpected)}")

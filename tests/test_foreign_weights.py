@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,53 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from a2mim.backbones import vit
+import udi.models_finetune
+from a2mim.backbones import plain_vit, vit
 from a2mim.models_a2mim import Classifier
 from a2mim.openmixup import load_encoder as load_a2mim
 from cae import models_vit as cae_vit
-from common.distributed import UserError, load, weights
+from common.distributed import UserError, load, user_errors, weights
 from saim import models_vit as saim_vit
+from scripts.tools.encoders import load as encoders
 from semaim import models_vit as semaim_vit
+from udi import models_udi
 from udi.backbone import load_backbone
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 Weights = dict[str, Tensor]
 
 
-def timm_weights(**kwargs) -> Weights:
+def timm_vit(**kwargs) -> VisionTransformer:
+    """With biases that are not zero."""
     torch.manual_seed(1)
-    return VisionTransformer(**SIZES, num_classes=5, **kwargs).state_dict()
+    model = VisionTransformer(**SIZES, num_classes=5, **kwargs).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p)
+    return model
 
 
-def prefixed(prefix: str) -> Weights:
-    return {prefix + name: value for name, value in timm_weights().items()}
+def timm_weights(prefix: str = "") -> Weights:
+    return {prefix + name: value for name, value in timm_vit().state_dict().items()}
+
+
+def apart() -> Weights:
+    """Queries, keys and values as SAIM names them."""
+    weights = timm_weights()
+    for name in [name for name in weights if ".qkv." in name]:
+        weights |= zip((name.replace("qkv", letter) for letter in "qkv"), weights.pop(name).chunk(3), strict=True)
+    return weights
+
+
+def without_key_biases() -> Weights:
+    """As BEiT names them: keys have no biases, which have no effect."""
+    weights = timm_weights()
+    for name in [name for name in weights if name.endswith("qkv.bias")]:
+        q, _, v = weights.pop(name).chunk(3)
+        weights |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+    return weights
 
 
 def in_parts(folder: Path) -> str:
@@ -44,20 +70,24 @@ def in_parts(folder: Path) -> str:
     return str(folder / "model.safetensors.index.json")
 
 
-# A file by what wrote it; all hold the same ViT as timm and MAE name its weights.
+# A file by what wrote it; all hold the same ViT.
 FILES: dict[str, Callable[[], Any]] = {
     "a state dict": timm_weights,
-    "MAE": lambda: {"model": timm_weights()},
+    "MAE": lambda: {"model": timm_weights() | {"mask_token": torch.ones(1)}},
     "timm's training": lambda: {"state_dict": timm_weights(), "state_dict_ema": timm_weights()},
-    "DataParallel": lambda: {"model": prefixed("module.")},
-    "torch.compile": lambda: {"model": prefixed("_orig_mod.")},
-    "Lightning": lambda: {"state_dict": prefixed("model."), "epoch": 3},
-    "DINO": lambda: {"student": prefixed("module.backbone."), "teacher": prefixed("backbone.")},
-    "I-JEPA": lambda: {"encoder": {}, "target_encoder": prefixed("module.")},
-    "a backbone of Lightning": lambda: {"state_dict": prefixed("model.encoder.") | {"model.head.bias": torch.ones(1)}},
-    "OpenCLIP's trunk": lambda: prefixed("visual.trunk.") | {"logit_scale": torch.ones(())},
+    "an average alone": lambda: {"model_ema": timm_weights(), "epoch": 3},
+    "DataParallel": lambda: {"model": timm_weights("module.")},
+    "torch.compile": lambda: {"model": timm_weights("_orig_mod.")},
+    "Lightning": lambda: {"state_dict": timm_weights("model."), "epoch": 3},
+    "DINO": lambda: {"student": timm_weights("module.backbone."), "teacher": timm_weights("backbone.")},
+    "a backbone of Lightning": lambda: {
+        "state_dict": timm_weights("model.encoder.") | {"model.head.bias": torch.ones(1)}
+    },
+    "OpenCLIP's trunk": lambda: timm_weights("visual.trunk.") | {"logit_scale": torch.ones(())},
+    "SAIM": lambda: {"model": apart()},
+    "BEiT's layout": lambda: {"model": without_key_biases()},
 }
-FOREIGN = {
+REFUSED = {
     "transformers": ({"vit.embeddings.patch_embeddings.projection.weight": torch.ones(1)}, "the library transformers"),
     "DINOv2": ({f"blocks.{i}.ls{j}.gamma": torch.ones(24) for i in (0, 1) for j in (1, 2)}, "DINOv2"),
     "torchvision": ({"conv_proj.weight": torch.ones(1)}, "torchvision"),
@@ -70,39 +100,91 @@ def written(content: Any, folder: Path) -> str:
     return str(folder / "x.pth")
 
 
+def saim_features(path: str, images: Tensor, module: Any = saim_vit) -> Tensor:
+    model = module.VisionTransformer(**SIZES, num_classes=0).eval()
+    module.load_encoder(model, path)
+    return model.forward_features(images)
+
+
+def cae_features(path: str, images: Tensor) -> Tensor:
+    model = cae_vit.VisionTransformer(**SIZES, num_classes=3, use_mean_pooling=False).eval()
+    cae_vit.load_encoder(model, path)
+    return model.forward_features(images)
+
+
+def a2mim_features(path: str, images: Tensor) -> Tensor:
+    """The final norm is the classifier's, which starts anew."""
+    model = Classifier(plain_vit(**SIZES, num_classes=3, global_pool="token")).eval()
+    load_a2mim(model, path)
+    model.net.norm.load_state_dict(timm_vit().norm.state_dict())
+    return model.net.forward_features(images)[:, 0]
+
+
+def udi_features(path: str, images: Tensor) -> Tensor:
+    model = models_udi.VisionTransformer(**SIZES | {"img_size": [16]}, qkv_bias=True).eval()
+    weights.restore(model, load_backbone(path), path, "model")
+    return model(images)[:, 0]
+
+
+def udi_finetuned_features(path: str, images: Tensor) -> Tensor:
+    model = udi.models_finetune.VisionTransformer(**SIZES, use_abs_pos_emb=True, use_mean_pooling=False).eval()
+    found = udi.models_finetune.read_weights(path)
+    with user_errors(f"{path}{weights.kind_of(found)}"):  # as main_finetune.py
+        udi.models_finetune.load_pretrained(model, found)
+    return model.forward_features(images)
+
+
+METHODS = {
+    "saim": saim_features,
+    "semaim": partial(saim_features, module=semaim_vit),
+    "cae": cae_features,
+    "a2mim": a2mim_features,
+    "udi": udi_features,
+    "udi fine-tuning": udi_finetuned_features,
+}
+
+
 @pytest.mark.parametrize("kind", [*FILES, "parts of safetensors"])
-@pytest.mark.parametrize("method", [saim_vit, semaim_vit], ids=["saim", "semaim"])
-def test_every_common_file_loads(method, kind, tmp_path):
-    """Queries, keys and values are split, and images give the features that timm's network gives."""
+@pytest.mark.parametrize("method", METHODS)
+def test_every_common_file_of_a_vit_loads(method, kind, tmp_path):
+    """Images give the features that timm's network gives."""
     path = in_parts(tmp_path) if kind not in FILES else written(FILES[kind](), tmp_path)
-    model = method.VisionTransformer(**SIZES, num_classes=0).eval()
-    method.load_encoder(model, path)
-    reference = VisionTransformer(**SIZES, num_classes=5).eval()
-    reference.load_state_dict(timm_weights())
     images = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(model.forward_features(images), reference.forward_features(images)[:, 0])
+    torch.testing.assert_close(METHODS[method](path, images), timm_vit().forward_features(images)[:, 0])
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_every_common_file_of_a_plain_vit_loads_into_udi(kind, tmp_path):
-    if kind in ("I-JEPA", "a backbone of Lightning", "OpenCLIP's trunk"):
-        with pytest.raises(UserError, match="holds no ViT"):
-            load_backbone(written(FILES[kind](), tmp_path))
-        return
-    found = load_backbone(written(FILES[kind](), tmp_path))
-    assert torch.equal(found["blocks.1.attn.qkv.weight"], timm_weights()["blocks.1.attn.qkv.weight"])
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-@pytest.mark.parametrize("method", [saim_vit, semaim_vit, cae_vit], ids=["saim", "semaim", "cae"])
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("method", METHODS)
 def test_other_networks_are_named(method, kind, tmp_path):
-    content, words = FOREIGN[kind]
+    content, words = REFUSED[kind]
     whole = timm_weights() | content if kind == "DINOv2" else content
-    model = method.VisionTransformer(**SIZES, num_classes=3)
-    with pytest.raises(UserError, match=f"x.pth .weights of {words}") as error:
-        method.load_encoder(model, written(whole, tmp_path))
-    if kind == "DINOv2" and method is not cae_vit:
+    path = written(whole, tmp_path)
+    with pytest.raises(UserError, match=f"weights of {words}") as error:
+        METHODS[method](path, torch.zeros(1, 3, 16, 16))
+    assert str(error.value).startswith(path)
+    if kind == "DINOv2" and method in ("saim", "semaim", "cae"):
         assert "the model's blocks have no ls1.gamma, as the checkpoint's have" in str(error.value)
+    if kind == "transformers":
+        assert "torch.save(timm.create_model(NAME, pretrained=True).state_dict(), FILE)" in str(error.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_vit_without_class_token_is_refused(method, tmp_path):
+    """As I-JEPA's."""
+    whole = {k: v for k, v in timm_weights().items() if k != "cls_token"}
+    with pytest.raises((UserError, ValueError), match="cls_token"):
+        METHODS[method](written({"target_encoder": whole, "encoder": whole}, tmp_path), torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("method", ["saim", "semaim", "cae", "udi"])
+def test_the_tools_read_them_too(method, tmp_path):
+    sizes = {**SIZES, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    reference = VisionTransformer(**sizes, num_classes=0).eval()
+    plain, images = reference.state_dict(), torch.randn(2, 3, 16, 16)
+    for prefix in ("model.backbone.", "visual.trunk."):
+        path = written({"state_dict": {prefix + k: v for k, v in plain.items()} | {"x": torch.ones(1)}}, tmp_path)
+        backbone = encoders.load_backbone(method, path, pool="token")
+        torch.testing.assert_close(backbone(images), reference.forward_features(images)[:, 0])
 
 
 def test_folders_of_other_programs_say_which_file(tmp_path):

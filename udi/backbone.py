@@ -7,10 +7,13 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import UserError, log
+from common.distributed.weights import restore
 from udi.models_udi import MODELS, VisionTransformer
 
 ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}
 PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+FIRST = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.projection.weight")
+ATTENTION = ("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias")
 # Parts of a ViT's names: ours, and mmsegmentation's, in the order in which the latter are to be replaced.
 MMSEG_NAMES = (
     ("mlp.fc1.", "ffn.layers.0.0."),
@@ -40,6 +43,14 @@ def plain_name(name: str) -> str:
     return name
 
 
+def own_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a ViT with queries, keys and values in one, and timm's register tokens as further class tokens."""
+    weights = distributed.fitted(weights, ATTENTION)
+    if "reg_token" in weights:
+        weights["cls_token"] = torch.cat([weights["cls_token"], weights.pop("reg_token")], dim=1)
+    return weights
+
+
 def vit_weights(
     state: dict[str, Any], checkpoint_key: str, path: str, parts: tuple[str, ...] = PARTS
 ) -> dict[str, Tensor]:
@@ -50,21 +61,25 @@ def vit_weights(
     Raises:
         UserError: it holds no ViT.
     """
-    keys = (checkpoint_key, "model", "state_dict")
-    found = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
-    weights, left = {}, []
-    for key, value in distributed.weights_of({"model": found}, path).items():
-        name = key.removeprefix("module.").removeprefix("backbone.").removeprefix("backbone.")
+    keys = [checkpoint_key, "model", "state_dict"]
+    keys += [key for key in distributed.FOREIGN_KEYS if key not in ("teacher", "student")]
+    found = next((state[key] for key in keys if isinstance(state.get(key), dict) and state[key]), state)
+    named = distributed.weights_of({"model": found}, path)
+    prefix, weights, left = distributed.prefix_of(named, FIRST), {}, []
+    for key, value in named.items():
+        name = plain_name(key.removeprefix(prefix))
         # The sampling module's own norm1 and attn begin no name of a ViT.
-        if isinstance(value, Tensor) and (name := plain_name(name)).startswith(PARTS):
+        if isinstance(value, Tensor) and key.startswith(prefix) and name.startswith((*PARTS, "reg_token")):
             weights[name] = value
         else:
-            left.append(key.removeprefix("module."))
+            left.append(key)
+    weights = own_layout(weights)
     missing = [part for part in parts if not any(name.startswith(part) for name in weights)]
     if missing:
         shown = ", ".join(map(str, list(found)[:4])) or "none"
         raise UserError(
-            f"{path}: holds no ViT under '{checkpoint_key}': {missing[0].rstrip('.')} is missing; its keys: {shown}"
+            f"{path}{distributed.kind_of(named)}: holds no ViT under '{checkpoint_key}': "
+            f"{missing[0].rstrip('.')} is missing; its keys: {shown}"
         )
     log(f"{path}: {distributed.load_report(len(weights), [], left)}")
     return weights
@@ -121,5 +136,5 @@ def build_backbone(
     with distributed.user_errors(f"--arch {arch}"):
         model = MODELS[ALIASES.get(arch, arch)](img_size=[img_size], patch_size=patch_size, **keywords)
         if weights is not None:
-            model.load_state_dict(weights)
+            restore(model, weights, f"--arch {arch}", "checkpoint")
     return model

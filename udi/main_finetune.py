@@ -351,7 +351,8 @@ def main(args: argparse.Namespace) -> None:
         weights = pretrained_weights(args)
     model = build_model(args, weights)
     if weights is not None and not resume:
-        with distributed.user_errors(f"{args.finetune}: check --model, --input_size and the positions' flags"):
+        where = f"{args.finetune}{distributed.kind_of(weights)}: check --model, --input_size and the positions' flags"
+        with distributed.user_errors(where):
             missing, unexpected = load_pretrained(model, weights)
         matched = len(model.state_dict()) - len(missing)
         distributed.log(f"{args.finetune}: {distributed.load_report(matched, missing, unexpected)}")

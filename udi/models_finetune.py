@@ -20,7 +20,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from common import distributed, lr_decay
-from udi.backbone import load_backbone
+from udi.backbone import load_backbone, own_layout
 from udi.models_udi import DropPath, LayerNorm, init_weights
 
 # ---- positions
@@ -422,7 +422,7 @@ def read_weights(
     }
     # A ViT under its own names may be fine-tuned, with parts that pre-training does not have.
     if any(name.startswith("blocks.") for name in weights) and {"cls_token", "patch_embed.proj.weight"} <= set(weights):
-        return weights
+        return own_layout(weights)
     if model_prefix:
         raise distributed.UserError(f"{path}: holds no ViT under names that start with {model_prefix}")
     return load_backbone(state, checkpoint_key, path=path)
@@ -470,10 +470,12 @@ def load_pretrained(model: VisionTransformer, weights: dict[str, Tensor]) -> tup
     for key in own:
         if key in weights and own[key].shape != weights[key].shape:
             raise ValueError(f"{key} is {tuple(weights[key].shape)}, the model expects {tuple(own[key].shape)}")
-    depth = len(model.blocks)
-    deeper = [key for key in weights if key.startswith("blocks.") and int(key.split(".")[1]) >= depth]
+    more = [key for key in weights if key.startswith("blocks.") and key not in own and "relative_position" not in key]
+    deeper = [key for key in more if int(key.split(".")[1]) >= len(model.blocks)]
     if deeper:
-        raise ValueError(f"the checkpoint has more blocks than the model's {depth}: {deeper[0]}")
+        raise ValueError(f"the checkpoint has more blocks than the model's {len(model.blocks)}: {deeper[0]}")
+    if more:
+        raise ValueError(f"the model's blocks have no {more[0].split('.', 2)[2]}, as the checkpoint's have")
     result = model.load_state_dict(weights, strict=False)
     return result.missing_keys, result.unexpected_keys
 

@@ -37,6 +37,7 @@ from common.distributed.process import (
 )
 from common.distributed.step import Updater, amp_dtype, constant
 from common.distributed.weights import (
+    FOREIGN_KEYS,
     WEIGHT_KEYS,
     adapt_channels,
     fitted,
@@ -47,5 +48,6 @@ from common.distributed.weights import (
     load_weights,
     local_file,
     part_of,
+    prefix_of,
     weights_of,
 )

@@ -166,20 +166,40 @@ def weights_of(
     return found
 
 
+def prefix_of(weights: Collection[str], own: Collection[str]) -> str:
+    """What stands in a file before the names of a network (backbone., encoder., trunk., ...), '' if nothing does.
+
+    Args:
+        weights: the file's names. own: the network's, or some of them.
+    """
+    prefixes = {key.removesuffix(name) for key in weights for name in own if key.endswith(name)}
+    counts = {prefix: sum(prefix + name in weights for name in own) for prefix in sorted(prefixes)}
+    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
+
+
 def fitted(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """The weights of a network among those of a file, under the network's own names.
 
     Args:
-        weights: may stand below a prefix (backbone., encoder., trunk., ...): the one with most of the network's names.
-        own: the network's names. Where it has q, k and v and the file has them in one, as timm and MAE, they are split.
+        weights: may stand below a prefix, and have queries, keys and values in another layout.
+        own: the network's names; those in front of its blocks and of one block suffice.
     """
-    prefixes = {key.removesuffix(name) for key in weights for name in own if key.endswith(name)}
-    counts = {prefix: sum(prefix + name in weights for name in own) for prefix in sorted(prefixes, key=len)}
-    weights = part_of(weights, max(counts, key=lambda prefix: counts[prefix], default=""))
-    for name in [name for name in weights if ".qkv." in name]:
-        parts = [name.replace(".qkv.", f".{letter}.") for letter in "qkv"]
-        if set(parts) <= set(own):
-            weights |= zip(parts, weights.pop(name).chunk(3), strict=True)
+    weights = part_of(weights, prefix_of(weights, own))
+    names = {name.split(".attn.")[1] for name in own if ".attn." in name}
+    for stem in {name.split(".attn.")[0] + ".attn." for name in weights if ".attn." in name}:
+        for kind in ("weight", "bias"):
+            # In one (timm, MAE), apart (SAIM), or without biases of the keys, which have no effect (BEiT).
+            layouts = [f"qkv.{kind}"], [f"{x}.{kind}" for x in "qkv"], [f"{x}_{kind}" for x in "qv"]
+            found = next((layout for layout in layouts if all(stem + name in weights for name in layout)), [])
+            wanted = next((layout for layout in layouts if names.issuperset(layout)), [])
+            if not found or not wanted or found == wanted:
+                continue
+            parts = [weights.pop(stem + name) for name in found]
+            if len(parts) == 2:
+                parts.insert(1, torch.zeros_like(parts[0]))
+            parts = list(torch.cat(parts).chunk(3))  # of queries, keys, values
+            parts = {1: [torch.cat(parts)], 2: parts[::2], 3: parts}[len(wanted)]
+            weights |= zip((stem + name for name in wanted), parts, strict=True)
     return weights
 
 
@@ -202,7 +222,8 @@ def adapt_channels(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dic
 
 # What the names of foreign weights say about them, and where they can be used.
 KINDS = {
-    r"embeddings\.patch_embeddings\.": "the library transformers; timm has most such networks, under timm's names",
+    r"embeddings\.patch_embeddings\.": "the library transformers; timm has most of its ViTs, and "
+    "torch.save(timm.create_model(NAME, pretrained=True).state_dict(), FILE) writes a file that is read here",
     r"\.ls1\.gamma$": "DINOv2, or another ViT with LayerScale",
     r"^visual\.": "CLIP",
     r"^conv_proj\.": "torchvision's ViT",

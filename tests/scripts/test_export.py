@@ -158,6 +158,8 @@ def test_timm_folder(kind, tmp_path, capsys):
         assert model.num_classes == classes
         if classes:
             assert_close(model(imgs.double()), own.head(expected), rtol=1e-5, atol=1e-6)
+    again = load(method, str(out / "model.safetensors"), model=own.model_name, input_size=own.input_size, pool=own.pool)
+    assert_close(again.double()(imgs.double()), expected, rtol=1e-5, atol=1e-6)
     config = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined]
     assert tuple(config["input_size"]) == (3, own.input_size, own.input_size)
     assert (tuple(config["mean"]), tuple(config["std"]), config["crop_pct"]) == (own.mean, own.std, own.crop_pct)

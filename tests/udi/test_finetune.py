@@ -315,7 +315,10 @@ BAD = [
     (["--patch_size", "0"], "--patch_size 0: expected at least 1"),
     (["--finetune", "missing.pth"], "missing.pth: no such checkpoint file"),
     (["--finetune", "/etc/hostname"], "/etc/hostname: not a checkpoint"),
-    (["--finetune", "PRETRAINED", "--model", "vit_tiny"], "PRETRAINED: check --model, --input_size and the positions'"),
+    (
+        ["--finetune", "PRETRAINED", "--model", "vit_tiny"],
+        "check --model, --input_size and the positions' flags: 96 weights",
+    ),
     (["--finetune", "EMPTY"], "EMPTY: holds no ViT under 'teacher'"),
     (["--finetune", "PRETRAINED", "--checkpoint_key", "head"], "holds no ViT under 'head'"),
     (["--finetune", "PRETRAINED", "--model_prefix", "vit."], "holds no ViT under names that start with vit."),

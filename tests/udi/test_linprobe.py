@@ -250,7 +250,7 @@ def test_aliases_with_two_processes(digits, weights, tmp_path, launch, script):
 BAD = [
     (["--data_path", "/nowhere"], "--data_path /nowhere: no such folder"),
     (["--arch", "resnet50"], "--arch resnet50: expected one of vit_tiny"),
-    (["--arch", "vit_tiny"], "--arch vit_tiny: Error(s) in loading state_dict"),
+    (["--arch", "vit_tiny"], "--arch vit_tiny: 'checkpoint' does not fit this run: "),
     (["--pretrained_weights", "missing.pth"], "missing.pth: no such checkpoint file"),
     (["--pretrained_weights", "/etc/hostname"], "/etc/hostname: not a checkpoint"),
     (["--n_last_blocks", "9"], "9 blocks, expected 1 to the depth 4"),

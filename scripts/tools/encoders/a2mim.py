@@ -92,7 +92,7 @@ def load_backbone(source: Source) -> Backbone:
     """
     path, args = source.path, source.args
     found = openmixup.tensors(source.weights() if source.key else source.state)
-    weights = distributed.part_of(found, "backbone.")
+    weights = distributed.fitted(found, FIRST)
     with distributed.user_errors(f"{path or 'random weights'}: check --model and --input_size"):
         if path and not any(name in weights for name in FIRST):
             shown = ", ".join(map(str, list(found or source.state)[:4])) or "none"

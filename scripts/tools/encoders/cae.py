@@ -23,6 +23,10 @@ def features(network: Any, imgs: Tensor, pool: str) -> Tensor:
     return network.forward_features(imgs, is_train=False)
 
 
+VIT = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+VIT += ("blocks.0.attn.q_bias", "blocks.0.attn.v_bias")
+
+
 @functools.cache
 def _name_of(width: int, depth: int) -> str:
     """The first model of this width and number of blocks; raises ValueError if there is none."""
@@ -65,6 +69,7 @@ def load_backbone(source: Source) -> Backbone:
         notes.append("The pyramid and the heads of a dense task are left out.")
     elif len(weights) < len(found):
         notes.append("The regressor, the decoder and the mask token of pre-training are left out.")
+    weights = distributed.fitted(weights, VIT)
     path += distributed.kind_of(found)
     with distributed.user_errors(f"{path or 'random weights'}: check METHOD, --model and --input_size"):
         needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")

@@ -15,6 +15,7 @@ from scripts.tools.encoders.timm_form import TimmForm, vit_form, vit_named
 # The encoders of pre-training networks.
 ENCODERS = {f"saim_{size}": f"vit_{size}_patch16" for size in ("base", "small", "tiny", "nano")}
 ENCODERS["vit_igpt_base"] = "vit_base_patch16"
+VIT = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
 
 
 def features(network: Any, imgs: Tensor, pool: str) -> Tensor:
@@ -36,9 +37,10 @@ def load_vit(
         models: builders by name. aliases: names of pre-training networks. load: the method's `load_pretrained`.
         resized: shorter side of the images in the evaluation of a pre-trained encoder that sees more than 224 pixels.
     """
-    weights = source.weights()
+    found = source.weights()
+    weights = distributed.fitted(found, VIT)
     if source.path and not {"patch_embed.proj.weight", "pos_embed"} <= set(weights):
-        kind = distributed.kind_of(weights)
+        kind = distributed.kind_of(found)
         raise UserError(
             f"{source.path}{kind}: holds no ViT; its weights: {', '.join(list(weights)[:4]) or 'none'}, ..."
         )
@@ -47,12 +49,12 @@ def load_vit(
     size = source.image_side(weights, sizes.get("patch_size", 0))
     trained = "avg" if "fc_norm.weight" in weights else "token"
     pool = source.pool or trained
-    path = f"{source.path or 'random weights'}{distributed.kind_of(weights)}"
+    path = f"{source.path or 'random weights'}{distributed.kind_of(found)}"
     with distributed.user_errors(f"{path}: check METHOD, --model, --input_size and --pool"):
         network = models[name](img_size=size, **sizes, num_classes=0, global_pool=pool == "avg")
         head = linear_head(weights)
         if weights and not source.fresh:
-            source.log_loaded(name, network, *load(network, weights))
+            source.log_loaded(name, network, *load(network, distributed.fitted(weights, network.state_dict())))
     whole = 1.0 if head is not None or resized is None else size / resized
     return Backbone(
         network,
