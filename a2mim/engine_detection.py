@@ -21,6 +21,12 @@ PICTURE_SIDE = 480  # pixels to which smaller sides are enlarged, so that names 
 SHOWN_SCORE = 0.3  # the least score of an object in a picture
 
 
+def batch_loss(model: nn.Module, batch: tuple[Tensor, list]) -> Tensor:
+    """The loss () of a batch (images, [(info, target)]), in training mode, in which there are losses."""
+    infos, objects = map(list, zip(*batch[1], strict=True))
+    return torch.stack(list(model.train()(batch[0], infos, objects).values())).sum()
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: Loader,

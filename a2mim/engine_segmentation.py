@@ -48,6 +48,11 @@ def segmentation_loss(outputs: list[Tensor], labels: Tensor, auxiliary_weight: f
     return {"loss": losses[0] + auxiliary_weight * sum(losses[1:]), **parts, "pixel_acc": accuracy}
 
 
+def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor], auxiliary_weight: float = 0.4) -> Tensor:
+    """The loss () of a batch (images, labels)."""
+    return segmentation_loss(model(batch[0]), batch[1], auxiliary_weight)["loss"]
+
+
 def train_one_interval(
     model: nn.Module,
     loader: IterationLoader,

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from a2mim.detection_heads import MaskRCNN
-from a2mim.engine_detection import evaluate, fit
+from a2mim.engine_detection import batch_loss, evaluate, fit
 from a2mim.models_detection import MODELS, VITS, load_encoder
-from common import distributed, lr_sched
+from common import datasets, distributed, lr_sched
 from common.dense_datasets import detection
 from common.dense_datasets.views import EvalTransform, TrainTransform
 from common.distributed import sync_bn
@@ -163,6 +163,7 @@ def main(args: argparse.Namespace) -> None:
         distributed.load_weights(model, resume)
         evaluate(model, val_loader, images, args.output_dir, args.save_pictures)
         return
+    datasets.check_memory(args, model, batch_loss, loader)
     net = distributed.wrap(sync_bn.convert(model, device), device, args.compile)
     # ---- optimizer
     optimizer = build_optimizer(args, model)

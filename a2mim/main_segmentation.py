@@ -17,9 +17,9 @@ import torch
 from a2mim import config
 from a2mim.config import boolean
 from a2mim.dense_backbone import DenseViT, load_backbone
-from a2mim.engine_segmentation import evaluate, evaluate_checkpoint, fit
+from a2mim.engine_segmentation import batch_loss, evaluate, evaluate_checkpoint, fit
 from a2mim.models_segmentation import MODELS, SegmentationNetwork
-from common import distributed, lr_decay, lr_sched
+from common import datasets, distributed, lr_decay, lr_sched
 from common.dense_datasets.iterations import add_flags as add_iteration_flags
 from common.dense_datasets.segmentation import add_flags as add_data_flags
 from common.dense_datasets.segmentation import segmentation_loaders
@@ -155,6 +155,7 @@ def main(args: argparse.Namespace) -> None:
     if loader is None:
         evaluate_checkpoint(resume, model, evaluation)
         return
+    datasets.check_memory(args, model, partial(batch_loss, auxiliary_weight=args.auxiliary_weight), loader.loader)
     net = distributed.wrap(sync_bn.convert(model, device), device, args.compile)
     # ---- optimizer
     optimizer = build_optimizer(args, model)

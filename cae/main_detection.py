@@ -10,10 +10,10 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 
 from cae.dense_backbone import load_backbone
-from cae.engine_detection import evaluate, fit
+from cae.engine_detection import batch_loss, evaluate, fit
 from cae.main_segmentation import param_groups
 from cae.models_detection import MODELS
-from common import distributed, lr_sched
+from common import datasets, distributed, lr_sched
 from common.datasets import Loader
 from common.dense_datasets import detection
 from common.dense_datasets.views import EvalTransform, TrainTransform
@@ -139,6 +139,7 @@ def main(args: argparse.Namespace) -> None:
         distributed.load_weights(model, resume)
         evaluate(model, val_loader, images, args.output_dir, args.save_pictures)
         return
+    datasets.check_memory(args, model, batch_loss, loader)
     net = distributed.wrap(sync_bn.convert(model, device), device, args.compile)
     # ---- optimizer
     groups = param_groups(model, args.weight_decay, args.layer_decay)

@@ -92,6 +92,8 @@ def main(args: argparse.Namespace) -> None:
         distributed.log(f"--finetune {args.finetune} is not read: {resume} has the weights")
     head = add_probe(model)
     model.to(device)
+    if not args.eval:
+        datasets.check_memory(args, model, lambda net, batch: net(batch[0]), loader)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_update = args.batch_size * args.accum_iter * distributed.world_size()

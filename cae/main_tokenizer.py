@@ -137,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
         args.warmup_epochs = args.epochs / 20
     # ---- model
     model = build_model(args).to(device)
+    datasets.check_memory(args, model, lambda net, batch: net(batch[0], 1.0, args.kl_weight).loss, loader)
     net = distributed.wrap(model, device, args.compile)
     usage = CodeUsage(args.num_tokens, device)
     # ---- optimizer; betas and the weight decay's default: arXiv 2102.12092, appendix A.2

@@ -110,6 +110,8 @@ def main(args: argparse.Namespace) -> None:
         distributed.log("WARNING: no --finetune: the encoder has random weights")
     head = add_probe(model)
     model.to(device)
+    if not args.eval:
+        datasets.check_memory(args, model, lambda net, batch: net(batch[0]), loader)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()

@@ -147,6 +147,8 @@ def run_key(
     model = build_model(args, path, key)
     add_head(model, path, key)
     model.to(device)
+    if not args.eval:
+        datasets.check_memory(args, model, lambda net, batch: net(batch[0]), loader)
     net = distributed.wrap(model, device, args.compile)
     place = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=place) if args.model_ema else None

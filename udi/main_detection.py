@@ -14,13 +14,13 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 from torch import nn
 
-from common import distributed, lr_sched
+from common import datasets, distributed, lr_sched
 from common.dense_datasets import detection
 from common.dense_datasets.views import EvalTransform, TrainTransform
 from common.distributed import sync_bn
 from udi.dense_backbone import load_patches
 from udi.detection_heads import MaskRCNN
-from udi.engine_detection import evaluate, fit
+from udi.engine_detection import batch_loss, evaluate, fit
 from udi.flags import ARCHS
 from udi.models_detection import HEADS, mask_rcnn
 
@@ -143,6 +143,7 @@ def main(args: argparse.Namespace) -> None:
         distributed.load_weights(model, resume)
         evaluate(model, val_loader, images, args.output_dir, args.save_pictures)
         return
+    datasets.check_memory(args, model, batch_loss, loader)
     net = distributed.wrap(sync_bn.convert(model, device), device, args.compile)
     # ---- optimizer
     groups = param_groups(model, args.weight_decay)

@@ -191,6 +191,8 @@ def main(args: argparse.Namespace) -> None:
     loader, val_loader = build_loaders(args, device)
     # ---- model
     model = build_model(args).to(device)
+    if not args.evaluate:
+        datasets.check_memory(args, model, lambda net, batch: net(batch[0]), loader)
     net = distributed.wrap(model, device, args.compile)
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()

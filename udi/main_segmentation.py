@@ -15,14 +15,14 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 from torch import nn
 
-from common import distributed, lr_sched
+from common import datasets, distributed, lr_sched
 from common.dense_datasets.iterations import add_flags as add_iteration_flags
 from common.dense_datasets.segmentation import add_flags as add_data_flags
 from common.dense_datasets.segmentation import segmentation_loaders
 from common.dense_datasets.transforms import EvalTransform, TrainTransform
 from common.distributed import sync_bn
 from udi.dense_backbone import load_patches
-from udi.engine_segmentation import evaluate, evaluate_checkpoint, fit
+from udi.engine_segmentation import batch_loss, evaluate, evaluate_checkpoint, fit
 from udi.flags import ARCHS
 from udi.models_segmentation import SegmentationNetwork, semantic_fpn
 
@@ -133,6 +133,7 @@ def main(args: argparse.Namespace) -> None:
     if loader is None:
         evaluate_checkpoint(resume, model, evaluation)
         return
+    datasets.check_memory(args, model, partial(batch_loss, auxiliary_weight=args.auxiliary_weight), loader.loader)
     net = distributed.wrap(sync_bn.convert(model, device), device, args.compile)
     # ---- optimizer
     groups = param_groups(model, args.weight_decay)

@@ -265,7 +265,7 @@ class Loader:
     def one_image(self) -> Any:
         """A batch of the first image alone; None where it cannot be read."""
         images, targets, _ = self.loader.collate_fn([self.loader.dataset[(0, 0)]])
-        return None if images is None else tree_map(lambda x: x.to(self.device), (images, targets))
+        return None if images is None else tree_map(self._on_device, (images, targets))
 
     def match_classes(self, state: dict[str, Any], path: str) -> None:
         """Let targets be the class indices of a checkpoint read from path, by the names of the classes.

@@ -1,7 +1,9 @@
 """The estimate of a step's memory: what it counts, what it leaves untouched, what it refuses."""
 
+import importlib
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ from torch import nn
 
 import saim.main_pretrain
 from common.datasets import memory
+from scripts.tools import shapes
+from tests.support.dense import masked_images
 from tests.support.runs import mistake, run_main
 
 TINY = ["--model", "saim_nano", "--input_size", "16", "--patch_size", "8", "--batch_size", "16", "--epochs", "1"]
@@ -68,3 +72,43 @@ def test_a_batch_that_fits_is_named(digits, free, monkeypatch, capsys):
         assert "1000.0 GB are available" in capsys.readouterr().out
     else:
         assert "a smaller network or images fit" in mistake(saim.main_pretrain, *flags, capsys=capsys)
+
+
+VIT = "--input_size 16 --patch_size 8 --batch_size 16"
+SEGMENTATION = "--input_size 32 --batch_size 2 --iters 5"
+DETECTION = "--short_sides 48 --long_side 96 --crop_short_sides 48 --crop_range 32 48 --batch_size 1"
+PROGRAMS = {
+    "saim.main_linprobe": f"--model vit_nano_patch16 {VIT}",
+    "semaim.main_linprobe": f"--model vit_nano_patch16 {VIT}",
+    "cae.main_linprobe": f"--model cae_nano {VIT}",
+    "cae.main_attentive": f"--model cae_nano {VIT} --enable_linear_eval --linear_type attentive --use_cls",
+    "cae.main_tokenizer": "--input_size 8 --num_layers 2 --num_tokens 8 --codebook_dim 8 --hidden_dim 8 --batch_size 9",
+    "a2mim.main_linprobe": "--backbone resnet_nano --train_size 32 --val_resize 36 --val_crop 32 --batch_size 16",
+    "udi.main_linprobe": f"--arch vit_nano --pretrained_weights= {VIT}",
+    "cae.main_segmentation": f"--model upernet_cae_nano {SEGMENTATION}",
+    "a2mim.main_segmentation": f"--model upernet_vit_nano {SEGMENTATION}",
+    "udi.main_segmentation": f"--arch vit_nano --patch_size 8 {SEGMENTATION}",
+    "cae.main_detection": f"--model mask_rcnn_cae_nano {DETECTION}",
+    "a2mim.main_detection": f"--model mask_rcnn_resnet_nano {DETECTION}",
+    "udi.main_detection": f"--arch vit_nano --heads narrow {DETECTION}",
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> dict[str, str]:
+    """Images with masks, and images with boxes."""
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write_stills(folder, "training", range(1, 5), 64, 0)
+    shapes.write_stills(folder, "validation", range(5, 7), 64, 0)
+    masks = masked_images(tmp_path_factory.mktemp("masks"))
+    return {"main_segmentation": str(masks), "main_detection": str(folder / "coco")}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_training_refuses_what_does_not_fit(name, digits, dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 1.0)
+    data = dense.get(name.split(".")[1], digits)
+    flags = [*PROGRAMS[name].split(), "--data_path", data, "--output_dir", str(tmp_path), "--num_workers", "0"]
+    error = mistake(importlib.import_module(name), *flags, "--device", "cpu", capsys=capsys)
+    assert re.search(r"--batch_size \d+: a step of \d+ images takes about \S+ GB", error)
+    assert list(Path(tmp_path).iterdir()) == []
