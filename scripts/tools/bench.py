@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import datasets, distributed
 from common.distributed.metrics import resident_bytes
 from scripts.tools.doctor import NETWORK
+from scripts.tools.flags import Parser
 from scripts.tools.machine import amount, memory_available
 
 # The authors' formulation as keyword arguments of build_model(args, ...): what a method's speed-up is measured against.
@@ -91,7 +92,7 @@ class Variant:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Benchmark", allow_abbrev=False, usage="%(prog)s METHOD [flags], listed by --help")
+    p = Parser("Benchmark", usage="%(prog)s METHOD [flags], listed by --help")
     p.add_argument("method", choices=[*METHODS, "all"], help="one method, or all networks of all methods")
     p.add_argument("--steps", default=3, type=int, help="timed steps per variant and round, after one to warm up")
     p.add_argument("--rounds", default=2, type=int, help="passes over all variants")
@@ -420,5 +421,4 @@ def line(cells: list[str], widths: list[int], markdown: bool) -> str:
 
 
 if __name__ == "__main__":
-    known, unknown = get_args_parser().parse_known_args()
-    distributed.run(lambda args: main(args, unknown), known)
+    distributed.run(lambda known: main(*known), get_args_parser().parse_known_args)

@@ -35,6 +35,7 @@ from common.distributed import UserError
 from scripts.tools import measures, neighbours, probe, quickstart, recipe
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.timm_folder import load_folder
+from scripts.tools.flags import Parser
 
 SCRATCH = "from scratch"
 MEASURES = ("k-NN", "linear probe", "fine-tuned")
@@ -45,7 +46,7 @@ Results = dict[str, dict[str, dict[str, list[float]]]]  # percent by measure, la
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = distributed.new_parser("Compare encoders")
+    p = Parser("Compare encoders", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("data_path", metavar="DATA", help="folder of images, best with train/<class>/ and val/<class>/")
     p.add_argument("files", nargs="+", metavar="FILE", help="checkpoint, folder of export.py, or NAME=FILE")
     p.add_argument("--method", default="", choices=["", *encoders.METHODS], help="of files that do not say it")
@@ -425,4 +426,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

@@ -38,6 +38,7 @@ from common.distributed import Exit, UserError
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.backbone import Backbone
 from scripts.tools.encoders.timm_form import TimmForm
+from scripts.tools.flags import Parser
 
 TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
 WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
@@ -74,7 +75,7 @@ POOLS = {"token": "the class token of the last block", "avg": "the mean over the
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Export an encoder", allow_abbrev=False)
+    p = Parser("Export an encoder")
     encoders.add_flags(p, timm=False)
     p.add_argument("out", metavar="OUT", help="folder, or with --format safetensors file, to write")
     p.add_argument("--format", default="timm", choices=["timm", "safetensors"])
@@ -399,4 +400,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

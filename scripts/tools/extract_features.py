@@ -27,12 +27,13 @@ from common import datasets, distributed
 from common.datasets.files import split_folder
 from common.distributed import UserError, log
 from scripts.tools.encoders import load as encoders
+from scripts.tools.flags import Parser
 
 CHUNK = 2**14  # rows that are copied at once
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Features", allow_abbrev=False, usage="%(prog)s METHOD CHECKPOINT [flags], see --help")
+    p = Parser("Features", usage="%(prog)s METHOD CHECKPOINT [flags], see --help")
     encoders.add_flags(p)
     p.add_argument("--split", default="train", choices=["train", "val"])
     p.add_argument("--out", required=True, help="FILE.npy, FILE.safetensors, or a folder/ for <split>.npy")
@@ -244,4 +245,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

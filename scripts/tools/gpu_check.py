@@ -435,4 +435,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, lambda: get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

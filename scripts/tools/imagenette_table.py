@@ -13,6 +13,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
+from scripts.tools.flags import Parser
 from scripts.tools.report import ROOT, read_stage
 
 # Stages by row: whose seconds are summed, and where each column's accuracy is found.
@@ -26,7 +27,7 @@ COLUMNS = ("k-NN", "linear", "accuracy")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Imagenette's table", allow_abbrev=False)
+    p = Parser("Imagenette's table")
     p.add_argument("folder", metavar="OUT", nargs="?", default="", help="folder of the stages")
     return p
 
@@ -88,4 +89,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

@@ -21,10 +21,11 @@ from common.distributed import UserError, log
 from scripts.tools import extract_features
 from scripts.tools.encoders import knn
 from scripts.tools.encoders import load as encoders
+from scripts.tools.flags import Parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("k-NN", allow_abbrev=False, usage="%(prog)s METHOD CHECKPOINT [flags], see --help")
+    p = Parser("k-NN", usage="%(prog)s METHOD CHECKPOINT [flags], see --help")
     encoders.add_flags(p)
     for action in p._positionals._group_actions:
         action.nargs, action.required = "?", False
@@ -97,4 +98,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

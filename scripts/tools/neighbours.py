@@ -17,12 +17,13 @@ from PIL import Image, ImageOps
 from common import datasets, distributed
 from common.distributed import UserError
 from scripts.tools import extract_features
+from scripts.tools.flags import Parser
 
 SIDE = 160  # pixels of a picture in the grid
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Nearest neighbours", allow_abbrev=False)
+    p = Parser("Nearest neighbours")
     p.add_argument("features", metavar="FEATURES", help="file that extract_features.py wrote")
     p.add_argument("--out", default="neighbours.png", help="picture to write; its ending chooses the format")
     p.add_argument("--queries", default=8, type=int, help="images whose neighbours are shown, spread over the classes")
@@ -105,4 +106,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from common import distributed
 from common.distributed.metrics import progress_name
 from scripts.tools.curves import Band
+from scripts.tools.flags import Parser
 
 Run = dict[int, dict[str, float]]  # values by epoch and name
 SHARES = ("mlm_acc", "class_acc")  # accuracies that logs hold as shares; all others are percents
@@ -26,7 +27,7 @@ LINES = ("-", "--", ":", "-.")  # one per value of a panel; colours distinguish 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Plot logs", allow_abbrev=False)
+    p = Parser("Plot logs")
     p.add_argument("logs", nargs="+", help="log.txt files, or folders that hold one")
     p.add_argument("--out", default="log.png", help="picture to write; its ending chooses the format")
     return p
@@ -173,4 +174,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

@@ -40,6 +40,7 @@ from common.datasets import image_dataset, to_rgb
 from common.datasets.files import Listing
 from common.distributed import Stopped, UserError, log, run
 from scripts.tools import shapes
+from scripts.tools.flags import Parser
 
 MARKER = ".prepared.json"  # in a complete OUT: {"name", "arguments", "counts"}
 SPLITS = ("train", "val", "unlabeled")
@@ -48,9 +49,9 @@ TIMEOUT = 30  # seconds without an answer after which a download fails
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("prepare_data.py", allow_abbrev=False)
+    p = Parser("prepare_data.py")
     names = p.add_subparsers(dest="name", required=True, metavar="NAME")
-    parsers = {name: names.add_parser(name, allow_abbrev=False, help=text) for name, (_, text) in DATA_SETS.items()}
+    parsers = {name: names.add_parser(name, help=text) for name, (_, text) in DATA_SETS.items()}
     for name, q in parsers.items():
         q.add_argument("out", metavar="OUT", type=os.path.realpath, help="folder to write, new or empty")
         if name in DOWNLOADED:
@@ -365,4 +366,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, get_args_parser().parse_args())
+    run(main, get_args_parser().parse_args)

@@ -22,10 +22,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from common import datasets, distributed
 from common.distributed import UserError
 from scripts.tools import extract_features
+from scripts.tools.flags import Parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Probe", allow_abbrev=False)
+    p = Parser("Probe")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--features", nargs=2, metavar=("TRAIN", "VAL"), help="files with features and labels")
     what.add_argument("--pixels", type=int, metavar="SIDE", help="images of --data_path, resized to SIDE x SIDE pixels")
@@ -92,4 +93,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

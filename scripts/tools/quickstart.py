@@ -30,6 +30,7 @@ from common import datasets, distributed
 from common.distributed import UserError
 from scripts.tools import recipe
 from scripts.tools.encoders.load import METHODS
+from scripts.tools.flags import Parser
 from scripts.tools.machine import cores
 from scripts.tools.plot_log import read_log
 from scripts.tools.report import ACCURACIES
@@ -385,7 +386,7 @@ def report(out: Path, images: Images, digits: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("quickstart", allow_abbrev=False)
+    parser = Parser("quickstart")
     parser.add_argument("--data_path", default="", help="folder of images, with or without classes; default: digits")
     parser.add_argument("--method", default="saim", choices=METHODS, help="how to pre-train; default: saim")
-    distributed.run(main, parser.parse_args())
+    distributed.run(main, parser.parse_args)

@@ -20,13 +20,14 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 from common import distributed
 from common.distributed import UserError
 from scripts.tools.diff_upstream import METHODS, ROOT, TOOLS, read_record, shared_differences
+from scripts.tools.flags import Parser
 
 REGION = re.compile(r"(<!-- (rows|differences|gpu) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 120
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Generate tables of the documents", allow_abbrev=False)
+    p = Parser("Generate tables of the documents")
     p.add_argument("documents", nargs="*", metavar="DOCUMENT", help="file to rewrite; default: all that have a table")
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the file would change")
     return p
@@ -187,4 +188,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

@@ -19,12 +19,13 @@ from common import distributed
 from common.distributed.metrics import hardware
 from scripts.tools import curves, quickstart
 from scripts.tools.encoders.load import METHODS
+from scripts.tools.flags import Parser
 from scripts.tools.plot_log import read_log
 from scripts.tools.report import read_starts
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Record reference losses", allow_abbrev=False)
+    p = Parser("Record reference losses")
     p.add_argument("method", metavar="METHOD", choices=METHODS, help=", ".join(METHODS))
     p.add_argument("--seeds", default=3, type=int, help="runs, with seeds from 0")
     p.add_argument("--out", default=str(quickstart.ROOT / "runs" / "curves"), help="folder of the runs")
@@ -70,4 +71,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)

@@ -23,6 +23,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 from common import distributed
 from common.distributed import UserError
 from scripts.tools.curves import Band, band_of
+from scripts.tools.flags import Parser
 from scripts.tools.machine import duration
 from scripts.tools.plot_log import Run, plot, plot_progress, read_log, read_progress
 
@@ -119,7 +120,7 @@ class Stage:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("Report runs", allow_abbrev=False)
+    p = Parser("Report runs")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a row's script, of a stage, or of several")
     p.add_argument("--out", default="report", help="folder to write")
     return p
@@ -377,4 +378,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)
