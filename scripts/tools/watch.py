@@ -28,6 +28,7 @@ from common.distributed import Stopped, UserError, log
 from common.distributed.metrics import finite
 from scripts.tools import curves, measures, recipe
 from scripts.tools.encoders import load as encoders
+from scripts.tools.flags import Parser
 from scripts.tools.plot_log import Run, read_log
 from scripts.tools.report import LOGS, read_starts
 
@@ -38,7 +39,7 @@ SHOWN = 4  # images of the method's picture
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = distributed.new_parser("Watch a run")
+    p = Parser("Watch a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", metavar="RUN", help="folder of a pre-training run")
     p.add_argument("--data_path", required=True, metavar="DATA", help="images to look at, best with classes")
     p.add_argument("--once", action="store_true", help="one look at the newest checkpoint, then end")
@@ -320,4 +321,4 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     if hasattr(os, "nice"):
         os.nice(10)  # the run goes first
-    distributed.run(main, get_args_parser().parse_args())
+    distributed.run(main, get_args_parser().parse_args)
