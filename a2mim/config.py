@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from a2mim.files import STARTS
 from common import distributed
 from common.distributed import UserError
 
@@ -212,8 +213,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         args.given |= parser.preset  # type: ignore[attr-defined]
         for name in overrides:
             setattr(args, actions[name].dest, parser.get_default(actions[name].dest))
-    if args.pretrained and args.load_checkpoint:
-        raise UserError("--pretrained and --load_checkpoint: expected one of them")
+    starts = [f"--{name}" for name in STARTS if getattr(args, name, "")]
+    if len(starts) > 1:
+        raise UserError(f"{' and '.join(starts)}: expected one of them")
     if args.output_dir is None:
         args.output_dir = work_dir(args.config or args.method, args.pretrained)
     if args.print_config:

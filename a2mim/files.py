@@ -6,6 +6,8 @@ from typing import Any
 
 from common import distributed
 
+STARTS = ("pretrained", "load_checkpoint", "initial_checkpoint")  # flags that name the weights a run begins with
+
 
 def run_files(args: argparse.Namespace, iters_per_epoch: int) -> distributed.Files:
     """Names and contents: latest.pth, and epoch_<n>.pth every --save_every epochs, of which the newest stays. They hold
@@ -39,8 +41,8 @@ def resume_path(args: argparse.Namespace) -> str:
     if not path or args.resume:
         return path
     stored = distributed.flags_of(distributed.load(path, ("latest*.pth", "epoch_*.pth")))
-    for flag in ("pretrained", "load_checkpoint"):
-        given = getattr(args, flag)
+    for flag in STARTS:
+        given = getattr(args, flag, "")
         began = stored.get(flag, given)
         if given and Path(began).resolve() != Path(given).resolve():
             raise distributed.UserError(

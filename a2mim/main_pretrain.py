@@ -15,6 +15,7 @@ from a2mim.backbones import BACKBONES, FINE_TUNED, insertion_stride
 from a2mim.config import boolean
 from a2mim.engine_pretrain import batch_loss, train_one_epoch
 from a2mim.files import resume_path, run_files
+from a2mim.initial import start_from
 from a2mim.losses import PIXEL_LOSSES, MIMLoss
 from a2mim.masking_generator import BlockwiseMaskGenerator
 from a2mim.models_a2mim import MASK_TOKENS, MaskedImageModel, build_masked
@@ -153,7 +154,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         help="iterations per epoch of the run that --save_recon_every was chosen for; 0: this one",
     )
-    distributed.add_flags(p)
+    distributed.add_flags(p, pretrains=True)
     return p
 
 
@@ -241,6 +242,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     model = build_model(args)
     resume = resume_path(args)
+    if weights := distributed.initial_weights(args, resume):
+        start_from(model, weights, args.initial_checkpoint)
     net = training.prepare(args, model, device, starts=not resume)
     datasets.check_memory(args, model, partial(batch_loss, **context), loader)
     # ---- optimizer

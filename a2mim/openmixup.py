@@ -44,7 +44,8 @@ def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def _encoder_name(net: Any, name: str) -> str:
+def encoder_name(net: Any, name: str) -> str:
+    """OpenMixup's name of a weight of a backbone."""
     return renamed(name, VIT_NAMES if is_vit(net) else CONVNEXT_NAMES if is_convnext(net) else ())
 
 
@@ -59,7 +60,7 @@ def _official_name(model: Model, name: str) -> str:
     head = next((h for h in HEADS if rest.startswith(h) and not rest.startswith("head.norm.")), None)
     if head:
         return f"head.{'layers.head' if is_deit(net) else 'fc'}.{rest.removeprefix(head)}"
-    return f"backbone.{_encoder_name(net, rest)}"
+    return f"backbone.{encoder_name(net, rest)}"
 
 
 def _position(name: str) -> tuple[int, int]:
@@ -164,7 +165,7 @@ def load_encoder_weights(
     net: Any = model.encoder if isinstance(model, MaskedImageModel) else model.net
     own = {k: v for k, v in net.state_dict().items() if not k.startswith(HEADS) or k.startswith("head.norm.")}
     own = {k: v for k, v in own.items() if not k.startswith("fc_norm.")}
-    ours = {_encoder_name(net, name): name for name in own} | {name: name for name in own}
+    ours = {encoder_name(net, name): name for name in own} | {name: name for name in own}
     found = distributed.fitted(found, ours)
     shared = found.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None:  # of all blocks, in SimMIM's and BEiT's pre-training, which have no absolute positions

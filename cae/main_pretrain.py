@@ -16,6 +16,7 @@ from cae import optim
 from cae.augmentation import HALF, RANGES, PretrainAugmentation
 from cae.engine_pretrain import batch_loss, train_one_epoch
 from cae.files import default_folder, resume_path, run_files
+from cae.initial import start_from
 from cae.masking_generator import MaskingGenerator, RandomMaskingGenerator
 from cae.models_cae import MODELS, ContextAutoencoderViT
 from cae.models_dalle import DalleTokenizer, map_pixels
@@ -113,7 +114,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.process.add_argument(
         "--no_auto_resume", action="store_false", dest="auto_resume", help="start anew, whatever is in --output_dir"
     )
-    distributed.add_flags(p)
+    distributed.add_flags(p, pretrains=True)
     g.output.add_argument("--exp_name", default="", help="prefix of the numbered checkpoints' names")
     g.unused.add_argument("--enable_multi_print", action="store_true", help="process 0 prints")
     g.augmentation.add_argument(
@@ -279,6 +280,9 @@ def main(args: argparse.Namespace) -> None:
     default_folder(args, f"cae_{args.model.removeprefix('cae_')}")
     # ---- model
     model = build_model(args).to(device)
+    resume = resume_path(args)
+    if weights := distributed.initial_weights(args, resume):
+        start_from(model, weights, args.initial_checkpoint)
     net = distributed.wrap(model, device, args.compile)
     # ---- data
     loader, context = build_data(args, device)
@@ -296,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- loop
     files = run_files(args, args.save_ckpt_freq, f"{args.exp_name}_")
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler)
-    position = checkpoint.resume(resume_path(args), args.start_epoch)
+    position = checkpoint.resume(resume, args.start_epoch)
     tags = {"loss": "loss/loss", "mlm_acc": "loss/mlm_acc", "loss_main": "loss_main/loss"}
     tags |= {"loss_align": "loss_align/loss"}
     tags |= {name: f"opt/{name}" for name in ("loss_scale", "lr", "min_lr", "weight_decay", "grad_norm")}

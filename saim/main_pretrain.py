@@ -12,6 +12,7 @@ from torchvision import transforms
 
 from common import datasets, distributed, lr_decay, lr_sched
 from saim.engine_pretrain import batch_loss, train_one_epoch
+from saim.initial import start_from
 from saim.models_saim import MODELS, SaimViT
 
 
@@ -52,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.output.add_argument(
         "--save_freq", default=100, type=int, help="epochs from one numbered checkpoint, which is kept, to the next"
     )
-    distributed.add_flags(p)
+    distributed.add_flags(p, pretrains=True)
     return p
 
 
@@ -110,6 +111,9 @@ def main(args: argparse.Namespace) -> None:
     loader, _ = build_data(args, device)
     # ---- model
     model = build_model(args).to(device)
+    resume = distributed.find_checkpoint(args.output_dir, args.resume)
+    if weights := distributed.initial_weights(args, resume):
+        start_from(model, weights, args.initial_checkpoint)
     if model.idle_blocks:
         distributed.log(f"WARNING: the last {model.idle_blocks} encoder blocks are not trained at this --query_depth")
     datasets.check_memory(args, model, batch_loss, loader)
@@ -130,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- loop
     files = distributed.Files(every=args.save_freq)
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, optimizer=optimizer, scaler=updater.scaler)
-    position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
+    position = checkpoint.resume(resume, args.start_epoch)
     for epoch, epoch_log in checkpoint.epochs(loader, position, {"loss": "train_loss", "lr": "lr"}, ticks=1000):
         with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(net, loader, updater, schedule, epoch_log, args.seed)

@@ -16,6 +16,7 @@ from torchvision import transforms
 from common import datasets, distributed, lr_decay, lr_sched
 from semaim.engine_pretrain import Guide, batch_loss, train_one_epoch
 from semaim.files import run_files
+from semaim.initial import start_from
 from semaim.models_clip import ClipVisual, DinoViT, load_teacher
 from semaim.models_semaim import MODELS, AimViT
 
@@ -104,7 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--saveckp_freq", default=20, type=int, help="epochs between the numbered checkpoints that are kept"
     )
     g.output.add_argument("--experiment", default="exp", type=str, help="part of the name of every file")
-    distributed.add_flags(p)
+    distributed.add_flags(p, pretrains=True)
     return p
 
 
@@ -194,6 +195,10 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     model, teacher = build_with_teacher(args)
     model.to(device)
+    files = run_files(args, every=args.saveckp_freq)
+    resume = distributed.find_checkpoint(args.output_dir, args.resume, files.latest)
+    if weights := distributed.initial_weights(args, resume):
+        start_from(model, weights, args.initial_checkpoint)
     if args.attn_impl == "flex" and device.type == "cpu":
         raise distributed.UserError("--attn_impl flex: FlexAttention trains on CUDA only; use auto or mask")
     if model.idle_blocks:
@@ -219,14 +224,11 @@ def main(args: argparse.Namespace) -> None:
         f"{loader.images} images, {images_per_step * args.accum_iter} per update, lr {lr:.2e}"
     )
     # ---- loop
-    files = run_files(args, every=args.saveckp_freq)
     parts = {"optimizer": optimizer, "loss_scaler": updater.scaler}
     if ema is not None:
         parts["ema_state_dict"] = ema.module
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
-    position = checkpoint.resume(
-        distributed.find_checkpoint(args.output_dir, args.resume, files.latest), args.start_epoch
-    )
+    position = checkpoint.resume(resume, args.start_epoch)
     if ema is not None and "ema_state_dict" in checkpoint.missing:
         ema.set(model)  # from a run without it
     for epoch, epoch_log in checkpoint.epochs(

@@ -20,6 +20,7 @@ from udi.backbone import ALIASES
 from udi.engine_pretrain import Rates, batch_loss, train_one_epoch
 from udi.files import Prefixed, default_folder
 from udi.flags import ARCHS, PRETRAIN_RANGES, boolean, limit
+from udi.initial import start_from
 from udi.loss import UDILoss
 from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
 from udi.udi_augmentation import DataAugmentation, collate
@@ -129,7 +130,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.output.add_argument(
         "--saveckp_freq", default=20, type=int, help="epochs from one numbered checkpoint to the next; 0: none"
     )
-    distributed.add_flags(p)
+    distributed.add_flags(p, pretrains=True)
     p.set_defaults(data_path="/path/to/imagenet/train/", num_workers=10, local_rank=0)
     return p
 
@@ -239,6 +240,9 @@ def main(args: argparse.Namespace) -> None:
     loader = build_loader(args, device)
     # ---- model
     student = build_model(args).to(device)
+    resume = distributed.find_checkpoint(args.output_dir, args.resume)
+    if weights := distributed.initial_weights(args, resume):
+        start_from(student, weights, args.initial_checkpoint)
     teacher, udi_loss = build_teacher(student), build_loss(args).to(device)
     loss_of = partial(batch_loss, teacher=teacher, udi_loss=udi_loss)
     datasets.check_memory(args, student, loss_of, loader, teacher, udi_loss)
@@ -276,7 +280,7 @@ def main(args: argparse.Namespace) -> None:
         udi_loss=udi_loss,
         **({"fp16_scaler": updater.scaler} if updater.scaler.is_enabled() else {}),
     )
-    position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
+    position = checkpoint.resume(resume, args.start_epoch)
     for epoch, epoch_log in checkpoint.epochs(
         loader,
         position,

@@ -68,6 +68,7 @@ class Batches(Protocol):
 ELSEWHERE = {"data_path", "eval_data_path", "output_dir", "log_dir", "resume", "auto_resume", "start_epoch", "device"}
 ELSEWHERE |= {"num_workers", "pin_mem", "world_size", "local_rank", "dist_url", "verbose", "class_names", "config"}
 STARTS = ("finetune", "pretrained", "pretrained_weights", "load_checkpoint", "teacher_path", "discrete_vae_weight_path")
+STARTS += ("initial_checkpoint",)
 ACT = {"weight_decay": "weight_decay", "layer_decay": "lr_scale"}  # if given, these act at a resume, too
 
 
@@ -257,6 +258,8 @@ class Checkpoint:
         changed = [f"{k} {now[k]} (was {was[k]})" for k in compared if was[k] != now[k]]
         if changed:
             log(f"flags that differ from the resumed run's: {', '.join(changed)}")
+        if is_here and "initial_sha256" in was:  # of weights that acted when this run began
+            self.args.initial_sha256 = was["initial_sha256"]
         if is_here and not getattr(self.args, "resume", ""):
             self._origin = state.get("origin", {})
         if is_here:

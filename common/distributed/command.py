@@ -149,11 +149,12 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     g.unused.add_argument("--dist_url", default="env://", help=launched)
 
 
-def add_flags(parser: argparse.ArgumentParser, counts_epochs: bool = True) -> None:
+def add_flags(parser: argparse.ArgumentParser, counts_epochs: bool = True, pretrains: bool = False) -> None:
     """Add the flags that say on what a training program runs, and how it resumes.
 
     Args:
         counts_epochs: False where the run counts updates and has no epoch to start at.
+        pretrains: whether it may start from the weights of any program (`initial_weights`).
     """
     add_launch_flags(parser)
     g = flag_groups(parser)
@@ -163,6 +164,9 @@ def add_flags(parser: argparse.ArgumentParser, counts_epochs: bool = True) -> No
     g.process.add_argument("--seed", default=0, type=int, help="seed of all random draws")
     latest = "checkpoint to continue from; by default the latest one in --output_dir, if any"
     g.process.add_argument("--resume", default="", help=latest)
+    if pretrains:
+        start = "weights to start a new run from: of a pre-training, or an encoder of any program (docs/own_domain.md)"
+        g.process.add_argument("--initial_checkpoint", default="", help=start)
     g.process.add_argument("--force", action="store_true", help="train even if the memory is estimated to be too small")
     first = "epoch to start at when the checkpoint does not say it, counted from 0"
     if counts_epochs:

@@ -133,14 +133,15 @@ def _newest(path: str, patterns: tuple[str, ...]) -> str:
     return f"; the newest other checkpoint is {newest}" if newest else ""
 
 
+def by_module(names: list[str]) -> str:
+    """Names of weights, shortened to their modules and how many are of each: "blocks (24), norm"; "none"."""
+    modules = Counter(name.split(".")[0] for name in names)
+    return ", ".join(f"{m} ({n})" if n > 1 else m for m, n in modules.items()) or "none"
+
+
 def load_report(loaded: int, missing: list[str], unexpected: list[str]) -> str:
     """One line on a non-strict load: how many tensors matched, and the others by module."""
-
-    def summary(keys: list[str]) -> str:
-        modules = Counter(key.split(".")[0] for key in keys)
-        return ", ".join(f"{m} ({n})" if n > 1 else m for m, n in modules.items()) or "none"
-
-    return f"{loaded} tensors matched; missing: {summary(missing)}; unexpected: {summary(unexpected)}"
+    return f"{loaded} tensors matched; missing: {by_module(missing)}; unexpected: {by_module(unexpected)}"
 
 
 def weights_of(
