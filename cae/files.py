@@ -120,8 +120,9 @@ def _refuse_another_encoder(args: argparse.Namespace, path: str) -> None:
         )
 
 
-def default_folder(args: argparse.Namespace, name: str) -> None:
-    """Let a run save in runs/<name> unless it is told where: the authors' default is nowhere."""
+def default_folder(args: argparse.Namespace, stage: str = "pretrain") -> None:
+    """Let a run save in runs/cae_<model>[_<stage>] unless it is told where: the authors' default is nowhere."""
     if not (distributed.is_given(args, "output_dir") or getattr(args, "eval", False)):
-        args.output_dir = f"runs/{name}"
+        end = "" if stage == "pretrain" else f"_{stage}"
+        args.output_dir = f"runs/cae_{args.model.removeprefix('cae_')}{end}"
         distributed.log(f"no --output_dir: results go to {args.output_dir}")

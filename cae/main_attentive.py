@@ -60,7 +60,7 @@ def published_order(images: int) -> list[int]:
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    default_folder(args, f"cae_{args.model.removeprefix('cae_')}_attentive")
+    default_folder(args, "attentive")
     if not args.enable_linear_eval and not args.aa:  # as upstream: fine-tuning always has RandAugment
         args.aa = main_finetune.get_args_parser().get_default("aa")
     own = args.eval_bn == "batch" and args.enable_linear_eval and args.linear_type == "attentive"

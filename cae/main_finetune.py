@@ -382,6 +382,7 @@ def run(
         mixup = build_mixup(args)
     # ---- model
     resume = resume_path(args, stage)
+    distributed.hold_decays(args, resume)
     take_weights(args, model, resume, head_std)
     model.to(device)
     if not args.eval:
@@ -424,7 +425,7 @@ def run(
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    default_folder(args, f"cae_{args.model.removeprefix('cae_')}_finetune")
+    default_folder(args, "finetune")
     if args.enable_linear_eval and args.aa == get_args_parser().get_default("aa"):
         args.aa = ""  # as upstream
     loaders = build_loaders(args, device)

@@ -277,7 +277,9 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
-    default_folder(args, f"cae_{args.model.removeprefix('cae_')}")
+    default_folder(args)
+    resume = resume_path(args)
+    distributed.hold_decays(args, resume)
     # ---- model
     model = build_model(args).to(device)
     resume = resume_path(args)

@@ -82,8 +82,11 @@ class Prefixed:
         self.module.load_state_dict(state_dict)
 
 
-def default_folder(args: argparse.Namespace, name: str) -> None:
-    """Let a run save in runs/<name> unless it is told where: the authors' default is the working directory."""
-    if not distributed.is_given(args, "output_dir"):
-        args.output_dir = f"runs/{name}"
+def default_folder(args: argparse.Namespace, stage: str = "pretrain") -> None:
+    """Let a pre-training save in runs/udi_<arch> unless told where: the authors' default is the working directory.
+
+    Other stages have folders of their own.
+    """
+    if stage == "pretrain" and not distributed.is_given(args, "output_dir"):
+        args.output_dir = f"runs/udi_{args.arch}"
         distributed.log(f"no --output_dir: results go to {args.output_dir}")

@@ -233,7 +233,9 @@ def main(args: argparse.Namespace) -> None:
     distributed.check_ranges(args, PRETRAIN_RANGES)
     device = distributed.init(args.device)
     torch.manual_seed(args.seed)
-    default_folder(args, f"udi_{args.arch}")
+    default_folder(args)
+    resume = distributed.find_checkpoint(args.output_dir, args.resume)
+    distributed.hold_decays(args, resume)
     if not args.use_fp16:
         args.amp_dtype = "fp32"
     # ---- data

@@ -18,7 +18,7 @@ from common.distributed.exits import Exit, NonFinite, UserError, user_errors
 from common.distributed.metrics import EpochLog, Position, RunLog
 from common.distributed.process import is_main, log, main_does, world_size
 from common.distributed.step import Updater
-from common.distributed.weights import WEIGHT_KEYS, Stateful, flags_of, load_weights, restore
+from common.distributed.weights import WEIGHT_KEYS, Stateful, flags_of, load, load_weights, restore
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,29 @@ STARTS += ("initial_checkpoint",)
 ACT = {"weight_decay": "weight_decay", "layer_decay": "lr_scale"}  # if given, these act at a resume, too
 
 
-def origin(args: argparse.Namespace, loader: Any) -> dict[str, Any]:
+def hold_decays(args: argparse.Namespace, path: str) -> None:
+    """Let decays that were not given be those of the run that continues from the file at path, '' for none.
+
+    For programs whose schedules or parameter groups are made from these flags before the file is resumed.
+    """
+    with contextlib.suppress(UserError):  # of a damaged file, which resuming names
+        state = load(path) if path else {}
+        was = flags_of(state) if "optimizer" in state else {}
+        for flag in ("weight_decay", "weight_decay_end", "layer_decay"):
+            if flag in was and hasattr(args, flag) and flag not in getattr(args, "given", (flag,)):
+                setattr(args, flag, was[flag])
+
+
+def base_rate(optimizer: Any) -> float:
+    """The largest learning rate of an optimizer's groups, before any schedule has set them; 0 without groups."""
+    groups = getattr(getattr(optimizer, "optimizer", optimizer), "param_groups", [])
+    return max((group.get("initial_lr", group["lr"]) for group in groups), default=0.0)
+
+
+def origin(args: argparse.Namespace, loader: Any, rate: float) -> dict[str, Any]:
     """What a finished run shares with one that may return at once from its folder: images, rate, starting weights."""
-    paths, rate = {f"--{name}": getattr(args, name, None) for name in STARTS}, getattr(args, "lr", None)
-    found = {"images": getattr(loader, "images", None), "rate": getattr(args, "blr", None) if rate is None else rate}
+    paths = {f"--{name}": getattr(args, name, None) for name in STARTS}
+    found = {"images": getattr(loader, "images", None), "lr": f"{rate:.3g}"}
     return found | {flag: os.path.abspath(path) for flag, path in paths.items() if path}
 
 
@@ -112,6 +131,7 @@ class Checkpoint:
         self.model = model
         self.files = files or Files()
         self.parts = parts
+        self._rate = base_rate(parts.get("optimizer"))
         self.missing: list[str] = []  # parts that the resumed file did not hold
         self.best = 0.0  # best accuracy so far, kept over a resume
         self._log_bytes: int | None = None  # of the log, when the resumed file was written
@@ -296,7 +316,7 @@ class Checkpoint:
         for name, (most, flag, course) in warmups.items():
             if (warmup := getattr(self.args, name, 0)) >= most:
                 log(f"WARNING: --{name} {warmup} of --{flag} {getattr(self.args, flag)}: the learning rate {course}")
-        own = origin(self.args, loader)
+        own = origin(self.args, loader, self._rate)
         was = self._origin or own
         odd = [f"{k} {own.get(k)} (was {was.get(k)})" for k in {**was, **own} if own.get(k) != was.get(k)]
         if odd and position.epoch >= self.args.epochs:

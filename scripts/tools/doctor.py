@@ -199,6 +199,9 @@ def make_plan(own: argparse.Namespace, words: list[str]) -> Plan:
     args, names = parsed(script, words)
     if not hasattr(args, "epochs"):
         raise distributed.UserError(f"--stage {own.stage}: trains nothing")
+    if "default_folder" in names:
+        with contextlib.redirect_stdout(io.StringIO()):
+            names["default_folder"](args, own.stage)
     folder = names["output_dir"](args) if callable(names.get("output_dir")) else args.output_dir
     if "results_folder" in names and not folder:  # UDI's evaluations write beside the weights unless told
         folder = str(Path(args.finetune or args.pretrained_weights).parent / names["results_folder"](args))

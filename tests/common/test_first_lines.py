@@ -60,12 +60,13 @@ def test_query_depth__given_counts():
 @pytest.mark.parametrize(("method", "name"), [(cae, "cae_nano"), (udi, "udi_vit_small")])
 def test_default_folder(method, name, capsys):
     main, distributed = method.main_pretrain, method.files
-    args = arguments(main)
-    distributed.default_folder(args, name)
+    flags = ["--model", "cae_nano"] if method is cae else []
+    args = arguments(main, *flags)
+    distributed.default_folder(args)
     assert args.output_dir == f"runs/{name}"
     assert f"no --output_dir: results go to runs/{name}" in capsys.readouterr().out
     args = arguments(main, "--output_dir", "")
-    distributed.default_folder(args, name)
+    distributed.default_folder(args)
     assert args.output_dir == ""
 
 

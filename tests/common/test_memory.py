@@ -104,7 +104,10 @@ def dense(tmp_path_factory) -> dict[str, str]:
     return {"main_segmentation": str(masks), "main_detection": str(folder / "coco")}
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+FAST = ("semaim.main_linprobe", "cae.main_tokenizer", "udi.main_segmentation", "cae.main_detection")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in PROGRAMS])
 def test_every_training_refuses_what_does_not_fit(name, digits, dense, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "available_bytes", lambda _: 1.0)
     data = dense.get(name.split(".")[1], digits)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import a2mim.main_finetune
+import cae.main_finetune
 import saim.main_finetune
+import udi.main_finetune
 from common import distributed
 from tests.support.runs import mistake, run_main
 
@@ -37,8 +40,9 @@ def test_the_same_command_returns_at_once(finished, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--blr", "0.02"], "rate 0.02 (was 0.01)"),
-        (["--lr", "0.02"], "rate 0.02 (was 0.01)"),
+        (["--blr", "0.02"], "lr 0.00125 (was 0.000625)"),
+        (["--lr", "0.02"], "lr 0.02 (was 0.000625)"),
+        (["--batch_size", "8"], "lr 0.000313 (was 0.000625)"),
         (["--finetune", "other.pth"], "--finetune"),
     ],
 )
@@ -76,6 +80,37 @@ def test_decays_at_a_resume(finished, flags, decay, scale, tmp_path, capsys):
     changed = ["weight_decay 0.3 (was 0.1)", "layer_decay 0.9 (was 0.5)"] if flags else []
     said = capsys.readouterr().out.split("run's: ")[1].splitlines()[0].split(", ")
     assert sorted(said) == sorted(["epochs 2 (was 1)", *changed])
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "latest"),
+    [
+        (cae.main_finetune, "--model cae_nano --finetune= --input_size 16 --patch_size 8", "checkpoint.pth"),
+        pytest.param(
+            a2mim.main_finetune,
+            "--backbone resnet_nano --train_size 32 --val_resize 36 --val_crop 32",
+            "latest.pth",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            udi.main_finetune,
+            "--model vit_nano --finetune= --input_size 16 --patch_size 8",
+            "checkpoint.pth",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["cae", "a2mim", "udi"],
+)
+def test_decays_of_a_schedule_at_a_resume(main, flags, latest, digits, tmp_path):
+    """They are the file's, too, unless they are given."""
+    words = [*flags.split(), "--batch_size", "16", "--num_workers", "0", "--device", "cpu", "--data_path", digits]
+    words += ["--output_dir", str(tmp_path), "--warmup_epochs", "0"]
+    decays = []
+    for i, more in enumerate((["--weight_decay", "0.3"], [], ["--weight_decay", "0.2"]), 1):
+        run_main(main, *words, "--epochs", str(i), *more)
+        groups = distributed.load(str(tmp_path / latest))["optimizer"]["param_groups"]
+        decays.append({group["weight_decay"] for group in groups} - {0.0})
+    assert decays == [{0.3}, {0.3}, {0.2}]
 
 
 HOLD = """

@@ -68,6 +68,9 @@ def test_examine__passes_the_mains_refusal_on(method, words, message, capsys):
     ("method", "stage", "words", "folder"),
     [
         ("saim", "pretrain", ["--output_dir", "x"], "x"),
+        ("cae", "pretrain", ["--model", "cae_nano"], "runs/cae_nano"),
+        ("cae", "attentive", ["--model", "cae_nano"], "runs/cae_nano_attentive"),
+        ("udi", "pretrain", ["--arch", "vit_nano"], "runs/udi_vit_nano"),
         ("udi", "linprobe", ["--pretrained_weights", "run/checkpoint.pth"], "run/"),  # beside the weights
         ("udi", "semi_supervised", ["--finetune", "run/vit.pth"], "run/semi_supervised_learning/"),
     ],
