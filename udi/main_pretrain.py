@@ -272,16 +272,9 @@ def main(args: argparse.Namespace) -> None:
     )
     # ---- loop
     files = distributed.Files(numbered="checkpoint{epoch:04}.pth", every=args.saveckp_freq, weights="student", epoch=1)
-    checkpoint = distributed.Checkpoint(
-        args.output_dir,
-        args,
-        Prefixed(student),
-        files,
-        teacher=teacher,
-        optimizer=optimizer,
-        udi_loss=udi_loss,
-        **({"fp16_scaler": updater.scaler} if updater.scaler.is_enabled() else {}),
-    )
+    parts = {"teacher": teacher, "optimizer": optimizer, "udi_loss": udi_loss}
+    parts |= {"fp16_scaler": updater.scaler} if updater.scaler.is_enabled() else {}
+    checkpoint = distributed.Checkpoint(args.output_dir, args, Prefixed(student), files, **parts)
     position = checkpoint.resume(resume, args.start_epoch)
     for epoch, epoch_log in checkpoint.epochs(
         loader,

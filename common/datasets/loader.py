@@ -22,18 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from common import distributed
 from common.datasets.files import to_rgb
 from common.datasets.images import follow_classes, image_dataset
-from common.distributed import (
-    SIGNALS,
-    Position,
-    Stopped,
-    UserError,
-    agree,
-    flag_groups,
-    log,
-    rank,
-    stop_signal,
-    world_size,
-)
+from common.distributed import Position, Stopped, UserError, agree, flag_groups, log, rank, stop_signal, world_size
 
 THINNEST = 1000  # the longer side of an image over the shorter one, at most
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
@@ -154,7 +143,7 @@ def _collate(samples: list[Sample], collate: Callable, joint: bool) -> tuple[Any
 
 def _ignore_signals(_worker: int) -> None:
     """A Ctrl-C or a scheduler's SIGTERM reaches the whole process group; the main process ends the workers."""
-    for signum in SIGNALS:
+    for signum in distributed.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -218,17 +207,16 @@ class Loader:
         self._labels: Tensor | None = None  # replace the targets of the data set
         self.bad: list[str] = []  # unreadable images met so far, by this rank
         if train:
-            sampler = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
+            self.sampler: Any = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
         elif order is None:
-            sampler = [(0, index) for index in range(rank(), self.images, world_size())]
+            self.sampler = [(0, index) for index in range(rank(), self.images, world_size())]
         else:
             indices, firsts = order(self.images), range(rank() * batch_size, self.images, world_size() * batch_size)
-            sampler = [(0, index) for first in firsts for index in indices[first : first + batch_size]]
-        self.sampler: Any = sampler
+            self.sampler = [(0, index) for first in firsts for index in indices[first : first + batch_size]]
         self.loader = DataLoader(
             _Samples(dataset, transform, seed, train and bad_images == "skip", joint, exif_transpose),
             batch_size,
-            sampler=sampler,
+            sampler=self.sampler,
             num_workers=num_workers,
             collate_fn=partial(_collate, collate=collate, joint=joint),
             pin_memory=pin_mem and device.type == "cuda",
