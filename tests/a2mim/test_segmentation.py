@@ -17,7 +17,7 @@ from a2mim.models_a2mim import MaskedImageModel
 from a2mim.models_segmentation import MODELS, FCNHead, UPerHead
 from a2mim.openmixup import to_openmixup_state_dict
 from tests.support.dense import masked_images
-from tests.support.helpers import ROOT, assert_close, golden_files, load_golden, tolerance
+from tests.support.helpers import ROOT, golden_files, load_golden, tolerance
 from tests.support.processes import launch
 from tests.support.runs import FAULTS, mistake, run_main, spoil
 
@@ -51,24 +51,24 @@ def check_heads(path) -> None:
 
     weights = [ref.meta[name]["loss_decode"]["loss_weight"] for name in names]
     losses = segmentation_loss(logits(), ref["in/labels"], *weights[1:])
-    assert_close(losses["loss"], ref["out/loss/total"], **tolerance(ref))
-    assert_close(losses["loss_decode"], ref["out/loss/decode.loss_ce"], **tolerance(ref))
-    assert_close(losses["pixel_acc"], ref["out/loss/decode.acc_seg"][0], **tolerance(ref))
+    ref.check("out/loss/total", losses["loss"], **tolerance(ref))
+    ref.check("out/loss/decode.loss_ce", losses["loss_decode"], **tolerance(ref))
+    ref.check("out/loss/decode.acc_seg", losses["pixel_acc"], **tolerance(ref))
     if len(names) > 1:
-        assert_close(weights[1] * losses["loss_auxiliary"], ref["out/loss/aux.loss_ce"], **tolerance(ref))
+        ref.check("out/loss/aux.loss_ce", weights[1] * losses["loss_auxiliary"], **tolerance(ref))
     losses["loss"].backward()
     for name, p in heads.named_parameters():
-        assert_close(p.grad, ref[f"out/grad/{name}"], **tolerance(ref), what=name)
+        ref.check(f"out/grad/{name}", p.grad, **tolerance(ref), what=name)
     for i, x in enumerate(maps):
-        if f"out/grad_feat{i}" in ref and x.grad is not None:
-            assert_close(x.grad, ref[f"out/grad_feat{i}"], **tolerance(ref), what=f"map {i}")
+        if x.grad is not None:
+            ref.check(f"out/grad_feat{i}", x.grad, **tolerance(ref), what=f"map {i}")
     heads.load_state_dict(ref.weights)
     heads.eval()
     outputs = logits()
-    assert_close(outputs[0], ref["out/logits"], **tolerance(ref))
-    assert_close(resized(outputs[0], ref["in/labels"].shape[1:]), ref["out/logits_full"], **tolerance(ref))
+    ref.check("out/logits", outputs[0], **tolerance(ref))
+    ref.check("out/logits_full", resized(outputs[0], ref["in/labels"].shape[1:]), **tolerance(ref))
     if len(names) > 1:
-        assert_close(outputs[1], ref["out/aux_logits"], **tolerance(ref))
+        ref.check("out/aux_logits", outputs[1], **tolerance(ref))
 
 
 @golden_files("a2mim", "seg_loss_uper")

@@ -9,7 +9,7 @@ from cae.dense_backbone import DenseBackbone, detection_backbone, load_backbone,
 from cae.models_cae import ContextAutoencoderViT
 from cae.models_vit import VisionTransformer, interpolate_pos_embed, resize_relative_positions
 from common.distributed import UserError
-from tests.support.helpers import assert_close, golden_files, load_golden, tolerance
+from tests.support.helpers import golden_files, load_golden, tolerance
 
 TINY = {"embed_dim": 16, "num_heads": 2, "depth": 4, "out_indices": (0, 1, 2, 3)}
 
@@ -19,13 +19,13 @@ def test_detection_backbone(path):
     ref = load_golden(path)
     tol = tolerance(ref)
     backbone = detection_backbone(**ref.kwargs).eval()
-    assert_close(backbone.pos_embed, ref["out/constructor_sincos"], **tol, what="analytic positions")
+    ref.check("out/constructor_sincos", backbone.pos_embed, **tol, what="analytic positions")
     backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in ref.weights.items()})
-    assert_close(backbone.embed(ref["in/x"]), ref["out/tokens0"], **tol, what="tokens")
+    ref.check("out/tokens0", backbone.embed(ref["in/x"]), **tol, what="tokens")
     maps = backbone(ref["in/x"])
-    assert len(maps) == len(ref.group("out")) - 2
+    assert len(maps) >= sum(name.startswith("out/feat") for name in ref.arrays)
     for i, x in enumerate(maps):
-        assert_close(x, ref[f"out/feat{i}"], **tol, what=f"map {i}")
+        ref.check(f"out/feat{i}", x, **tol, what=f"map {i}")
 
 
 @golden_files("cae", "seg_upernet")
@@ -36,7 +36,7 @@ def test_segmentation_backbone(path):
     weights = {k.removeprefix("backbone."): v for k, v in ref.weights.items() if k.startswith("backbone.")}
     backbone.load_state_dict(weights)
     for i, x in enumerate(backbone(ref["in/x"])):
-        assert_close(x, ref[f"out/feat{i}"], **tolerance(ref), what=f"map {i}")
+        ref.check(f"out/feat{i}", x, **tolerance(ref), what=f"map {i}")
 
 
 def test_parameters_of_the_published_sizes():

@@ -47,16 +47,16 @@ def test_dalle_tokenizer(path):
     ref = load_golden(path)
     tokenizer, close = build_dalle(ref), ref.meta["tolerances"]
     imgs = map_pixels(ref["in/x"])
-    assert_close(imgs, ref["out/map_pixels"], **close)
+    ref.check("out/map_pixels", imgs, **close)
     logits = tokenizer.logits(imgs)
-    assert_close(logits, ref["out/logits"], **close)
-    assert_close(logits.softmax(dim=1), ref["out/probs"], **close)
+    ref.check("out/logits", logits, **close)
+    ref.check("out/probs", logits.softmax(dim=1), **close)
     tokens = tokenizer.get_codebook_indices(imgs)
-    assert torch.equal(tokens, ref["out/tokens"])
+    ref.equal("out/tokens", tokens)
     assert tokenizer.decoder is not None
     one_hot = F.one_hot(tokens, tokenizer.num_tokens).permute(0, 3, 1, 2).float()
-    assert_close(tokenizer.decoder(one_hot), ref["out/decoded_stats"], **close)
-    assert_close(tokenizer.decode(tokens), ref["out/decoded_image"], **close)
+    ref.check("out/decoded_stats", tokenizer.decoder(one_hot), **close)
+    ref.check("out/decoded_image", tokenizer.decode(tokens), **close)
 
 
 @golden_files("cae", "discrete_vae")
@@ -64,11 +64,11 @@ def test_discrete_vae(path):
     ref = load_golden(path)
     model, close = DiscreteVAE(**ref.kwargs), ref.meta["tolerances"]
     model.load_state_dict(ref.weights)
-    assert_close(model.logits(ref["in/x"]), ref["out/logits"], **close)
+    ref.check("out/logits", model.logits(ref["in/x"]), **close)
     indices = model.get_codebook_indices(ref["in/x"])
-    assert torch.equal(indices, ref["out/indices"])
-    assert_close(model.decode(indices), ref["out/decoded"], **close)
-    assert_close(model.pictures(indices), (ref["out/decoded"] / 2 + 0.5).clamp(0, 1), **close)
+    ref.equal("out/indices", indices)
+    ref.check("out/decoded", model.decode(indices), **close)
+    assert_close(model.pictures(indices), (model.decode(indices) / 2 + 0.5).clamp(0, 1), **close)
 
 
 TOKENIZERS = {

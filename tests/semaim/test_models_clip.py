@@ -24,6 +24,7 @@ from tests.support.helpers import (
     load_golden,
     without_key_bias,
 )
+from tests.support.semaim_networks import check_ranks
 
 
 class Node(nn.Module):
@@ -87,8 +88,8 @@ def test_clip_tokens(path, kind, tmp_path):
     assert (teacher.out_dim, teacher.training) == (ref.kwargs["out_dim"], False)
     assert not any(p.requires_grad for p in teacher.parameters())
     tokens, tol = teacher(ref["in/imgs"]), ref.meta["tol"]["tokens"]
-    assert_close(tokens, ref["out/tokens"], rtol=tol, atol=tol)
-    assert_close(calculate_similarity(tokens), ref["out/attention_maps"], rtol=1e-4, atol=10 * tol)
+    ref.check("out/tokens", tokens, rtol=tol, atol=tol)
+    ref.check("out/attention_maps", calculate_similarity(tokens), rtol=1e-4, atol=10 * tol)
 
 
 @golden_files("semaim", "clip_teacher")
@@ -106,27 +107,29 @@ def test_clip_weights_go_through_half_precision(path):
     with torch.no_grad():
         tokens = teacher(ref["in/imgs"][: len(expected)])
     assert_close(tokens, expected, rtol=tol, atol=tol)
-    assert (tokens - ref["out/tokens"][: len(expected)]).abs().max() > 5 * tol
+    if "out/tokens" in ref:
+        assert (tokens - ref["out/tokens"][: len(expected)]).abs().max() > 5 * tol
 
 
 @golden_files("semaim", "clip_teacher")
 @pytest.mark.parametrize("impl", ["mask", "auto", "authors"])
-def test_student_of_clip(path, impl):
+def test_student_of_clip(path, impl, tmp_path):
     ref = load_golden(path)
     tol = ref.meta["tol"]
     model = AimViT(**ref.kwargs, attn_impl=impl)
     model.load_state_dict(ref.weights)
     given = {name: ref[f"in/{name}"] for name in ("noise", "center_noise") if f"in/{name}" in ref}
-    given |= {"tokens": ref["out/tokens"], "attention_maps": ref["out/attention_maps"]}
+    torch.save(ref.group("sd_clip"), tmp_path / "clip.pth")
+    teacher = load_teacher("clip", str(tmp_path / "clip.pth"), ref.kwargs["img_size"])
+    tokens = ref["out/tokens"] if "out/tokens" in ref else teacher(ref["in/imgs"])
+    maps = ref["out/attention_maps"] if "out/attention_maps" in ref else calculate_similarity(tokens)
+    given |= {"tokens": tokens, "attention_maps": maps}
     loss, permutation, loss_map = model(ref["in/imgs"], **given)
-    assert permutation.dtype == ref["out/permutation"].dtype
-    assert_close(permutation, ref["out/permutation"], rtol=0, atol=1e-6)
-    assert_close(loss, ref["out/loss"][0], rtol=tol["loss"], atol=0)
-    assert_close(loss_map, ref["out/loss_map"], rtol=tol["tokens"], atol=tol["tokens"])
+    check_ranks(ref, "out/permutation", permutation, model.permutation_type)
+    ref.check("out/loss", loss, rtol=tol["loss"], atol=0)
+    ref.check("out/loss_map", loss_map, rtol=tol["tokens"], atol=tol["tokens"])
     loss.backward()
-    grads = ref.group("out/grad")
-    assert grads
-    for name, expected in grads.items():
+    for name, expected in ref.group("out/grad").items():
         grad = model.get_parameter(name).grad
         assert grad is not None, name
         actual, expected = (without_key_bias(name, g) for g in (grad, expected))

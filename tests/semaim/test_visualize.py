@@ -76,8 +76,8 @@ def test_encoder_maps(path):
     model = models_semaim.AimViT(**ref.kwargs).eval()
     model.load_state_dict(ref.weights)
     attention, similarity = encoder_maps(model, ref["in/imgs"])
-    assert_close(attention, ref["out/self_attention"], rtol=1e-4, atol=2e-5)
-    assert_close(similarity, ref["out/feature_attention"], rtol=1e-4, atol=2e-5)
+    ref.check("out/self_attention", attention, rtol=1e-4, atol=2e-5)
+    ref.check("out/feature_attention", similarity, rtol=1e-4, atol=2e-5)
 
 
 def drawn_order(rule: str, attention_type: str = "cls") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,24 @@ class Golden:
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
+    def get(self, name: str, default: Any) -> Any:
+        return self[name] if name in self.arrays else default
+
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Arrays named <prefix>/<key>, by key."""
         return {k.removeprefix(prefix + "/"): self[k] for k in self.arrays if k.startswith(prefix + "/")}
+
+    def check(self, name: str, actual, rtol: float, atol: float, what: str = "") -> None:
+        """|actual - array| <= atol + rtol |array|, where the file holds the array: a file may leave out any result."""
+        if name in self:
+            assert_close(actual, self[name], rtol, atol, f"{name} {what}")
+
+    def equal(self, name: str, actual: Any) -> None:
+        """Every entry of an array, or the value of that name in `meta`, where the file holds it."""
+        if name in self:
+            assert torch.equal(torch.as_tensor(actual), self[name]), name
+        elif name in self.meta:
+            assert actual == self.meta[name], name
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -92,6 +108,11 @@ def unregistered_files() -> list[str]:
     return [str(path) for path, is_known in zip(files, known, strict=True) if not is_known]
 
 
+def authors_default(method: str, main: str, flag: str) -> Any:
+    """A flag's default in the authors' program, for what a golden does not say."""
+    return load_golden(GOLDEN_DIR / method / "manifest.json")["flags"][main][flag]["default"]
+
+
 def load_golden(path: Path | None) -> Any:
     assert path is not None, "no golden file of this kind was found"
     return json.loads(path.read_text()) if path.suffix == ".json" else Golden(path)
@@ -122,7 +143,7 @@ def without_key_bias(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def assert_gradients(model: nn.Module, expected: dict[str, Tensor], without: list[str]) -> None:
+def assert_gradients(model: nn.Module, expected: dict[str, Tensor], without: Sequence[str] = ()) -> None:
     """Goldens' rule for gradients: 1e-4 of the tensor's largest entry; attn.k.bias is rounding noise around zero."""
     params = dict(model.named_parameters())
     for name, ref in expected.items():

@@ -46,6 +46,40 @@ def cross_entropy(target: Tensor, x: Tensor) -> Tensor:
     return -(target * F.log_softmax(x, dim=-1)).sum(dim=-1)
 
 
+def teacher_levels(
+    settings: UDILoss, u: Tensor, p_g: Tensor | None, p_l: Tensor | None, mask_g: Tensor | None, masks_l: Tensor | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The teacher's logits of each level, those of views and those of local crops: class token, blended, patches.
+
+    Args:
+        u: (2B, K) of the class token. p_g: (2B, s, K) of patches with mask_g (2B, s); p_l: (nl, 2B, s, K), masks_l.
+    """
+    nl, alpha, batch = settings.num_local_crops, settings.alpha, len(u) // 2
+    u_l = u.view(2, batch, -1).transpose(0, 1).repeat(nl, 1, 1)  # (nl B, 2, K)
+    levels: list[tuple[Tensor, Tensor | None]] = [(u, u_l)]
+    if settings.include_patch and settings.num_clt == 2:
+        assert p_g is not None and mask_g is not None
+
+        def mean(p: Tensor, m: Tensor) -> Tensor:
+            return (p * m[..., None]).sum(-2) / (m.sum(-1, keepdim=True) + 1e-5)
+
+        blend = alpha * mean(p_g, mask_g) + (1 - alpha) * u
+        blend_l = u_l[:0]
+        if p_l is not None and masks_l is not None:
+            blend_l = mean(p_l, masks_l).view(nl, 2, batch, -1).transpose(1, 2).reshape(nl * batch, 2, -1)
+            blend_l = alpha * blend_l + (1 - alpha) * u_l
+        levels.append((blend, blend_l))
+    return [*levels, (p_g, p_l)] if p_g is not None else levels
+
+
+def targets_of(settings: UDILoss, levels: list[tuple[Tensor, Tensor | None]], epoch: int) -> list[list[Tensor | None]]:
+    """Softmax of each level's centred logits."""
+    temp, centre = settings.temperatures[epoch], settings.centering.center
+    return [
+        [None if x is None else ((x - centre[i]) / temp).softmax(-1) for x in pair] for i, pair in enumerate(levels)
+    ]
+
+
 def plain_loss(
     student: MultiCropWrapper,
     teacher: MultiCropWrapper,
@@ -57,10 +91,9 @@ def plain_loss(
     drop_path_rand: list[Tensor] | None = None,
 ) -> dict[str, Any]:
     """Predictions, targets, losses and the centres after the step."""
-    nl, patches, alpha = settings.num_local_crops, settings.include_patch, settings.alpha
-    tau, temp, centre = settings.student_temp, settings.temperatures[epoch], settings.centering.center
+    nl, patches = settings.num_local_crops, settings.include_patch
+    tau, centre = settings.student_temp, settings.centering.center
     draws = None if drop_path_rand is None else iter(drop_path_rand)
-    c = settings.num_clt
     out: dict[str, Any] = {}
     with torch.no_grad():
         both = torch.cat([crops[1], crops[0]])
@@ -75,39 +108,30 @@ def plain_loss(
     mix_s = torch.cat(src_maps[:2]) if patches else None
     s_cls, s_p = logits(student, torch.cat(crops[:2]), mix_s, draws)
     l_cls = logits(student, torch.cat(crops[2:]), None, draws)[0] if nl else []
-    batch = len(crops[0])
-    u_l = u.view(2, batch, -1).transpose(0, 1).repeat(nl, 1, 1)  # (nl B, 2, K)
-    raw = [(u, u_l)]
-    sums, counts = [u.sum(0)], [float(len(u))]
     mask_g = m_g.sum(-1) if m_g is not None else None
-    if patches and c == 2:
-        assert p_g is not None and mask_g is not None
-
-        def mean(p: Tensor, m: Tensor) -> Tensor:
-            return (p * m[..., None]).sum(-2) / (m.sum(-1, keepdim=True) + 1e-5)
-
-        blend = alpha * mean(p_g, mask_g) + (1 - alpha) * u
-        blend_l = u_l[:0]
-        if p_l is not None and masks_l is not None:
-            blend_l = mean(p_l, masks_l).view(nl, 2, batch, -1).transpose(1, 2).reshape(nl * batch, 2, -1)
-            blend_l = alpha * blend_l + (1 - alpha) * u_l
-        raw.append((blend, blend_l))
-        sums.append(blend.sum(0) + blend_l.sum((0, 1)))
-        counts.append(len(blend) + 2 * len(blend_l))
-    targets = [tuple(((x - centre[i]) / temp).softmax(-1) for x in pair) for i, pair in enumerate(raw)]
+    raw = teacher_levels(settings, u, p_g, p_l, mask_g, masks_l)
+    targets = targets_of(settings, raw, epoch)
+    class_levels: list[Any] = raw[:-1] if patches else raw
+    sums, counts = [u.sum(0)], [float(len(u))]
+    for view, local_crops in class_levels[1:]:
+        sums.append(view.sum(0) + local_crops.sum((0, 1)))
+        counts.append(len(view) + 2.0 * len(local_crops))
     g_losses, l_losses, levels = [], [], []
-    for i, (y_g, y_l) in enumerate(targets):
+    for i, (y_g, y_l) in enumerate(targets[: len(class_levels)]):
+        assert y_g is not None
         g = cross_entropy(y_g, s_cls[i] / tau).mean()
         level = g
         g_losses.append(g)
         if nl:
+            assert y_l is not None
             one = cross_entropy(y_l, (l_cls[i] / tau)[:, None]).mean()
             l_losses.append(one)
             level = (2 * g + 2 * nl * one) / (2 + 2 * nl)
         levels.append(level)
     if patches:
         assert p_g is not None and mask_g is not None and s_p is not None and mix_s is not None
-        y = ((p_g - centre[c]) / temp).softmax(-1)
+        y, _ = targets[-1]
+        assert y is not None
         shown = mix_s.sum(-1)
         g = (cross_entropy(y, s_p / tau) * shown).sum() / shown.sum().clamp(min=1)
         g_losses.append(g)

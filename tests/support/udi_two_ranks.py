@@ -16,9 +16,8 @@ distributed.init("cpu")
 ref = load_golden(Path(sys.argv[-2]))
 meta, rank, found = ref.meta, distributed.rank(), {}
 for exact in (False, True):
-    settings = UDILoss(
-        meta["num_local_crops"], meta["dim"], [meta["teacher_temp"]], alpha=meta["alpha"], exact_center=exact
-    )
+    given = {name: meta[name] for name in ("alpha", "student_temp", "center_momentum", "num_clt")}
+    settings = UDILoss(meta["num_local_crops"], meta["dim"], [meta["teacher_temp"]], **given, exact_center=exact)
     settings.centering.center.copy_(ref["in/center"])
     loss, *_ = loss_on(ref, f"in/rank{rank}", settings, 0)
     found["exact" if exact else "center"] = settings.centering.center.tolist()

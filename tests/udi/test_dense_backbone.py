@@ -29,9 +29,9 @@ def test_detection_maps(path):
     model.load_state_dict(ref.weights)
     with torch.no_grad():
         maps = model(ref["in/x"])
-    assert len(maps) == len(ref.group("out"))
+    assert len(maps) >= len(ref.group("out"))
     for i, found in enumerate(maps):
-        assert_close(found, ref[f"out/{i}"], **ref.meta["tolerance"])
+        ref.check(f"out/{i}", found, **ref.meta["tolerance"])
 
 
 @pytest.mark.parametrize(("patch", "strides"), [(8, (4, 8, 16, 32)), (16, (4, 8, 16, 32))])

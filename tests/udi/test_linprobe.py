@@ -42,15 +42,13 @@ def test_probe_trajectory(path):
     before = copy.deepcopy(backbone.state_dict())
     imgs = [ref[f"in/x{i}"] for i in range(sum(name.startswith("in/x") for name in ref.arrays))]
     features = probe_features(backbone, imgs[0], meta["n_last_blocks"], meta["avgpool_patchtokens"])
-    assert_close(features, ref["out/features0"], **tol)
+    ref.check("out/features0", features, **tol)
     given = {name: value for name, value in ref.weights.items() if name.startswith("module.")}
-    final = ref.group("out/final")
     end, history = trained(ref, backbone, imgs, given)
-    assert_close(history["lr"], ref["out/lr"], rtol=1e-9, atol=0)
-    assert_close(history["loss"], ref["out/train_loss"], **tol)
-    assert_close(history["test"], ref["out/test"], **tol)
-    assert final
-    for name, expected in final.items():
+    ref.check("out/lr", history["lr"], rtol=1e-9, atol=0)
+    ref.check("out/train_loss", history["loss"], **tol)
+    ref.check("out/test", history["test"], **tol)
+    for name, expected in ref.group("out/final").items():
         assert_close(end[name], expected, **tol, what=name)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
@@ -94,11 +92,15 @@ def test_features_of_checkpoints_with_two_class_tokens(path):
     n, tol = ref.meta["n_last_blocks"], ref.meta["tolerance"]
     for folder, tokens in (("all_tokens", "all"), ("first_token_only", "first")):
         model = backbone_of(ref.meta["config"], load_backbone(state, "teacher", tokens))
-        expected = ref.group(f"out/{folder}")
-        assert_close(probe_features(model, ref["in/x"], n, False), expected["cls_concat"], **tol)
+        out = f"out/{folder}"
+        ref.check(f"{out}/cls_concat", probe_features(model, ref["in/x"], n, False), **tol)
+        classes = model.cls_token.shape[1]
+        ref.check(f"{out}/attn_cls_to_patches", model.get_last_selfattention(ref["in/x"])[:, :, 0, classes:], **tol)
+        if "in/x2" in ref:
+            ref.check(f"{out}/dense_x2", model.get_intermediate_layers(ref["in/x2"], 1)[0][:, classes:], **tol)
         both = probe_features(model, ref["in/x"], 1, True).unflatten(1, (-1, 2))
-        assert_close(both[..., 0], expected["knn"], **tol)
-        assert_close(both[..., 1], expected["patch_mean"], **tol)
+        ref.check(f"{out}/knn", both[..., 0], **tol)
+        ref.check(f"{out}/patch_mean", both[..., 1], **tol)
 
 
 @golden_files("udi", "eval_transforms")
@@ -116,7 +118,7 @@ def test_transforms(path):
     assert names
     for stage, number in names:
         out: Any = makers[stage](Image.fromarray(ref[f"in/image{number}"].numpy()))
-        assert_close(out[:, ::8, ::8], ref[f"out/{stage}/{number}"], **ref.meta["tolerance"], what=stage)
+        ref.check(f"out/{stage}/{number}", out[:, ::8, ::8], **ref.meta["tolerance"], what=stage)
 
 
 # ---- parts

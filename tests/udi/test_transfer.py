@@ -24,13 +24,12 @@ from udi.models_eval import EvaluationViT
 def test_repeated_augmentation(path):
     ref = load_golden(path)
     for i, (images, replicas, rank, epoch) in enumerate(ref.meta["ra"]):
-        expected = ref[f"out/ra/{i}"].tolist()
         for kind in (data.RASampler, data.RepeatSampler):
             sampler = kind(range(images), replicas, rank, True)
             sampler.set_epoch(epoch)
             found = list(sampler)
-            assert len(sampler) == len(expected)
-            assert [x[0] if kind is data.RepeatSampler else x for x in found] == expected
+            assert len(sampler) == len(found)
+            ref.equal(f"out/ra/{i}", [x[0] if kind is data.RepeatSampler else x for x in found])
 
 
 def test_copies_are_numbered():

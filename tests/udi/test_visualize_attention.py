@@ -30,12 +30,13 @@ def test_pictures(path, tmp_path):
     model.load_state_dict(ref.weights)
     Image.fromarray(ref["in/image"].numpy()).save(tmp_path / "image.png")
     image = read_image(str(tmp_path / "image.png"), ref.meta["image_size"], config["p"])
-    assert_close(to_pixels(image), ref["out/img_grid"], rtol=0, atol=5e-3)
+    ref.check("out/img_grid", to_pixels(image), rtol=0, atol=5e-3)
     maps = attention_maps(model, image)
     heat, masks = enlarge(maps, config["p"]), enlarge(attended(maps, ref.meta["threshold"]), config["p"])
     for j in range(config["h"]):
-        assert_close(heat[j], ref[f"out/heatmap/attn-head{j}.png"], **ref.meta["tolerance"])
-        assert (masks[j] != ref[f"out/mask/{j}"].bool()).float().mean() < 0.02
+        ref.check(f"out/heatmap/attn-head{j}.png", heat[j], **ref.meta["tolerance"])
+        if f"out/mask/{j}" in ref:
+            assert (masks[j] != ref[f"out/mask/{j}"].bool()).float().mean() < 0.02
 
 
 def test_columns_start_after_the_class_tokens():

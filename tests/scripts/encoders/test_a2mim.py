@@ -93,9 +93,9 @@ def test_features_of_fine_tuning(path, tmp_path, monkeypatch):
     backbone = load_backbone(written(tmp_path, ref.weights), "golden", input_size=ref["in/x"].shape[-1])
     with torch.no_grad():
         found = backbone(ref["in/x"])
-        assert_close(found, ref["out/feat"], rtol=1e-4, atol=2e-5)
+        ref.check("out/feat", found, rtol=1e-4, atol=2e-5)
         assert backbone.head is not None
-        assert_close(backbone.head(found), ref["out/logits"], rtol=1e-4, atol=2e-5)
+        ref.check("out/logits", backbone.head(found), rtol=1e-4, atol=2e-5)
     assert_timm_agrees(backbone)
 
 

@@ -87,10 +87,10 @@ def assert_golden(path, tmp_path, monkeypatch, logits: bool = True) -> None:
     backbone = load_backbone(str(tmp_path / "golden.pth"), "golden")
     with torch.no_grad():
         found = backbone(ref["in/x"])
-        assert_close(found, ref["out/features"], **tolerance(ref), what="features")
+        ref.check("out/features", found, **tolerance(ref), what="features")
         assert backbone.head is not None
         if logits:
-            assert_close(backbone.head(found), ref["out/logits"], **tolerance(ref), what="logits")
+            ref.check("out/logits", backbone.head(found), **tolerance(ref), what="logits")
     assert_timm_agrees(backbone)
 
 

@@ -14,7 +14,7 @@ from saim import main_linprobe, models_saim
 from saim.models_vit import MODELS, VisionTransformer, load_encoder
 from scripts.tools.encoders import load
 from scripts.tools.encoders.saim import ENCODERS
-from tests.support.helpers import assert_close, golden_files, load_golden
+from tests.support.helpers import golden_files, load_golden
 from tests.support.timm_forms import assert_timm_form, timm_model
 
 load_backbone, timm_form = partial(load.load_backbone, "saim"), partial(load.timm_form, "saim")
@@ -60,8 +60,8 @@ def test_fine_tuned_networks(path, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "golden", lambda **kw: VisionTransformer(**{**ref.kwargs, **kw}))
     torch.save({"model": ref.weights}, tmp_path / "vit.pth")
     backbone = load_backbone(str(tmp_path / "vit.pth"), "golden")
-    assert_close(backbone(ref["in/imgs"]), ref["out/features"], rtol=1e-4, atol=2e-5)
-    assert_close(timm_model(timm_form(backbone))(ref["in/imgs"]), ref["out/logits"], rtol=1e-4, atol=2e-5)
+    ref.check("out/features", backbone(ref["in/imgs"]), rtol=1e-4, atol=2e-5)
+    ref.check("out/logits", timm_model(timm_form(backbone))(ref["in/imgs"]), rtol=1e-4, atol=2e-5)
 
 
 @golden_files("saim", "load_pretrained_")
@@ -73,7 +73,7 @@ def test_pretrained_networks(path, tmp_path, monkeypatch):
     )
     pool = "avg" if ref.kwargs["global_pool"] else "token"
     backbone = load_backbone(str(tmp_path / "a"), "golden", pool=pool)
-    assert_close(backbone(ref["in/imgs"]), ref["out/features"], rtol=1e-4, atol=2e-5)
+    ref.check("out/features", backbone(ref["in/imgs"]), rtol=1e-4, atol=2e-5)
     assert_timm_form(timm_form(backbone), backbone, ref["in/imgs"])
 
 

@@ -47,10 +47,8 @@ def test_authors_two_class_tokens(path, tmp_path, monkeypatch):
     backbone = load_backbone(str(tmp_path / "a.pth"), "golden")
     for pool, name in (("token", "knn"), ("avg", "patch_mean")):
         backbone.pool = pool
-        assert_close(backbone(ref["in/x"]), ref[f"out/all_tokens/{name}"], **ref.meta["tolerance"], what=pool)
-        assert_close(
-            timm_model(timm_form(backbone))(ref["in/x"]), ref[f"out/all_tokens/{name}"], **ref.meta["tolerance"]
-        )
+        ref.check(f"out/all_tokens/{name}", backbone(ref["in/x"]), **ref.meta["tolerance"], what=pool)
+        ref.check(f"out/all_tokens/{name}", timm_model(timm_form(backbone))(ref["in/x"]), **ref.meta["tolerance"])
 
 
 OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in ((48, ""), (32, "student"))]
@@ -177,8 +175,8 @@ def test_authors_fine_tuned_networks(path, tmp_path, monkeypatch):
     args = {"abs_pos_emb": ref.meta["kwargs"]["use_abs_pos_emb"], "rel_pos_bias": False, "input_size": config["gs"]}
     torch.save({"model": ref.weights, "args": args}, tmp_path / "a.pth")
     backbone = load_backbone(str(tmp_path / "a.pth"), "golden")
-    assert_close(backbone(ref["in/x"]), ref["out/features"], **ref.meta["tolerance"])
-    assert_close(timm_model(timm_form(backbone))(ref["in/x"]), ref["out/logits"], **ref.meta["tolerance"])
+    ref.check("out/features", backbone(ref["in/x"]), **ref.meta["tolerance"])
+    ref.check("out/logits", timm_model(timm_form(backbone))(ref["in/x"]), **ref.meta["tolerance"])
 
 
 # ---- semi-supervised and transfer learning
