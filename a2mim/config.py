@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from a2mim.files import STARTS
 from common import distributed
@@ -40,7 +40,6 @@ UPSTREAM_NAMES = {  # of --cfg-options, and the flags that say the same
     "lr_config.warmup_iters": "warmup_epochs",
     "model.backbone.depth": "backbone",
 }
-NOT_IN_FILES = ("help", "config", "print_config", "cfg_options")
 
 
 def boolean(text: str) -> bool:
@@ -138,46 +137,6 @@ def read(path: str) -> dict[str, Any]:
     return values
 
 
-def _words(action: argparse.Action, name: str, value: Any) -> list[str]:
-    """A value as it stands on a command line."""
-    if action.nargs is not None and isinstance(value, (list, tuple)):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
-
-
-def _option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
-
-
-def _set_defaults(parser: argparse.ArgumentParser, where: str, values: dict[str, Any]) -> None:
-    """Make checked values the parser's defaults."""
-    actions = _option_names(parser)
-    unknown = next((name for name in values if name not in actions or actions[name].dest in NOT_IN_FILES), None)
-    if unknown:
-        raise UserError(f"{where}: {unknown} is no flag of this script, see --help")
-    complain = parser.error
-
-    def error(message: str) -> NoReturn:
-        raise UserError(f"{where}: {message}")
-
-    empty = next((n for n, v in values.items() if v is None and parser.get_default(actions[n].dest) is not None), None)
-    if empty:
-        raise UserError(f"{where}: {empty} None: expected a value")
-    parser.error = error  # type: ignore[method-assign]
-    switches = {n: v for n, v in values.items() if actions[n].nargs == 0 or v is None}
-    bad = next((n for n, v in switches.items() if v not in (True, False, None)), None)
-    if bad:
-        raise UserError(f"{where}: {bad} {switches[bad]}: expected True or False")
-    switches |= {n: not v for n, v in switches.items() if v is not None and actions[n].const is False}  # --no_...
-    words = [
-        word for name, value in values.items() if name not in switches for word in _words(actions[name], name, value)
-    ]
-    parsed = vars(parser.parse_args(words))
-    parser.error = complain  # type: ignore[method-assign]
-    parser.set_defaults(**{actions[n].dest: switches.get(n, parsed[actions[n].dest]) for n in values})
-    parser.preset |= {actions[n].dest for n in values}  # type: ignore[attr-defined]
-
-
 def _cfg_options(options: list[str]) -> dict[str, Any]:
     """name=value pairs: the authors' usual names, else the last part of a dotted name."""
     values = {}
@@ -204,15 +163,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.config:
-        _set_defaults(parser, args.config, read(args.config))
+        distributed.preset(parser, args.config, read(args.config))
         args = parser.parse_args(argv)
     if args.cfg_options:
-        overrides = _cfg_options(args.cfg_options)
-        _set_defaults(parser, "--cfg-options", overrides)
-        actions = _option_names(parser)
-        args.given |= parser.preset  # type: ignore[attr-defined]
-        for name in overrides:
-            setattr(args, actions[name].dest, parser.get_default(actions[name].dest))
+        found = distributed.preset(parser, "--cfg-options", _cfg_options(args.cfg_options))
+        args.given |= set(found)  # type: ignore[attr-defined]
+        vars(args).update(found)
     starts = [f"--{name}" for name in STARTS if getattr(args, name, "")]
     if len(starts) > 1:
         raise UserError(f"{' and '.join(starts)}: expected one of them")
@@ -237,7 +193,7 @@ def to_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     unused = distributed.flag_groups(parser).unused._group_actions
     for action in parser._actions:
         effective = action not in unused and action.default is not argparse.SUPPRESS
-        if action.option_strings and effective and action.dest not in NOT_IN_FILES:
+        if action.option_strings and effective and action.dest not in distributed.NOT_IN_FILES:
             shown.setdefault(action.dest, action.option_strings[0].lstrip("-"))
     return "".join(f"{name} = {getattr(args, dest)!r}\n" for dest, name in shown.items())
 

@@ -101,7 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of a command line on top of those of its --recipe."""
     argv = sys.argv[1:] if argv is None else argv
     parser = get_args_parser()
-    return parser.parse_args([*RECIPES[parser.parse_args(argv).recipe].split(), *argv])
+    recipe = parser.parse_args(argv).recipe
+    flags = get_args_parser().parse_args(RECIPES[recipe].split())
+    distributed.preset(parser, f"--recipe {recipe}", {name: getattr(flags, name) for name in flags.given})
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ def translate(words: list[str], rows: Rows, test: bool = False) -> list[str]:
     places, words = words[: len(expected)], words[len(expected) :]
     if len(places) < len(expected) or any(place.startswith("-") for place in places):
         raise distributed.UserError(f"expected {' '.join(expected)} [flags]")
-    p = distributed.new_parser("tools/test.py" if test else "tools/train.py")
+    p = distributed.new_parser("tools/test.py" if test else "tools/train.py", config=False)
     p.add_argument("--work-dir", default=f"work_dirs/{Path(places[0]).stem}")
     p.add_argument("--options", "--cfg-options", nargs="+", action="extend", default=[])
     p.add_argument("--resume-from", default="")

@@ -34,6 +34,7 @@ def parse(monkeypatch, tmp_path) -> Callable[[Command], None]:
     monkeypatch.setattr("sys.argv", ["pytest"])
     for module in ("common.distributed", "common.distributed.command"):
         monkeypatch.setattr(f"{module}.run", lambda main, args: args() if callable(args) else args)
+    monkeypatch.setattr("common.distributed.command._content", lambda path: {})  # of --config, a user's file
 
     def python(words: list[str], cwd: Path) -> None:
         if words[:2] in (["-m", "torch.distributed.launch"], ["-m", "torch.distributed.run"]):

@@ -6,7 +6,17 @@ start from), checkpoint (exact resume), command (flags, run).
 """
 
 from common.distributed.checkpoint import Checkpoint, Files, find_checkpoint, hold_decays
-from common.distributed.command import add_flags, add_launch_flags, check_ranges, flag_groups, is_given, new_parser, run
+from common.distributed.command import (
+    NOT_IN_FILES,
+    add_flags,
+    add_launch_flags,
+    check_ranges,
+    flag_groups,
+    is_given,
+    new_parser,
+    preset,
+    run,
+)
 from common.distributed.exits import (
     SIGNALS,
     Exit,

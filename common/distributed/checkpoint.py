@@ -327,7 +327,8 @@ class Checkpoint:
         files, length = self.files, len(loader)
         ticks, total = ticks or length, total or self.args.epochs * length
         first = (position.epoch + start / length) * ticks  # what the resumed run wrote later is cut off
-        options = first, ticks, self._log_bytes, length, vars(self.args)
+        given = tuple(sorted(getattr(self.args, "given", ())))
+        options = first, ticks, self._log_bytes, length, vars(self.args), given
         run_log = RunLog(self.log_folder, files.log, files.events, *options)
         left = getattr(loader, "left_out", 0)
         log(

@@ -1,6 +1,7 @@
 """The command line of a program: flags that all have, their ranges, and how main() ends."""
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -99,6 +101,9 @@ GROUPS = {
 }
 
 
+NOT_IN_FILES = ("help", "config", "config_file", "print_config", "cfg_options")  # what a configuration cannot set
+
+
 class Flags(argparse.Namespace):
     """Parsed flags, and the names of those that were given; `vars` are the flags alone."""
 
@@ -114,11 +119,27 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
+        for word, after in zip(words, [*words[1:], ""], strict=False):
+            option, _, file = word.partition("=")
+            if option == "--config" and "--config" in self._option_string_actions and (file := file or after):
+                try:
+                    _apply(self, file)
+                except UserError as error:
+                    self.exit(error.status, f"{Path(sys.argv[0]).name}: --config {error}\n")
         flags, rest = super().parse_known_args(words, namespace or Flags())
+        vars(flags).pop("config_file", None)
         names = {word.split("=")[0] for word in words}
         if isinstance(flags, Flags):
-            flags.given = {a.dest for option, a in self._option_string_actions.items() if option in names} | self.preset
+            given = {a.dest for option, a in self._option_string_actions.items() if option in names}
+            flags.given = (given | self.preset) - {"config_file"}
         return flags, rest
+
+
+class _Value(argparse.ArgumentParser):
+    """Reads the value of one flag of another parser."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def is_given(args: argparse.Namespace, name: str) -> bool:
@@ -126,10 +147,125 @@ def is_given(args: argparse.Namespace, name: str) -> bool:
     return name in getattr(args, "given", (name,))
 
 
-def new_parser(title: str) -> _Parser:
-    """A parser that takes no abbreviations, whose help shows the defaults, and whose flags know if they were given."""
+# ---- configuration files
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The flags that a file may set, by each of their names and by the name under which run.json has them."""
+    actions = [action for action in parser._actions if action.option_strings and action.dest not in NOT_IN_FILES]
+    names = {option.lstrip("-").replace("-", "_"): action for action in actions for option in action.option_strings}
+    return {action.dest: action for action in actions} | names
+
+
+def _read(action: argparse.Action, name: str, value: Any) -> Any:
+    """A flag's value as the command line would give it; raises UserError."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} {value}: expected True or False")
+        turns_off = name != action.dest and (action.const is False or name.startswith("no_"))
+        return value != turns_off
+    if isinstance(value, list | tuple | dict) and action.nargs is None and action.type in (None, str):
+        raise UserError(f"{name} {value}: expected a text")
+    many = action.nargs is not None and isinstance(value, list | tuple)
+    option = action.option_strings[0]
+    parser = _Value(add_help=False, allow_abbrev=False)
+    parser._add_action(action)
+    return getattr(parser.parse_args([option, *map(str, value)] if many else [f"{option}={value}"]), action.dest)
+
+
+def preset(
+    parser: argparse.ArgumentParser, where: str, values: dict[str, Any], given: set[str] | None = None
+) -> dict[str, Any]:
+    """Give flags other values, as a file does, and return them as parsed: the command line wins over them.
+
+    Args:
+        where: begins the line of a mistake.
+        values: by the flags' names; None where that is the default.
+        given: names of those that count as given; None: all. Of a run's record, where any value may be None.
+    Raises:
+        UserError: there is no such flag, or it takes no such value.
+    """
+    known, found = _options(parser), {}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise UserError(f"{where}: {name} is no flag of this script, see --help{hint}")
+    for name, value in values.items():
+        action = known[name]
+        default = parser.get_default(action.dest)
+        if value is None and given is None and default is not None:
+            raise UserError(f"{where}: {name} None: expected a value")
+        is_default = name == action.dest and (type(value), value) == (type(default), default)
+        try:
+            found[action.dest] = value if value is None or is_default else _read(action, name, value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        action.required = False
+    parser.set_defaults(**found)
+    parser.preset |= set(found) if given is None else given & set(found)  # type: ignore[attr-defined]
+    return found
+
+
+def _content(path: str) -> Any:
+    """What a JSON or YAML file holds; raises UserError."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text file") from error
+    try:
+        return json.loads(text)
+    except ValueError:
+        try:
+            import yaml  # JSON needs no further package
+        except ImportError as error:
+            raise UserError(f"{path}: is no JSON, and YAML needs another package: pip install pyyaml") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise UserError(f"{path}: line {line}: is neither YAML nor JSON") from error
+
+
+def _apply(parser: argparse.ArgumentParser, path: str) -> None:
+    """Preset the flags of a file: a mapping from names to values, or a run's run.json, of which its last start counts.
+
+    From run.json come also the flags that were not given, such as the number of classes that the run found, but not
+    the launcher's and others without effect, nor the checkpoint from which a stopped run went on.
+    Raises:
+        UserError: it cannot be read, or `preset` refuses it.
+    """
+    content = _content(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected flags and their values, name: value")
+    if "starts" not in content:
+        preset(parser, path, content)
+        return
+    try:
+        first, last = content["starts"][0], content["starts"][-1]
+        flags, given = {**last["flags"], "resume": first["flags"].get("resume", "")}, set(last.get("given", ()))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: has no flags of a run") from error
+    known = _options(parser)
+    skipped = {action.dest for action in flag_groups(parser).unused._group_actions} | set(NOT_IN_FILES)
+    flags = {name: v for name, v in flags.items() if name not in skipped and (name in known or name in given)}
+    preset(parser, path, flags, given)
+
+
+def new_parser(title: str, config: bool = True) -> _Parser:
+    """A parser that takes no abbreviations, whose help shows the defaults, and whose flags know if they were given.
+
+    config: whether it takes --config.
+    """
     usage = "%(prog)s [flags], listed by --help"
-    return _Parser(title, allow_abbrev=False, usage=usage, formatter_class=_Help)
+    parser = _Parser(title, allow_abbrev=False, usage=usage, formatter_class=_Help)
+    if config:
+        files = "JSON or YAML file of flags, name: value, or the run.json of a run to repeat; the command line wins"
+        parser.add_argument("--config", dest="config_file", default=argparse.SUPPRESS, metavar="FILE", help=files)
+    return parser
 
 
 def flag_groups(parser: argparse.ArgumentParser) -> SimpleNamespace:

@@ -113,6 +113,7 @@ class RunLog:
     keep: int | None = None  # bytes of an existing log to keep; None keeps all
     length: int = 0  # steps of a whole epoch; by default those of its `EpochLog`
     flags: dict[str, Any] = field(default_factory=dict)  # of the run, for run.json
+    given: tuple[str, ...] = ()  # those of the command line and of files
 
     def __post_init__(self) -> None:
         self.writer: Any = None
@@ -183,6 +184,7 @@ class RunLog:
             "row": os.environ.get("ROW_SCRIPT", ""),  # by scripts/lib/row.sh
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "flags": self.flags,
+            "given": self.given,
             "warnings": list(dict.fromkeys(warnings)),
             "processes": world_size(),
             "hardware": hardware(),
