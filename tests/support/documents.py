@@ -41,7 +41,10 @@ def expand(text: str) -> list[str]:
     text = re.sub(r"<[\w -]+>|\$\{\w+\}|\$\w+", "1", text)  # a number is also a path
     choices = [word.split("|") if re.fullmatch(r"\w+(\|\w+)+", word) else [word] for word in text.split(" ")]
     if "METHOD" in text:
-        choices = [METHODS if choice == ["METHOD"] else choice for choice in choices]
+        choices = [
+            [word.replace("METHOD", m) for m in METHODS] if "METHOD" in (word := choice[0]) else choice
+            for choice in choices
+        ]
     return [" ".join(words) for words in itertools.product(*choices)]
 
 
