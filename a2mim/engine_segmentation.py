@@ -185,7 +185,7 @@ def evaluate(
     model.eval()
     distributed.sync_buffers(model)  # the checkpoint's
     counted = Confusion(len(names), loader.device)
-    test_log = distributed.EpochLog("Test:", len(loader), 1, loader.device, print_freq=100)
+    test_log = distributed.EpochLog("Test:", len(loader), 1, loader.device)
     for step, (views, labels) in test_log.steps(loader.batches()):
         prediction = predict(model, views, labels.shape[1:], **inference)
         counted.update(prediction, labels)

@@ -79,7 +79,7 @@ def evaluate(
     distributed.sync_buffers(model)  # the checkpoint's
     numbers = {image_id: index for index, (_, image_id) in enumerate(images.samples)}
     predictions: list[dict[str, Any]] = []
-    test_log = distributed.EpochLog("Test:", len(loader), loader.batch_size, loader.device, print_freq=100)
+    test_log = distributed.EpochLog("Test:", len(loader), loader.batch_size, loader.device)
     for _, (batch, targets) in test_log.steps(loader.batches()):
         infos = [info for info, _ in targets]
         for info, found in zip(infos, model(batch, infos), strict=True):

@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     images = args.batch_size * args.accum_iter * distributed.world_size()
     distributed.log(
         f"Semantic FPN on {args.arch}: {n_parameters:,} parameters on {device}, {updater.dtype}; "
-        f"{len(args.class_names)} classes, {images} images per update, lr {args.lr:.2e}"
+        f"{loader.loader.images} images, {images} per update, lr {args.lr:.2e}, {len(args.class_names)} classes"
     )
     # ---- loop
     files = distributed.Files(weights="state_dict", adapt=refuse_mmseg)
