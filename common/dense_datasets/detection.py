@@ -138,6 +138,7 @@ class DetectionImages(Dataset):
     `has_object` refuses. Images whose objects were all left out stay: they are background.
     Attributes:
         samples: (path, image id). sizes: of the images. classes: names by label. category_ids: of COCO by label.
+        object_count: objects of all images.
     Raises:
         UserError: as `read_annotations`; an image file is missing; there is nothing to train on.
     """
@@ -162,11 +163,12 @@ class DetectionImages(Dataset):
         self.samples = [(str(folder / image["file_name"]), image["id"]) for image in images]
         self.sizes = [(int(image["height"]), int(image["width"])) for image in images]
         kept: list[bytes] = []  # one buffer for all: workers would copy objects that they only read
-        crowds = refused = 0
+        self.object_count = crowds = refused = 0
         for image, size in zip(images, self.sizes, strict=True):
             own = entries[image["id"]]
             single = [entry for entry in own if not entry["iscrowd"]]
             fit = [entry for entry in single if has_object(entry, *size)]
+            self.object_count += len(fit)
             crowds, refused = crowds + len(own) - len(single), refused + len(single) - len(fit)
             kept.append(pickle.dumps([(e["bbox"], labels[e["category_id"]], e["segmentation"]) for e in fit]))
         self._ends = np.cumsum([len(part) for part in kept])

@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import functools
 import io
+import math
 import os
 import random
 import re
@@ -39,40 +40,34 @@ from packaging.requirements import Requirement
 
 from common import datasets, distributed
 from common.dense_datasets.detection import DetectionImages, detection_images
+from common.dense_datasets.segmentation import SegmentationImages, class_names, segmentation_images
 from common.distributed.process import LAUNCHERS
 from scripts.tools import flags
 from scripts.tools.machine import amount, cores, duration, memory_available
-from scripts.tools.measured_run import (
-    Launch,
-    Measurement,
-    Plan,
-    accumulated,
-    batch_size,
-    epoch_steps,
-    measure,
-    speed_of,
-)
+from scripts.tools.measured_run import Launch, Measurement, Plan, accumulated, batch_size, measure, speed_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchvision", "timm", "numpy")  # whose versions are shown; all requirements are compared
 NETWORK = ("model", "arch", "backbone")  # flags that name it
 SAVES = ("save_freq", "saveckp_freq", "save_ckpt_freq", "save_every")  # epochs between the numbered checkpoints
+NAMED_STAGES = ("segmentation", "detection")  # that a row's script runs only when they are named
 SMALLER = "halve --batch_size and double --accum_iter, which keeps the images per update"
 # Flags of the groups below that are no recipe's, or of which the report has more to say.
 RECIPE = ("model", "optimizer", "augmentation")
-NO_RECIPE = {"batch_size", "batch_size_per_gpu", "accum_iter", "update_freq", "finetune", "pretrained"}
-NO_RECIPE |= {"pretrained_weights", "teacher_path", "discrete_vae_weight_path"}
+NO_RECIPE = "batch_size batch_size_per_gpu accum_iter update_freq finetune pretrained pretrained_weights teacher_path "
+NO_RECIPE += "discrete_vae_weight_path nb_classes"
 # Flags that a run may change when it continues another one.
-MOVED = {
-    "output_dir",
-    "log_dir",
-    "resume",
-    "data_path",
-    "num_workers",
-    "device",
-    "world_size",
-    "local_rank",
-    "bad_images",
+MOVED = "output_dir log_dir resume data_path num_workers device world_size local_rank bad_images"
+ENDS = {  # by what a run's output and status say at its end: what that means, and what helps
+    r"OutOfMemoryError|CUDA out of memory": ("the GPU's memory is too small", f"{SMALLER}; or --amp_dtype bf16"),
+    r"Bus error|Signal 7 \(SIGBUS\)|unable to (write|open|mmap) .*shm|^status -7$": (
+        "the loader's shared memory is full (/dev/shm)",
+        "give the container more (docker --shm-size), or lower --num_workers",
+    ),
+    r"[cC]an(no|')t allocate memory|MemoryError|^status -9$": (
+        "the memory of this machine is too small",
+        SMALLER,
+    ),
 }
 
 
@@ -89,9 +84,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-# ---- the report
-
-
 class Report:
     """Prints sections, lines and warnings, and counts."""
 
@@ -99,15 +91,13 @@ class Report:
         self.warnings = 0
         self.failures: list[str] = []
 
-    def section(self, title: str) -> None:
-        print(f"\n{title}", flush=True)
-
     def line(self, name: str, text: object) -> None:
         print(f"  {f'{name}:' if name else '':14} {text}", flush=True)
 
-    def warn(self, problem: str, remedy: str) -> None:
-        self.warnings += 1
-        print(f"  WARNING: {problem} -> {remedy}", flush=True)
+    def warn_if(self, is_so: bool, problem: str, remedy: str) -> None:
+        self.warnings += is_so
+        if is_so:
+            print(f"  WARNING: {problem} -> {remedy}", flush=True)
 
     def fail(self, problem: str, remedy: str = "") -> None:
         self.failures.append(problem)
@@ -115,9 +105,9 @@ class Report:
 
     def end(self) -> int:
         """Print the summary; returns the exit status."""
-        count = f"{self.warnings or 'no'} warning{'' if self.warnings == 1 else 's'}"
-        verdict = f"the run would fail: {self.failures[0]}" if self.failures else "the run can start"
-        print(f"\n{verdict[0].upper()}{verdict[1:]} ({count})")
+        count = f"{self.warnings or 'no'} warning{'s' * (self.warnings != 1)}"
+        verdict = f"The run would fail: {self.failures[0]}" if self.failures else "The run can start"
+        print(f"\n{verdict} ({count})")
         return 1 if self.failures else 0
 
 
@@ -133,9 +123,8 @@ def parsed(script: Path, words: list[str]) -> tuple[argparse.Namespace, dict[str
     found: list[argparse.Namespace] = []
 
     def take(_main: Any, args: Any) -> None:
-        args = args() if callable(args) else args
-        distributed.check_ranges(args)
-        found.append(args)
+        found.append(args() if callable(args) else args)
+        distributed.check_ranges(found[0])
 
     run, argv, errors = distributed.run, sys.argv, io.StringIO()
     distributed.run, sys.argv = take, [str(script), *words]  # type: ignore[assignment]
@@ -172,10 +161,11 @@ class Row(NamedTuple):
 
 
 @functools.cache
-def row_commands(script: Path) -> list[list[str]]:
+def row_commands(script: Path, *stages: str) -> list[list[str]]:
     """The commands that a row's script would run, as words."""
-    env = {**os.environ, "GPUS": "1", "NNODES": "1", "EXTRA": "", "DATA": "data", "OUT": "/out"}
-    shown = subprocess.run(["bash", script, "--dry_run"], cwd=ROOT, env=env, capture_output=True, text=True)
+    env = {**os.environ, "GPUS": "1", "NNODES": "1", "EXTRA": "", "OUT": "/out"}
+    env |= dict.fromkeys(("DATA", "ADE20K", "COCO"), "data")
+    shown = subprocess.run(["bash", script, "--dry_run", *stages], cwd=ROOT, env=env, capture_output=True, text=True)
     lines = shown.stdout.replace("\\\n", " ").splitlines() if not shown.returncode else []
     return [words for words in map(shlex.split, lines) if len(words) > 1]
 
@@ -184,7 +174,8 @@ def paper_row(method: str, stage: str, args: argparse.Namespace) -> Row | None:
     """The row of the papers' tables whose flags for this stage are most like the run's, by the rows' own scripts."""
     main, rows = f"{method}/main_{stage}.py", []
     for script in (path for path in sorted((ROOT / "scripts").glob("*e.sh")) if f" {main} " in path.read_text()):
-        found = (parsed(ROOT / main, words[2:])[0] for words in row_commands(script) if words[1].endswith(main))
+        commands = row_commands(script, *(name for name in NAMED_STAGES if name == stage))
+        found = (parsed(ROOT / main, words[2:])[0] for words in commands if words[1].endswith(main))
         rows += [Row(script.name, flags) for flags in found]
 
     def likeness(row: Row) -> tuple[bool, int]:
@@ -197,7 +188,7 @@ def make_plan(own: argparse.Namespace, words: list[str]) -> Plan:
     """The plan of a command line; raises Refused where the main refuses it."""
     script = ROOT / own.method / f"main_{own.stage}.py"
     args, names = parsed(script, words)
-    if not hasattr(args, "epochs"):
+    if not (hasattr(args, "epochs") or hasattr(args, "iters")):
         raise distributed.UserError(f"--stage {own.stage}: trains nothing")
     if "default_folder" in names:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -213,47 +204,34 @@ def make_plan(own: argparse.Namespace, words: list[str]) -> Plan:
 
 def check_versions(report: Report) -> None:
     """Installed packages against requirements.txt."""
-    versions, lines = {}, (ROOT / "requirements.txt").read_text().splitlines()
-    for requirement in (Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()):
-        name, remedy = requirement.name, "pip install -r requirements.txt"
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            report.warn(f"{requirement} is not installed", remedy)
-            continue
-        if not requirement.specifier.contains(versions[name].split("+")[0], prereleases=True):
-            report.warn(f"{name} {versions[name]} is installed, requirements.txt has {requirement}", remedy)
-    shown = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    installed, lines = {}, (ROOT / "requirements.txt").read_text().splitlines()
+    for needed in (Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[needed.name] = metadata.version(needed.name)
+        found = installed.get(needed.name, "")
+        fits = bool(found) and needed.specifier.contains(found.split("+")[0], prereleases=True)
+        problem = f"{needed.name} {found or 'not'} is installed, requirements.txt has {needed}"
+        report.warn_if(not fits, problem, "pip install -r requirements.txt")
+    shown = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     report.line("versions", f"python {sys.version.split()[0]}, {shown}")
 
 
 def check_devices(report: Report, args: argparse.Namespace) -> str:
     """Devices, memory and cores; returns the type of the device that the run will take."""
-    on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    smi = shutil.which("nvidia-smi")
-    query = [smi or "", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if smi else []
-    if torch.cuda.is_available():
-        report.line("CUDA", f"{torch.version.cuda}, driver {driver[0] if driver else 'unknown'}")
-        for index in range(torch.cuda.device_count()):
-            name, (free, total) = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)
-            report.line(f"cuda:{index}", f"{name}, {amount(total)}, {amount(free)} free")
-            if free < 0.9 * total and on_gpu:
-                remedy = "end it (nvidia-smi shows it), or hide this GPU by CUDA_VISIBLE_DEVICES"
-                report.warn(f"cuda:{index}: another program holds {amount(total - free)}", remedy)
-        if not on_gpu:
-            report.warn("the run takes the CPU, and there is a GPU", "leave --device out")
-        elif args.amp_dtype == "fp32":
-            report.warn("--amp_dtype fp32 on a GPU is slow", "leave --amp_dtype out, if the recipe allows")
-    elif driver:
-        cuda = torch.version.cuda or "no CUDA"
-        report.warn(f"torch ({cuda}) sees no GPU, but driver {driver[0]} does", "install torch for this driver")
+    count = torch.cuda.device_count()
+    on_gpu = count > 0 and args.device != "cpu"
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        report.line(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {amount(total)}, {amount(free)} free")
+        problem = f"cuda:{index}: another program holds {amount(total - free)}"
+        report.warn_if(on_gpu and free < 0.9 * total, problem, "end it, or hide this GPU by CUDA_VISIBLE_DEVICES")
+    report.warn_if(count > 0 and not on_gpu, "the run takes the CPU, and there is a GPU", "leave --device out")
     free, total = memory_available()
     report.line("memory", f"{amount(total)}, {amount(free)} available")
-    report.line("cores", f"{cores()}; the run takes the {'CUDA' if on_gpu else 'CPU'}")
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * cores():
-        problem = f"other programs are running (load {os.getloadavg()[0]:.1f} on {cores()} cores)"
-        report.warn(problem, "end them before you trust the times below")
+    report.line("cores", f"{cores()}; the run takes the {'GPU' if on_gpu else 'CPU'}")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    problem = f"other programs are running (load {load:.1f} on {cores()} cores)"
+    report.warn_if(load > 0.5 * cores(), problem, "end them before you trust the times below")
     return "cuda" if on_gpu else "cpu"
 
 
@@ -267,27 +245,23 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     launched = world > 1 and not interactive
     if launched and own.processes not in (None, world):
         raise distributed.UserError(f"--processes {own.processes}: this is a launch of {world}")
-    if kind:
-        values = ", ".join(f"{name}={env[name]}" for name in names)
-        report.line("launcher", f"{kind}: process {rank} of {world}, by {values}")
-    else:
-        report.line("launcher", "none: python starts one process, torchrun several")
-        for stray in (name for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in env):
-            problem = f"{stray}={env[stray]} is set, but not all of the launcher's variables: the run ignores it"
-            report.warn(problem, f"start it by torchrun or srun, or unset {stray}")
-    if interactive:
-        env = {k: v for k, v in env.items() if k not in names}
-        if world > 1:
-            problem = f"SLURM's variables in this shell make a plain python wait for {world} processes"
-            report.warn(problem, f"start it by srun, or unset {' '.join(names)} and use torchrun")
+    values = ", ".join(f"{name}={env[name]}" for name in names)
+    shown = f"{kind}: process {rank} of {world}, by {values}" if kind else "none: python starts one, torchrun several"
+    report.line("launcher", shown)
+    for stray in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+        problem = f"{stray}={env.get(stray)} is set, but not all of the launcher's variables: the run ignores it"
+        report.warn_if(stray in env and not kind, problem, f"start it by torchrun or srun, or unset {stray}")
+    problem = f"SLURM's variables in this shell make a plain python wait for {world} processes"
+    remedy = f"start it by srun, or unset {' '.join(names)} and use torchrun"
+    report.warn_if(interactive and world > 1, problem, remedy)
+    env = {k: v for k, v in env.items() if not (interactive and k in names)}
     planned = world if launched else own.processes or 1
     room, units = (max(1, torch.cuda.device_count()), "GPUs") if device == "cuda" else (cores(), "cores")
     here = world if launched else min(planned, room)
     more = f"; measured with {here}: this machine has {room} {units}" if here < planned else ""
     report.line("processes", f"{planned}{more}")
-    if device == "cuda" and planned == 1 and room > 1:
-        remedy = f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
-        report.warn(f"one process uses one of {room} GPUs", remedy)
+    remedy = f"torchrun --nproc_per_node {room} ..., here: --processes {room}"
+    report.warn_if(device == "cuda" and planned == 1 < room, f"one process uses one of {room} GPUs", remedy)
     check_threads(report, env.get("OMP_NUM_THREADS", ""), min(here, room), here > 1, args.num_workers, device)
     return Launch(planned, here, launched, env, rank, device == "cuda")
 
@@ -298,34 +272,26 @@ def check_threads(report: Report, set_to: str, processes: int, several: bool, wo
     each = max(1, cores() // processes)
     shown = set_to or f"not set, which means {threads}"
     report.line("threads", f"OMP_NUM_THREADS={shown}; {workers} loader processes each")
-    if device == "cpu" and threads * processes > cores():
-        report.warn(f"{processes} x {threads} threads on {cores()} cores", f"OMP_NUM_THREADS={each}")
-    elif device == "cpu" and threads * processes <= cores() // 2:
-        problem = f"{processes} x {threads} threads use half of {cores()} cores or less"
-        report.warn(problem, f"OMP_NUM_THREADS={each}")
-    if workers * processes > cores():
-        problem = f"--num_workers {workers}: {workers * processes} loader processes on {cores()} cores"
-        report.warn(problem, f"--num_workers {each}")
-    if workers == 0 and device == "cuda":
-        report.warn("--num_workers 0: the GPU waits for every image", f"--num_workers {each}")
+    used, remedy = f"{processes} x {threads} threads", f"OMP_NUM_THREADS={each}"
+    report.warn_if(device == "cpu" and threads * processes > cores(), f"{used} on {cores()} cores", remedy)
+    idle = device == "cpu" and threads * processes <= cores() // 2
+    report.warn_if(idle, f"{used} use half of {cores()} cores or less", remedy)
+    problem = f"--num_workers {workers}: {workers * processes} loader processes on {cores()} cores"
+    report.warn_if(workers * processes > cores(), problem, f"--num_workers {each}")
+    alone = workers == 0 and device == "cuda"
+    report.warn_if(alone, "--num_workers 0: the GPU waits for every image", f"--num_workers {each}")
 
 
 def explain(report: Report, plan: Plan, run: Measurement) -> None:
     """Say why a measured run failed."""
-    said = re.findall(rf"^(?:\[rank \d+\] )?({re.escape(plan.script.name)}: .*)", run.output, re.MULTILINE)
-    if re.search(r"Bus error|Signal 7 \(SIGBUS\)|unable to (write|open|mmap) .*shm", run.output) or run.status == -7:
-        free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
-        remedy = "give the container more (docker --shm-size), or lower --num_workers"
-        report.fail(f"the loader's shared memory is full ({amount(free)} free in /dev/shm)", remedy)
-    elif re.search(r"OutOfMemoryError|CUDA out of memory", run.output):
-        report.fail("the GPU's memory is too small", f"{SMALLER}; or --amp_dtype bf16")
-    elif run.status == -9 or re.search(r"can't allocate memory|MemoryError|Cannot allocate memory", run.output):
-        report.fail(f"the memory of this machine is too small ({amount(memory_available()[1])})", SMALLER)
-    elif said:
+    text = f"{run.output}\nstatus {run.status}"
+    if known := [words for pattern, words in ENDS.items() if re.search(pattern, text, re.MULTILINE)]:
+        report.fail(*known[0])
+    elif said := re.findall(rf"^(?:\[rank \d+\] )?({re.escape(plan.script.name)}: .*)", text, re.MULTILINE):
         report.fail(said[-1])
     else:
-        tail = [line for line in run.output.strip().splitlines() if line.strip()][-12:]
-        last = next((x for x in reversed(tail) if re.match(r"\w*(Error|Exception)\b", x)), f"status {run.status}")
+        tail = [line for line in text.splitlines() if line.strip()][-12:]
+        last = next((line for line in reversed(tail) if re.match(r"\w*(Error|Exception)\b", line)), tail[-1])
         report.fail(f"the run ended: {last}")
         print("\n".join(f"    {line}" for line in tail))
 
@@ -340,108 +306,115 @@ def image_sets(args: argparse.Namespace, labelled: bool, count: int) -> dict[str
         count: of the training images, as the run says it; 0: unknown.
     """
 
-    def found(train: bool, **form: bool) -> Any:
-        split = getattr(args, "train_split" if train else "val_split", "")
+    def read(train: bool, **form: bool) -> Any:
+        if hasattr(args, "train_json"):
+            return detection_images(args, train)
+        if hasattr(args, "reduce_zero_label"):
+            class_names(args)
+            return segmentation_images(args, train)
         path = args.data_path if train else getattr(args, "eval_data_path", None) or args.data_path
-        with contextlib.suppress(distributed.UserError):
-            name, skip = getattr(args, "dataset", ""), getattr(args, "output_dir", "")
-            return datasets.image_dataset(path, train, labelled, name, split, skip=skip, **form)
+        split = getattr(args, "train_split" if train else "val_split", "")
+        name, skip = getattr(args, "dataset", ""), getattr(args, "output_dir", "")
+        return datasets.image_dataset(path, train, labelled, name, split, skip=skip, **form)
 
-    if hasattr(args, "train_json"):
-        with contextlib.suppress(distributed.UserError):
-            return {"train": detection_images(args, True), "val": detection_images(args, False)}
-        return {}
     for form in ({}, {"lists": True}, {"direct": True}):
-        sets = {"train": found(True, **form), "val": found(False, **form)}
-        if sets["train"] is not None and count in (0, len(sets["train"])):
-            return {name: images for name, images in sets.items() if images is not None}
+        sets = {}
+        for name in ("train", "val"):
+            with contextlib.suppress(distributed.UserError), contextlib.redirect_stdout(io.StringIO()):
+                sets[name] = read(name == "train", **form)
+        if "train" in sets and count in (0, len(sets["train"])):
+            return sets
     return {}
 
 
-def check_images(report: Report, paths: list[str], name: str, how_many: str, size: int, skips: bool) -> None:
-    """Read images: are they readable, how large are they?"""
-    count = len(paths) if how_many == "all" else min(int(how_many), len(paths))
+def described(images: Any) -> str:
+    """How many images a data set has, and what belongs to them."""
+    text, classes = f"{len(images)} images", getattr(images, "classes", None)
+    if isinstance(images, SegmentationImages):
+        text += f" with masks of {images.nb_classes} classes"
+    elif isinstance(images, DetectionImages):
+        text += f" with {images.object_count} objects of {len(images.classes)} classes"
+    elif hasattr(images, "samples"):
+        counts = sorted(Counter(target for _, target in images.samples).values())
+        each = f"{counts[0]} to {counts[-1]} each (median {statistics.median(counts):g})"
+        text += f" in {len(counts)} classes, {each}" if classes else " without classes"
+    return f"{text}, {type(images).__name__} {getattr(images, 'root', '')}".rstrip()
+
+
+def check_images(report: Report, images: Any, name: str, how_many: str, size: int, skips: bool) -> None:
+    """Read images, with their masks: are they readable, how large are they?"""
+    count = len(images) if how_many == "all" else min(int(how_many), len(images))
     if not count:
         return
-    chosen = paths if count == len(paths) else random.Random(0).sample(paths, count)
+    chosen = range(len(images)) if count == len(images) else random.Random(0).sample(range(len(images)), count)
     with ThreadPoolExecutor(cores()) as pool:
-        results = list(pool.map(size_of, chosen))
-    bad = [f"{path}: {result}" for path, result in zip(chosen, results, strict=True) if isinstance(result, str)]
+        results = list(pool.map(functools.partial(size_of, images), chosen))
+    bad = [f"{images.samples[i][0]}: {x}" for i, x in zip(chosen, results, strict=True) if isinstance(x, str)]
     sides = [min(result) for result in results if not isinstance(result, str)]
-    which = "all" if count == len(paths) else f"{count} of {len(paths)}, sampled"
+    which = "all" if count == len(images) else f"{count} of {len(images)}, sampled"
     shown = f"; shorter side {min(sides)} to {max(sides)} pixels, median {statistics.median(sides):g}" if sides else ""
     report.line(f"{name} images", f"{which}: {count - len(bad)} readable{shown}")
-    if bad:
-        others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        problem = f"{len(bad)} unreadable: {'; '.join(bad[:3])}{others}"
-        remedy = "delete or replace them" + ("; --bad_images skip goes on without them" if skips else "")
-        (report.warn if skips else report.fail)(problem, remedy if skips else f"{remedy}, or add --bad_images skip")
-    if sides and size and statistics.median(sides) < size:
-        problem = f"half of the images are smaller than the run's {size} pixels and are enlarged"
-        report.warn(problem, "a smaller --input_size (UDI: --global_size), with a smaller --patch_size, costs less")
+    problem = f"{len(bad)} unreadable: {'; '.join(bad[:3])}{f' and {len(bad) - 3} more' * (len(bad) > 3)}"
+    report.warn_if(bool(bad) and skips, problem, "delete or replace them; --bad_images skip goes on without them")
+    if bad and not skips:
+        report.fail(problem, "delete or replace them, or add --bad_images skip")
+    problem = f"half of the images are smaller than the run's {size} pixels and are enlarged"
+    remedy = "a smaller --input_size (UDI: --global_size), with a smaller --patch_size, costs less"
+    report.warn_if(bool(sides) and statistics.median(sides or [0]) < size, problem, remedy)
 
 
-def size_of(path: str) -> tuple[int, int] | str:
-    """Width and height, or why it cannot be read."""
+def size_of(images: Any, index: int) -> tuple[int, int] | str:
+    """Width and height of an image, or why it cannot be read."""
     try:
-        return datasets.read_image(path).size
+        return images[index][0].size
     except Exception as error:  # Pillow raises many types for damaged files
-        return " ".join(str(error).split())[:100] or type(error).__name__
+        return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_data(report: Report, plan: Plan, run: Measurement) -> None:
     """The images of the run, and what its batches leave out."""
     args, pretrains = plan.args, plan.own.stage in ("pretrain", "tokenizer")
     sets = image_sets(args, not pretrains, run.said[0])
-    for name, found in sets.items() if not pretrains else list(sets.items())[:1]:
-        samples = getattr(found, "samples", None)
-        text = f"{len(found)} images"
-        if isinstance(found, DetectionImages):
-            text += f" with objects of {len(found.classes)} classes"
-        elif samples is not None:
-            counts = sorted(Counter(target for _, target in samples).values())
-            each = f"{counts[0]} to {counts[-1]} each (median {statistics.median(counts):g})"
-            text += f" in {len(counts)} classes, {each}" if getattr(found, "classes", None) else " without classes"
-        report.line(name, f"{text}, {type(found).__name__} {getattr(found, 'root', '')}".rstrip())
-        if samples is None:
+    for name, images in sets.items() if not pretrains else list(sets.items())[:1]:
+        report.line(name, described(images))
+        if hasattr(images, "samples"):
+            size = getattr(args, "input_size", 0) or getattr(args, "global_size", 0)
+            check_images(report, images, name, plan.own.check_images, size, args.bad_images == "skip")
+        else:
             report.line(f"{name} images", "not read one by one: the data set has no list of files")
-            continue
-        size, paths = getattr(args, "input_size", 0) or getattr(args, "global_size", 0), [path for path, _ in samples]
-        check_images(report, paths, name, plan.own.check_images, size, args.bad_images == "skip")
     if "train" not in sets:
         report.line("train", f"{run.said[0] or 'unknown'} images, not read one by one")
     elif pretrains:
         check_layout(report, args, sets["train"])
     check_batches(report, plan, run, run.said[0] or len(sets.get("train", ())))
     for problem in re.findall(r"\] (.*: unreadable image \(.*\)): skipped", run.output)[:3]:
-        report.warn(problem, "delete or replace it")
+        report.warn_if(True, problem, "delete or replace it")
 
 
 def check_batches(report: Report, plan: Plan, run: Measurement, images: int) -> None:
     """Whether an epoch has enough batches, and uses its images."""
     size, accum, processes = batch_size(plan.args), accumulated(plan.args), plan.launch.planned
-    steps = epoch_steps(plan, run)
+    steps = plan.steps(run)
     if images and images < size * processes:
         problem = f"{images} images do not fill a batch of {size} on {processes} processes"
         report.fail(problem, "a smaller --batch_size, or fewer processes")
-    elif steps:
+    elif steps and not plan.counts_updates:
         if steps < accum:
             problem = f"an epoch has {steps} batches, fewer than the {accum} of an update"
             report.fail(problem, f"a smaller --accum_iter, at most {steps}")
         lost = 1 - steps * size * processes / images
-        if lost > 0.05:
-            problem = f"an epoch leaves out {lost:.0%} of the images, which fill no batch"
-            report.warn(problem, f"a --batch_size that divides {images} better")
+        problem = f"an epoch leaves out {lost:.0%} of the images, which fill no batch"
+        report.warn_if(lost > 0.05, problem, f"a --batch_size that divides {images} better")
 
 
 def check_layout(report: Report, args: argparse.Namespace, train: Any) -> None:
     """Images for pre-training need no classes; so folders may be taken for classes that are none."""
     root = Path(getattr(train, "root", ""))
     if getattr(train, "classes", None) and root.is_dir():
-        inside = sorted(path for path in root.iterdir() if path.is_dir())
-        nested = [path for path in inside if (path / "train").is_dir() or (path / "val").is_dir()]
-        for folder in nested[:1]:
-            report.warn(f"{folder} is taken for a class, but holds train/ or val/", f"--data_path {folder}")
+        inside = sorted(path for name in ("train", "val") for path in root.glob(f"*/{name}") if path.is_dir())
+        nested = inside[0].parent if inside else ""
+        problem = f"{nested} is taken for a class, but holds train/ or val/"
+        report.warn_if(bool(nested), problem, f"--data_path {nested}")
     if not args.dataset:
         try:
             val = len(datasets.image_dataset(args.data_path, train=False))
@@ -464,27 +437,28 @@ def check_recipe(report: Report, plan: Plan, run: Measurement) -> None:
     if row is not None:
         like = "" if same else f"; no row has {network(args)}, this is the most similar one"
         report.line("published", f"{row.images} images per update (scripts/{row.script}{like})")
-        if same and images != row.images and run.said[0] >= row.images:
-            other = f"--accum_iter {row.images // step}"
-            other = other if row.images % step == 0 else f"--batch_size that divides {row.images}"
-            problem = f"{images} images per update, the published row has {row.images}"
-            report.warn(problem, f"{other} keeps the published number")
+        fits = row.images % step == 0
+        other = f"--accum_iter {row.images // step}" if fits else f"--batch_size that divides {row.images}"
+        problem = f"{images} images per update, the published row has {row.images}"
+        differs = same and images != row.images and run.said[0] >= row.images
+        report.warn_if(differs, problem, f"{other} keeps the published number")
     check_rate(report, plan, run, images, row)
     if row is not None and same:
         groups, theirs = vars(distributed.flag_groups(plan.parser)), vars(row.args)
-        recipe = {action.dest for name in RECIPE for action in groups[name]._group_actions} - NO_RECIPE
+        recipe = {action.dest for name in RECIPE for action in groups[name]._group_actions} - {*NO_RECIPE.split()}
         other = [f"{k} {v} ({theirs[k]})" for k, v in vars(args).items() if k in recipe and theirs.get(k, v) != v]
         shown = ", ".join(other[:12]) + (", ..." if len(other) > 12 else "")
         report.line("other flags", f"differ from the published in {shown}" if other else "as published")
-    if not hasattr(args, "warmup_epochs"):
-        return
-    usual = getattr(row.args, "warmup_epochs", None) if row is not None else None
-    theirs = f"; published {usual} of {row.args.epochs}" if row is not None and usual is not None else ""
-    report.line("warm-up", f"{args.warmup_epochs:g} of {args.epochs} epochs{theirs}")
-    if args.warmup_epochs > 0.25 * args.epochs:
-        share = usual / row.args.epochs if row is not None and usual is not None else 0.05
-        problem = f"the warm-up takes {args.warmup_epochs / args.epochs:.0%} of the run"
-        report.warn(problem, f"--warmup_epochs {round(share * args.epochs)}")
+    for flag, of in (("warmup_epochs", "epochs"), ("warmup_iters", "iters")):
+        if not (hasattr(args, flag) and hasattr(args, of)):
+            continue
+        warmup, total = getattr(args, flag), getattr(args, of)
+        usual = (getattr(row.args, flag, None), getattr(row.args, of, 0)) if row is not None else (None, 0)
+        theirs = f"; published {usual[0]} of {usual[1]}" if usual[0] is not None else ""
+        report.line("warm-up", f"{warmup:g} of {total} {of}{theirs}")
+        share = usual[0] / usual[1] if usual[0] is not None else 0.05
+        problem = f"the warm-up takes {warmup / total:.0%} of the run"
+        report.warn_if(warmup > 0.25 * total, problem, f"--{flag} {round(share * total)}")
 
 
 def check_rate(report: Report, plan: Plan, run: Measurement, images: int, row: Row | None) -> None:
@@ -500,9 +474,9 @@ def check_rate(report: Report, plan: Plan, run: Measurement, images: int, row: R
         report.line("learning rate", f"{rate * images / measured:.2e}: {rule}")
         return
     report.line("learning rate", f"{rate:.2e}: --lr, absolute")
-    if row is not None and images != row.images and getattr(row.args, "lr", None) == given and given:
+    if row is not None and getattr(row.args, "lr", None) == given:
         problem = f"--lr {given:g} is absolute and published for {row.images} images per update, this run has {images}"
-        report.warn(problem, f"--lr {given * images / row.images:.3g} is in proportion")
+        report.warn_if(images != row.images, problem, f"--lr {given * images / row.images:.3g} is in proportion")
 
 
 # ---- speed and memory
@@ -519,29 +493,26 @@ def check_speed(report: Report, plan: Plan, run: Measurement) -> None:
     spread = f"{speed.count} measured, the middle 80 % {speed.low:.4g} to {speed.high:.4g} s"
     with_processes = f"{rate:.4g} images/s with {launch.here} process{'es' * (launch.here > 1)}"
     report.line("step", f"{speed.step:.4g} s ({spread}), {with_processes}")
-    if not launch.on_gpu and run.computed < 0.7 * busy:
-        problem = f"other programs held the cores: the process computed {run.computed / busy:.0%} of the time"
-        report.warn(problem, "repeat this when they have ended")
-    elif speed.high - speed.low > 0.3 * speed.step and busy > 0.9:
-        report.warn("steps take unequally long", "repeat this when nothing else runs, or with --seconds 120")
-    # ---- loader
-    report.line("loader", f"training waits for images {1 - busy:.0%} of the time with --num_workers {args.num_workers}")
-    if busy < 0.9:
-        spare, side = max(1, cores() // launch.here), 2 * (getattr(args, "input_size", 0) or 224)
-        remedy = f"--num_workers {spare}" if args.num_workers < spare else ""
-        remedy = remedy or f"shrink the images once to about {side} pixels, or more cores"
-        report.warn(f"training waits for images {1 - busy:.0%} of the time", remedy)
+    problem = f"other programs held the cores: the process computed {run.computed / busy:.0%} of the time"
+    disturbed = not launch.on_gpu and run.computed < 0.7 * busy
+    report.warn_if(disturbed, problem, "repeat this when they have ended")
+    waits = f"training waits for images {1 - busy:.0%} of the time"
+    report.line("loader", f"{waits} with --num_workers {args.num_workers}")
+    spare, side = max(1, cores() // launch.here), 2 * (getattr(args, "input_size", 0) or 224)
+    smaller = f"shrink the images once to about {side} pixels, or more cores"
+    report.warn_if(busy < 0.9, waits, f"--num_workers {spare}" if args.num_workers < spare else smaller)
     # ---- duration
-    steps = epoch_steps(plan, run)
+    steps, unit = plan.steps(run), "interval" if plan.counts_updates else "epoch"
     epoch = steps * speed.step + speed.rest
-    report.line("epoch", f"{duration(epoch)} ({steps} steps, {duration(speed.rest)} for saving and evaluation)")
+    report.line(unit, f"{duration(epoch)} ({steps} steps, {duration(speed.rest)} for saving and evaluation)")
     if run.evaluation:
         report.line("evaluation", duration(run.evaluation))
-    if run.problem:
-        report.warn(f"the evaluation of its checkpoint ended: {run.problem}", "see what --eval says of a checkpoint")
-    left = args.epochs - run.resumed[1] - run.resumed[2] / max(1, run.said[0])
-    continued = f", {left:.4g} of them left" if left < args.epochs else ""
-    report.line("whole run", f"{duration(run.begun + left * epoch)} for {args.epochs} epochs{continued}")
+    problem = f"the evaluation of its checkpoint ended: {run.problem}"
+    report.warn_if(bool(run.problem), problem, "see what --eval says of a checkpoint")
+    left = plan.epochs - run.resumed[1] - run.resumed[2] / (steps * batch_size(args) * launch.planned)
+    total, what = (args.iters, "updates") if plan.counts_updates else (args.epochs, "epochs")
+    continued = f", {left * total / plan.epochs:.4g} of them left" if left < plan.epochs else ""
+    report.line("whole run", f"{duration(run.begun + left * epoch)} for {total} {what}{continued}")
     if launch.here != launch.planned:
         how = f"extrapolated from {launch.here} to {launch.planned} processes on machines like this one"
         report.line("", f"{how}: {rate * launch.planned / launch.here:.4g} images/s, without the exchange of gradients")
@@ -553,14 +524,13 @@ def check_memory(report: Report, plan: Plan, run: Measurement) -> None:
     report.line("memory", f"{amount(run.host)} per process at the peak, {workers}")
     launch, free = plan.launch, memory_available()[0]
     need = (run.host + run.workers) * launch.here
-    if need > 0.9 * free:
-        problem = f"{amount(need)} of {amount(free)} available memory would be used"
-        report.warn(problem, f"{SMALLER}, or lower --num_workers")
+    problem = f"{amount(need)} of {amount(free)} available memory would be used"
+    report.warn_if(need > 0.9 * free, problem, f"{SMALLER}, or lower --num_workers")
     if launch.on_gpu and run.lines:
         in_use, card = run.device
         report.line("GPU memory", f"{amount(run.lines[-1]['memory'])} per process at the peak, of {amount(card)}")
-        if in_use > 0.95 * card:
-            report.warn(f"{amount(in_use)} of the GPU's {amount(card)} are in use", f"{SMALLER}, to be safe")
+        problem = f"{amount(in_use)} of the GPU's {amount(card)} are in use"
+        report.warn_if(in_use > 0.95 * card, problem, f"{SMALLER}, to be safe")
 
 
 # ---- files
@@ -570,63 +540,55 @@ def numbered(plan: Plan, first: int) -> int:
     """Numbered checkpoints that the run keeps from an epoch on, at most."""
     unused = [action.dest for action in distributed.flag_groups(plan.parser).unused._group_actions]
     name = next((name for name in SAVES if hasattr(plan.args, name) and name not in unused), "")
-    every, epochs = getattr(plan.args, name, 0), plan.args.epochs or 0
+    every, epochs = getattr(plan.args, name, 0), math.ceil(plan.epochs)
     count = sum(bool(every) and (epoch % every == 0 or epoch + 1 == epochs) for epoch in range(first, epochs))
     return min(1, count) if name == "save_every" else count  # A2MIM's authors keep the last one
 
 
 def check_files(report: Report, plan: Plan, run: Measurement) -> None:
     """Space for checkpoints, and what would be continued."""
-    args, planned = plan.args, plan.folder
-    if not planned:
+    if not plan.folder:
         report.line("folder", "none: the run writes nothing")
-        report.warn("neither checkpoints nor logs are written", "--output_dir DIR")
+        report.warn_if(True, "neither checkpoints nor logs are written", "--output_dir DIR")
         return
-    folder = Path(planned).absolute()
+    folder = Path(plan.folder).absolute()
     report.line("folder", folder)
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        report.fail(f"--output_dir {planned}: cannot be written", f"make {parent} writable, or name another")
-    # ---- what is there
-    path, first, done = run.resumed
-    if path:
-        inside = f", {done} images of it done" if done else ""
-        report.line("continues", f"{path}, epoch {first} of {args.epochs}{inside}")
-        check_continued(report, path, first, args)
-    elif folder.is_dir() and any(folder.iterdir()):
+        report.fail(f"--output_dir {plan.folder}: cannot be written", f"make {parent} writable, or name another")
+    if run.resumed[0]:
+        check_continued(report, plan, *run.resumed)
+    elif folder.is_dir():
         some = ", ".join(sorted(p.name for p in folder.iterdir())[:4])
-        report.warn(f"{folder} is not empty ({some}), but nothing in it is continued", "name a new --output_dir")
+        problem = f"{folder} is not empty ({some}), but nothing in it is continued"
+        report.warn_if(bool(some), problem, "name a new --output_dir")
     # ---- space
     if failed := re.search(r": (.*: cannot be written \(.*\))", run.output):
-        report.warn(f"no checkpoint could be measured: {failed[1]}", "TMPDIR=<folder with more space>")
+        report.warn_if(True, f"no checkpoint could be measured: {failed[1]}", "TMPDIR=<folder with more space>")
     if not run.checkpoint:
         report.line("checkpoints", "size not measured")
         return
-    size, count, free = run.checkpoint, numbered(plan, first), shutil.disk_usage(parent).free
+    size, count, free = run.checkpoint, numbered(plan, run.resumed[1]), shutil.disk_usage(parent).free
     need = size * (count + 3)  # the latest, the one before, and one that is being written
     text = f"{amount(size)} each, written in {duration(run.saving)}"
     report.line("checkpoints", f"{text}; {count} numbered ones, the latest and the one before")
     report.line("space", f"{amount(need)} at most, {amount(free)} free")
-    if need > free:
-        flag = "the flag of the interval between numbered checkpoints (--save_freq or the like)"
-        problem = f"{folder} has {amount(free)}, the run needs up to {amount(need)}"
-        report.warn(problem, f"another --output_dir, or raise {flag}")
-    elif need > 0.8 * free:
-        problem = f"the checkpoints fill {need / free:.0%} of the free space"
-        report.warn(problem, "make room, or name another --output_dir")
+    problem = f"{folder} has {amount(free)}, the run needs up to {amount(need)}"
+    remedy = "another --output_dir, or keep fewer numbered checkpoints (--save_freq or the like)"
+    report.warn_if(need > 0.8 * free, problem, remedy)
 
 
-def check_continued(report: Report, path: str, epoch: int, args: argparse.Namespace) -> None:
+def check_continued(report: Report, plan: Plan, path: str, epoch: int, images: int) -> None:
     """Whether the run in the folder is complete, and had these flags."""
-    if args.epochs and epoch >= args.epochs:
-        remedy = "more --epochs, or a new --output_dir"
-        report.warn(f"it has all of its {args.epochs} epochs: the run would end at once", remedy)
+    done = f", {images} images of it done" if images else ""
+    report.line("continues", f"{path}, epoch {epoch} of {math.ceil(plan.epochs)}{done}")
+    problem = f"it has all of its {math.ceil(plan.epochs)} epochs: the run would end at once"
+    report.warn_if(0 < plan.epochs <= epoch, problem, "more --epochs, or a new --output_dir")
     stored = distributed.flags_of(distributed.load(path))
-    items = [(k, v) for k, v in vars(args).items() if k not in MOVED]
+    items = [(k, v) for k, v in vars(plan.args).items() if k not in MOVED.split()]
     changed = [f"{k} {v} (was {stored[k]})" for k, v in items if stored.get(k, v) != v]
-    if changed:
-        problem = f"it continues a run with other flags: {', '.join(changed[:8])}"
-        report.warn(problem, "a new --output_dir for a new run, or the old flags")
+    problem = f"it continues a run with other flags: {', '.join(changed[:8])}"
+    report.warn_if(bool(changed), problem, "a new --output_dir for a new run, or the old flags")
 
 
 # ---- main
@@ -635,20 +597,11 @@ def check_continued(report: Report, path: str, epoch: int, args: argparse.Namesp
 def check_own_flags(own: argparse.Namespace) -> None:
     """Raise UserError for a mistake in this script's flags."""
     known = sorted(path.stem.removeprefix("main_") for path in (ROOT / own.method).glob("main_*.py"))
-    for flag, fits, expected in (
-        ("stage", own.stage in known, f"{own.method} has {', '.join(known)}"),
-        ("processes", own.processes is None or own.processes >= 1, "expected at least 1"),
-        ("seconds", own.seconds > 0, "expected more than 0"),
-        (
-            "check_images",
-            own.check_images == "all" or own.check_images.isdecimal(),
-            "expected a number of images, or all",
-        ),
-    ):
-        if not fits:
-            value = getattr(own, flag)
-            shown = f"{value:g}" if isinstance(value, float) else value
-            raise distributed.UserError(f"--{flag} {shown}: {expected}")
+    if own.stage not in known:
+        raise distributed.UserError(f"--stage {own.stage}: {own.method} has {', '.join(known)}")
+    distributed.check_ranges(own, {"processes": (1, math.inf), "seconds": (0.1, math.inf)})
+    if own.check_images != "all" and not own.check_images.isdecimal():
+        raise distributed.UserError(f"--check_images {own.check_images}: expected a number of images, or all")
 
 
 def examine(own: argparse.Namespace, words: list[str]) -> int:
@@ -659,13 +612,13 @@ def examine(own: argparse.Namespace, words: list[str]) -> int:
     try:
         plan = make_plan(own, words)
     except Refused as refusal:
-        report.section("Flags")
+        print("\nFlags")
         report.fail(str(refusal))
         return report.end()
-    report.section("Machine")
+    print("\nMachine")
     check_versions(report)
     device = check_devices(report, plan.args)
-    report.section("Launch")
+    print("\nLaunch")
     plan.launch = check_launcher(report, own, plan.args, device)
     now, what = datetime.datetime.now().strftime("%H:%M:%S"), "starting" if own.no_measure else "measuring"
     print(f"\n[{now}] {what} the run ...", file=sys.stderr, flush=True)
@@ -680,7 +633,7 @@ def examine(own: argparse.Namespace, words: list[str]) -> int:
     elif not own.no_measure:
         sections |= {"Speed": check_speed, "Memory": check_memory}
     for title, check in {**sections, "Files": check_files}.items():
-        report.section(title)
+        print(f"\n{title}", flush=True)
         check(report, plan, run)
     return report.end()
 

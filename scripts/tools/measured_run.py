@@ -6,7 +6,6 @@ progress.jsonl. When enough was seen it gets SIGTERM, saves and ends.
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -62,7 +61,7 @@ class Launch:
 class Plan:
     """The run that is planned: its main, flags as words and parsed, processes and folder."""
 
-    own: argparse.Namespace  # flags of this program
+    own: argparse.Namespace  # flags of the doctor
     script: Path
     words: list[str]
     args: argparse.Namespace
@@ -70,17 +69,35 @@ class Plan:
     folder: str = ""
     launch: Launch = field(default_factory=Launch)
 
+    @property
+    def counts_updates(self) -> bool:
+        """Whether the run counts updates; the intervals between its evaluations take the place of epochs."""
+        return hasattr(self.args, "iters")
+
+    @property
+    def epochs(self) -> float:
+        """How many there are, the last interval perhaps a shorter one; 0 where only the main knows it."""
+        return max(1.0, self.args.iters / self.args.eval_interval) if self.counts_updates else self.args.epochs or 0
+
+    def steps(self, run: "Measurement") -> int:
+        """Micro-steps of an epoch; 0 if no step was measured."""
+        if not run.lines:
+            return 0
+        if self.counts_updates:
+            return min(self.args.iters, self.args.eval_interval) * accumulated(self.args)
+        return max(1, round(run.lines[0]["steps"] * self.launch.here / self.launch.planned))
+
 
 # ---- the measurement
 
 
-class Part(NamedTuple):
-    """Consecutive steps of an epoch: those of a line of progress.jsonl, or of the lines of an update."""
+class Step(NamedTuple):
+    """A micro-step, or the mean of those that a line of progress.jsonl is about."""
 
-    steps: int
-    seconds: float
-    wait: float  # seconds of them, for images
-    opens: bool = False  # begins an epoch, other than the first
+    seconds: float  # without waiting
+    wait: float  # seconds, for images
+    updates: float  # of the weights: 0 or 1, in the mean a share
+    opens: bool = False  # it is the first of an epoch, other than the first epoch's
 
 
 @dataclass
@@ -122,39 +139,37 @@ class Measurement:
         found = re.search(r"resumed (.*): epoch (\d+), (\d+) images", self.output)
         return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
 
-    def parts(self) -> tuple[list[Part], list[float]]:
-        """The steps in parts, and the seconds between epochs."""
-        parts, gaps, before = [], [], {"epoch": None, "step": 0}
+    def steps(self) -> tuple[list[Step], list[float]]:
+        """All steps, those of one line alike, and the seconds between epochs."""
+        steps, gaps, before = [], [], {"epoch": None, "step": 0}
         for i, line in enumerate(self.lines):
             opens = line["epoch"] != before["epoch"]
-            steps = 1 if i < FIRST_STEPS else line["step"] - (0 if opens else before["step"])
-            seconds, wait = steps * self.images / line["images_per_second"], steps * line["data"]
-            part = Part(steps, seconds, wait, opens and i > 0)
-            if not opens and i < FIRST_STEPS and before["step"] % self.accum:  # the update goes on
-                last = parts.pop()
-                part = Part(last.steps + 1, last.seconds + seconds, last.wait + wait, last.opens)
-            parts.append(part)
+            first = 0 if opens else before["step"]
+            count = 1 if i < FIRST_STEPS else line["step"] - first
+            each = self.images / line["images_per_second"]
+            updates = (line["step"] // self.accum - (line["step"] - count) // self.accum) / count
+            steps += [Step(each - line["data"], line["data"], updates, opens and i > 0 and count == 1)] * count
             if opens and i:
-                gaps.append(line["seconds"] - seconds - before["seconds"])
+                gaps.append(line["seconds"] - count * each - before["seconds"])
             before = line
-        return parts, gaps
+        return steps, gaps
 
-    def warm(self) -> list[Part]:
+    def warm(self) -> list[Step]:
         """The steps that are like all later ones: the optimizer has its state, the allocator its blocks, and no batches
         are left that were loaded ahead while the run began. On a GPU single steps say nothing, the host runs ahead."""
-        parts, cold = self.parts()[0], max(FIRST_STEPS if self.device[1] else 3, self.ahead + 2)
-        done = itertools.accumulate((part.steps for part in parts), initial=0)
-        return [part for part, before in zip(parts, done, strict=False) if before >= cold]
+        return self.steps()[0][max(FIRST_STEPS if self.device[1] else 3, self.ahead + 2) :]
 
     def is_full(self, seconds: float) -> bool:
         """Whether enough was seen to end the run."""
-        warm, parts = self.warm(), self.parts()[0]
-        enough = sum(p.seconds for p in warm) > seconds and sum(p.steps for p in warm) >= MIN_STEPS
-        return enough or sum(p.seconds for p in parts) > 4 * seconds and len(parts) >= MIN_STEPS
+
+        def enough(steps: list[Step], least: float) -> bool:
+            return len(steps) >= MIN_STEPS and sum(s.seconds + s.wait for s in steps) > least
+
+        return enough(self.warm(), seconds) or enough(self.steps()[0], 4 * seconds)
 
 
 def start(command: list[str], launch: Launch, out: Path) -> list[subprocess.Popen]:
-    """The processes of a run, as torchrun would start them, each at the head of a session; rank 0 prints into `out`."""
+    """The processes of a run, as torchrun would start them, each at the head of a session; they print into `out`."""
     ranks: list[dict[str, str]] = [{}]
     if launch.here > 1 and not launch.launched:
         with socket.socket() as free:
@@ -174,24 +189,22 @@ def start(command: list[str], launch: Launch, out: Path) -> list[subprocess.Pope
 
 def watch(run: Measurement, processes: list[subprocess.Popen], on_gpu: bool, is_enough: Callable[[], bool]) -> None:
     """Note what processes hold until they end, or until it is enough: then they are told to end."""
-    told, failed, sampled = False, 0.0, 0.0
+    told, failed, looks = False, 0.0, 0
     try:
-        while any(process.poll() is None for process in processes):
+        while any(process.poll() is None for process in processes) and not (failed and time.time() - failed > GRACE):
             time.sleep(POLL)
-            now = time.monotonic()
+            looks += 1
             if not told:  # a process that ends touches libraries that training does not
                 run.host = max(run.host, *(usage(process.pid)[0] for process in processes))
             if on_gpu:
                 free, total = torch.cuda.mem_get_info()
                 run.device = max(run.device[0], total - free), total
-            if now - sampled > 20 * POLL:  # takes longer
-                run.workers, sampled = max(run.workers, session_bytes(processes[0].pid)), now
+            if looks % 20 == 0:  # takes longer
+                run.workers = max(run.workers, session_bytes(processes[0].pid))
             if not told and processes[0].poll() is None and is_enough():
                 processes[0].send_signal(signal.SIGTERM)  # the other processes learn of it
                 told = True
-            failed = failed or (now if any(process.poll() for process in processes) else 0.0)
-            if failed and now - failed > GRACE:
-                break
+            failed = failed or time.time() * any(process.poll() for process in processes)
         run.status = min((process.returncode for process in processes if process.returncode), default=0)
     finally:  # also of Ctrl-C
         for process in processes:
@@ -243,7 +256,7 @@ def measure(plan: Plan, folder: Path) -> Measurement:
     written = [path for path in files.rglob("*.pth") if not path.is_symlink()]
     if seconds and run.lines and written and run.is_complete:
         newest = max(written, key=lambda path: path.stat().st_mtime)
-        chosen = dict(distributed.load(f"{newest}")["args"])  # with the values that the main has chosen itself
+        chosen = distributed.load(f"{newest}")["args"]  # with the values that the main has chosen itself
         vars(args).update({k: chosen[k] for k, value in vars(args).items() if value is None and k in chosen})
         run.checkpoint = newest.stat().st_size
         # From the last step's line until the file got its name.
@@ -277,11 +290,6 @@ def evaluate(run: Measurement, command: list[str], launch: Launch, seconds: floa
 # ---- the prediction
 
 
-def epoch_steps(plan: Plan, run: Measurement) -> int:
-    """Micro-steps of an epoch of the planned run; 0 if none was seen."""
-    return max(1, round(run.lines[0]["steps"] * plan.launch.here / plan.launch.planned)) if run.lines else 0
-
-
 @dataclass
 class Speed:
     """What steps and epochs take, in seconds."""
@@ -296,27 +304,23 @@ class Speed:
 
 def speed_of(run: Measurement, accum: int) -> Speed | None:
     """The pace of the run in the long term, with `accum` micro-steps per update; None if nothing was measured."""
-    (parts, gaps), warm = run.parts(), run.warm()
-    if sum(part.steps for part in warm) < MIN_STEPS:
-        warm = parts[len(parts) // 2 :]
+    steps, gaps = run.steps()
+    warm = run.warm()
+    if len(warm) < MIN_STEPS:
+        warm = steps[len(steps) // 2 :]
     if not warm:
         return None
-    inner = [part for part in warm if part.steps > run.accum or not part.opens] or warm
-    count = sum(part.steps for part in inner)
-    wait = sum(part.wait for part in inner) / count
+    inner = [step for step in warm if not step.opens] or warm
+    # The run was measured with more updates than it will have, if it accumulates more micro-steps.
+    single = steps[2:FIRST_STEPS]
+    kinds = [[step.seconds for step in single if bool(step.updates) == updates] for updates in (True, False)]
+    update = statistics.median(kinds[0]) - statistics.median(kinds[1]) if all(kinds) and not run.device[1] else 0.0
     # Other programs disturb some steps: the slowest and fastest tenth is left out. Waiting is uneven, all of it counts.
-    each = sorted((part.seconds - part.wait) / part.steps for part in inner for _ in range(part.steps))
-    cut = count // 10
-    low, high = each[cut] + wait, each[-1 - cut] + wait
-    step = statistics.fmean(each[cut : count - cut]) + wait
-    # An update takes longer than a micro-step without one, and the run was measured with more of them.
-    kinds: dict[bool, list[float]] = {True: [], False: []}  # seconds of micro-steps with and without an update
-    for line in run.lines[2:FIRST_STEPS]:
-        kinds[line["step"] % run.accum == 0].append(run.images / line["images_per_second"] - line["data"])
-    if all(kinds.values()) and not run.device[1]:
-        update = statistics.median(kinds[True]) - statistics.median(kinds[False])
-        step -= update * (1 / run.accum - 1 / accum)
-    opening = [part.wait for part in warm if part.steps <= run.accum and part.opens]
+    each, cut = sorted(step.seconds - update * step.updates for step in inner), len(inner) // 10
+    wait = statistics.fmean(step.wait for step in inner)
+    added = wait + update / accum
     # Where no epoch ended meanwhile: a run with evaluations saves before and after them.
     rest = statistics.median(gaps) if gaps else run.evaluation + run.saving * (2 if run.evaluation else 1)
-    return Speed(step, low, high, count, wait, rest + (statistics.median(opening) if opening else 0.0))
+    rest += statistics.median([step.wait for step in warm if step.opens] or [0.0])
+    middle = each[cut : len(each) - cut]
+    return Speed(statistics.fmean(middle) + added, middle[0] + added, middle[-1] + added, len(inner), wait, rest)

@@ -1,6 +1,7 @@
 """The check before a long run: what it says of recorded measurements, of folders and variables."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 from PIL import Image
 
 from common import distributed
-from scripts.tools import doctor
+from common.datasets import ImageFiles
+from scripts.tools import doctor, shapes
 from scripts.tools.doctor import Report
 from scripts.tools.measured_run import Launch, Measurement
 from tests.scripts.test_measured_run import TINY, own, plan, recorded
@@ -27,7 +29,7 @@ def warnings(capsys: Any) -> list[str]:
     [
         (["--stage", "sleep"], "--stage sleep: saim has finetune, linprobe, pretrain"),
         (["--processes", "0"], "--processes 0: expected at least 1"),
-        (["--seconds", "0"], "--seconds 0: expected more than 0"),
+        (["--seconds", "0"], "--seconds 0.0: expected at least 0.1"),
         (["--check_images", "some"], "--check_images some: expected a number of images, or all"),
     ],
 )
@@ -90,6 +92,8 @@ def test_plan__folder_of_the_run(method, stage, words, folder):
         ("udi", "pretrain", ["--epochs", "300"], "udi_vit_small_300e.sh", 1024),
         ("cae", "linprobe", ["--model", "cae_large_patch16_224"], "cae_large_1600e.sh", 16384),
         ("a2mim", "pretrain", ["--backbone", "resnet101"], "a2mim_resnet101_300e.sh", 2048),
+        ("cae", "segmentation", ["--lr", "2e-4"], "cae_base_800e.sh", 16),
+        ("a2mim", "detection", ["--recipe", "r50_c4_2x"], "a2mim_resnet50_300e.sh", 16),
         ("a2mim", "pretrain", ["--method", "simmim", "--backbone", "vit_large"], "simmim_vit_large_800e.sh", 2048),
     ],
 )
@@ -216,13 +220,13 @@ def test_check_versions__names_what_does_not_fit(monkeypatch, capsys):
 
 
 @pytest.fixture
-def images(tmp_path) -> list[str]:
+def images(tmp_path) -> ImageFiles:
     """Three images of 10 x 20 pixels, the last one damaged."""
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path in paths:
         Image.new("RGB", (10, 20)).save(path)
     paths[2].write_bytes(paths[2].read_bytes()[:40])
-    return list(map(str, paths))
+    return ImageFiles(tmp_path, [(str(path), 0) for path in paths])
 
 
 @pytest.mark.parametrize("skips", [False, True])
@@ -232,7 +236,7 @@ def test_check_images__unreadable_ones(images, skips, capsys):
     assert (len(report.failures), report.warnings) == (int(not skips), int(skips))
     out = capsys.readouterr().out
     assert "all: 2 readable; shorter side 10 to 10 pixels" in out
-    assert f"1 unreadable: {images[2]}: " in out
+    assert f"1 unreadable: {images.samples[2][0]}: " in out
     assert "--bad_images skip" in out
 
 
@@ -266,6 +270,30 @@ def test_image_sets__are_those_of_the_run(digits, tmp_path):
         found = doctor.image_sets(args, True, count)
         assert [type(images).__name__ for images in found.values()] == [kind] * 2
     assert doctor.image_sets(args, True, 7) == {}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """Four training images and two validation images of drawn shapes, with masks and as COCO."""
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write_stills(folder, "training", range(1, 5), 64, 0)
+    shapes.write_stills(folder, "validation", range(5, 7), 64, 0)
+    return folder
+
+
+def test_check_data__of_dense_stages(drawn, capsys):
+    mask = next((drawn / "ade20k" / "annotations" / "validation").iterdir())
+    for stage, words in (("segmentation", ["--iters", "9"]), ("detection", [])):
+        made = plan("cae", *words, "--data_path", str(drawn / ("ade20k" if words else "coco")), stage=stage)
+        doctor.check_data(Report(), made, Measurement(output="x: 4 images, 2 per update, lr 1e-4"))
+    out = capsys.readouterr().out
+    assert "train:         4 images with masks of 150 classes" in out
+    assert "val images:    all: 2 readable; shorter side 64 to 64 pixels" in out
+    annotations = json.loads((drawn / "coco/annotations/instances_train2017.json").read_text())
+    assert f"4 images with {len(annotations['annotations'])} objects of {len(annotations['categories'])}" in out
+    Image.new("L", (9, 9)).save(mask)
+    doctor.check_data(Report(), plan("cae", "--data_path", str(drawn / "ade20k"), stage="segmentation"), Measurement())
+    assert f"its mask {mask} has 9 x 9 pixels" in capsys.readouterr().out
 
 
 def test_check_data__batches_that_leave_images_out(tmp_path, capsys):
@@ -311,6 +339,17 @@ def test_check_speed__duration_and_extrapolation(capsys):
     assert "3.5 min for 10 epochs, 4.5 of them left" in out  # 100 s until the first step, 4.5 x 25 s
     assert "extrapolated from 1 to 4 processes" in out
     assert "32 images/s, without the exchange" in out
+
+
+def test_check_speed__of_a_run_that_counts_updates(capsys):
+    words = ["--iters", "1000", "--eval_interval", "400", "--accum_iter", "2", "--batch_size", "8"]
+    made = plan("cae", *words, stage="segmentation")
+    run = recorded([1.0] * 9, begun=100.0, evaluation=40.0, saving=5.0)
+    run.output += "\n[1] resumed x.pth: epoch 1, 3200 images of it done, 1 processes"
+    doctor.check_speed(Report(), made, run)
+    out = capsys.readouterr().out
+    assert "interval:      14.2 min (800 steps, 50 s for saving and evaluation)" in out
+    assert "15.8 min for 1000 updates, 400 of them left" in out  # 100 s until the first step, an interval of 850 s
 
 
 def test_check_speed__cores_that_others_hold_and_an_evaluation_that_fails(capsys):

@@ -315,7 +315,7 @@ def test_doctor__predicts_memory_and_speed(method, processes, photographs, tmp_p
         real = [*words, "--output_dir", str(tmp_path / f"run{i}")]
         took, computed, peak = real_run(planned.script, real, processes)
         assert run.host == pytest.approx(peak, rel=0.10)
-        epoch = measured_run.epoch_steps(planned, run) * speed.step + speed.rest
+        epoch = planned.steps(run) * speed.step + speed.rest
         # Where others hold the cores, only processor time says how long an epoch is.
         busy = min(run.computed, computed / took) < 0.7
         ratio = epoch * run.computed / computed if busy else epoch / took
