@@ -33,7 +33,7 @@ from scripts.tools.encoders.load import METHODS
 from scripts.tools.flags import Parser
 from scripts.tools.machine import cores
 from scripts.tools.plot_log import read_log
-from scripts.tools.report import ACCURACIES
+from scripts.tools.report import METRICS
 
 MOST = 2000  # images that are used
 LABELS = 10  # labelled images per class in the task with few labels
@@ -363,7 +363,7 @@ def main(args: argparse.Namespace) -> None:
 def accuracy(folder: Path) -> float:
     """Last epoch's top-1 accuracy, percent."""
     last = list(read_log(str(folder)).values())[-1]
-    return next(last[name] for name in ACCURACIES if name in last)
+    return next(last[name] for name in METRICS if name in last)
 
 
 def report(out: Path, images: Images, digits: bool) -> None:

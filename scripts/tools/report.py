@@ -39,9 +39,16 @@ CHECKPOINTS = (
     "*.temp.pth",
     "*.linear.pth",
 )
-ACCURACIES = ("test_acc1", "val_head0_top1", "val_mIoU", "test_J_and_F", "test_box_AP")
-HEAD = ("run", "stage", "method", "model", "published", "measured", "difference", "loss", "epochs", "images per update")
-HEAD += ("hardware", "time", "checkpoint (SHA-256)")
+METRICS = {  # by their names in logs; those of one stage share its cells
+    **dict.fromkeys(("test_acc1", "val_head0_top1"), "top-1"),
+    "val_mIoU": "mIoU",
+    "test_box_AP": "box AP",
+    "test_mask_AP": "mask AP",
+    "test_J_and_F": "J&F",
+}
+PUBLISHED = {"mask AP": "mask"}  # metrics whose number in rows.json is not under the stage's name
+HEAD = ("run", "stage", "method", "model", "metric", "published", "measured", "difference", "loss", "epochs")
+HEAD += ("images per update", "hardware", "time", "checkpoint (SHA-256)")
 # Names of stages in the folders of rows' scripts; a folder of another name is a run of its own.
 STAGES = {"pretrain", "tokenizer", "finetune", "linprobe", "linear", "attentive", "knn", "supervised", "logistic"}
 STAGES |= {"random_linear", "random_knn", "semi_supervised", "transfer", "segmentation", "detection", "video"}
@@ -57,13 +64,13 @@ class Stage:
     folder: Path
     method: str = ""
     model: str = ""
-    published: float | None = None
+    published: dict[str, float] = field(default_factory=dict)  # of the row, by stage
     trains: bool = True  # k-NN does not
     log: Run = field(default_factory=dict)
-    accuracy: float | None = None  # percent, of the last epoch
-    best: float | None = None
+    scores: dict[str, list[float]] = field(default_factory=dict)  # by metric: percent, of all evaluations
     note: str = ""
     epochs: int | None = None  # that the run is to have
+    iters: int | None = None  # the same in updates, where those are counted
     images_per_update: int | None = None
     starts: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: str = ""  # file and hash
@@ -93,13 +100,24 @@ class Stage:
     def is_finished(self) -> bool:
         return not self.trains or (self.epochs is not None and self.done >= self.epochs)
 
+    @property
+    def length(self) -> str:
+        """How far the run is, in epochs, or in updates where those are counted."""
+        done, total, unit = self.done, self.epochs, ""
+        if self.iters and self.log:
+            done, total, unit = round(max(line.get("iter", 0) for line in self.log.values())), self.iters, " updates"
+        return f"{done}{unit}" if self.is_finished else f"{done} of {total or '?'}{unit}, unfinished"
+
     def cells(self) -> list[str]:
         """The columns of `HEAD`."""
-        measured = "" if self.accuracy is None else f"{self.accuracy:.1f}{self.note}"
-        if self.best is not None and self.accuracy is not None and self.best - self.accuracy >= 0.05:
-            measured += f" (best {self.best:.1f})"
-        compared = self.published is not None and self.accuracy is not None and self.is_finished
-        epochs = f"{self.done}" if self.is_finished else f"{self.done} of {self.epochs or '?'}, unfinished"
+        published, measured, differences = [], [], []
+        for metric, values in (self.scores or {"": []}).items():
+            known = self.published.get(PUBLISHED.get(metric, self.name))
+            published.append("" if known is None else f"{known:g}")
+            best = f" (best {max(values):.1f})" if values and max(values) - values[-1] >= 0.05 else ""
+            measured.append(f"{values[-1]:.1f}{self.note}{best}" if values else "")
+            compared = known is not None and values and self.is_finished
+            differences.append(f"{values[-1] - known:+.1f}" if compared else "")  # type: ignore[operator]
         seconds = sum(start.get("seconds", 0) for start in self.starts)
         machines = dict.fromkeys(str(start.get("hardware", "")) for start in self.starts)
         return [
@@ -107,11 +125,9 @@ class Stage:
             self.name,
             self.method,
             self.model,
-            "" if self.published is None else f"{self.published:g}",
-            measured,
-            f"{self.accuracy - self.published:+.1f}" if compared else "",  # type: ignore[operator]
+            *(" / ".join(cell).strip(" /") for cell in (self.scores, published, measured, differences)),
             "" if self.loss is None else f"{self.loss:.4g}",
-            epochs if self.trains else "",
+            self.length if self.trains else "",
             "" if self.images_per_update is None else f"{self.images_per_update}",
             "; ".join(machine for machine in machines if machine),
             duration(seconds) if self.starts else "",
@@ -127,10 +143,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def published_numbers() -> dict[str, dict[str, float]]:
-    """Published numbers by row (the name of its script) and stage, from rows.json."""
+    """Published numbers by row (the name of its script) and stage, from rows.json, but for unknown ones."""
     tables = json.loads((ROOT / "scripts" / "tools" / "rows.json").read_text("utf-8"))
     rows = [row for table in tables.values() for row in table["rows"]]
-    return {Path(row["script"]).stem: row["published"] for row in rows}
+    return {
+        Path(row["script"]).stem: {k: v for k, v in row["published"].items() if not isinstance(v, str)} for row in rows
+    }
 
 
 def stage_folders(run: Path) -> list[Path]:
@@ -212,11 +230,12 @@ def read_stage(folder: Path) -> Stage:
         stage.log, stage.progress = read_log(str(log)), read_progress(str(log))
     elif not starts:
         stage.trains = False
-        stage.accuracy, stage.note = read_neighbours(folder)
+        accuracy, stage.note = read_neighbours(folder)
+        stage.scores["top-1"] = [accuracy]
         return stage
-    accuracies = [values[name] for values in stage.log.values() for name in ACCURACIES if name in values]
-    if accuracies:
-        stage.accuracy, stage.best = accuracies[-1], max(accuracies)
+    for name, metric in METRICS.items():
+        if values := [line[name] for line in stage.log.values() if name in line]:
+            stage.scores[metric] = values
     flags, stage.checkpoint = read_flags(folder, starts)
     main = re.search(r"(\w+)[/.]main_(\w+)", str(starts[-1].get("command", ""))) if starts else None
     stage.method = main[1] if main else ""
@@ -226,6 +245,7 @@ def read_stage(folder: Path) -> Stage:
     stage.band = band_of(starts[-1].get("flags", {})) if starts else None
     epochs, batch = flags.get("epochs"), flags.get("batch_size", flags.get("batch_size_per_gpu"))
     stage.epochs = epochs if isinstance(epochs, int) else None
+    stage.iters = flags.get("iters")
     accum = flags.get("accum_iter", flags.get("update_freq", 1))
     processes = starts[-1].get("processes") if starts else 0
     if isinstance(batch, int) and isinstance(accum, int) and isinstance(processes, int) and processes:
@@ -260,7 +280,7 @@ def read_stages(runs: list[str]) -> list[Stage]:
     rows = {stage.folder.resolve().parent: stage.run for stage in stages if any(s.get("row") for s in stage.starts)}
     for stage in stages:
         stage.run = rows.get(stage.folder.resolve().parent, stage.run)
-        stage.published = numbers.get(stage.run, {}).get(stage.name)
+        stage.published = numbers.get(stage.run, {})
     return stages
 
 

@@ -67,6 +67,7 @@ def test_cells(row, tmp_path):
     digest = hashlib.sha256((row / "finetune" / "checkpoint.pth").read_bytes()).hexdigest()
     expected = {
         "run": ROW,
+        "metric": "top-1",
         "published": "83.9",
         "measured": "82.0",
         "difference": "-1.9",
@@ -111,7 +112,27 @@ def test_masks_of_videos(tmp_path):
     folder.mkdir(parents=True)
     (folder / "log.txt").write_text('{"test_J_and_F": 61.25, "test_J": 60.0, "test_F": 62.5, "epoch": 0}\n')
     cells = table(run_report(tmp_path, out=tmp_path / "out")[0])["video"]
-    assert (cells["run"], cells["measured"], cells["epochs"]) == ("udi_vit_small_300e", "61.2", "")
+    assert (cells["run"], cells["metric"], cells["measured"]) == ("udi_vit_small_300e", "J&F", "61.2")
+    assert (cells["epochs"], cells["published"]) == ("", "")
+
+
+def test_segmentation_and_detection(tmp_path):
+    run = tmp_path / "cae_base_800e"
+    for name, flags, lines in (
+        (
+            "segmentation",
+            {"epochs": 2, "iters": 150},
+            [{"val_mIoU": 40.0, "iter": 100}, {"val_mIoU": 49.9, "iter": 150}],
+        ),
+        ("detection", {"epochs": 1}, [{"test_box_AP": 50.2, "test_mask_AP": 43.4}]),
+    ):
+        folder = make_stage(run / name, 0, flags, start())
+        (folder / "log.txt").write_text("\n".join(json.dumps({**line, "epoch": i}) for i, line in enumerate(lines)))
+    cells = table(run_report(run, out=tmp_path / "out")[0])
+    names = ("metric", "published", "measured", "difference", "epochs")
+    assert [cells["segmentation"][name] for name in names] == ["mIoU", "49.7", "49.9", "+0.2", "150 updates"]
+    expected = ["box AP / mask AP", "49.9 / 43.9", "50.2 / 43.4", "+0.3 / -0.5", "1"]
+    assert [cells["detection"][name] for name in names] == expected
 
 
 def test_without_checkpoint_or_with_a_damaged_one(tmp_path, capsys):
