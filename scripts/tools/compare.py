@@ -240,7 +240,13 @@ def paired(a: np.ndarray, b: np.ndarray, least: float) -> tuple[float, float, fl
     return mean, error, float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
 
 
-def conclude(what: str, over: str, values: dict[str, np.ndarray], least: float) -> str:
+def conclude(
+    what: str,
+    over: str,
+    values: dict[str, np.ndarray],
+    least: float,
+    words: tuple[str, str] = ("better than", "worse than"),
+) -> str:
     """One sentence: every start against the first one. values: by start, of pairs in the same order."""
     first, *others = values
     parts = []
@@ -251,7 +257,7 @@ def conclude(what: str, over: str, values: dict[str, np.ndarray], least: float) 
             continue
         numbers = f"{mean:+.1f} ± {error:.1f} points, p = {p:.2g}"
         if p < LEVEL / len(others):
-            parts.append(f"{name} is {'better' if mean > 0 else 'worse'} than {first} ({numbers})")
+            parts.append(f"{name} is {words[mean < 0]} {first} ({numbers})")
         else:
             parts.append(f"no difference beyond chance between {name} and {first} ({numbers})")
     if not others:
@@ -300,7 +306,7 @@ def draw(found: Results, counts: dict[str, int], classes: int) -> Figure:
     Args:
         counts: labelled images, by number of labels per class. classes: 1 / their number is chance.
     """
-    fig = Figure(figsize=(0.8 + 3.4 * len(found), 3.6), layout="constrained", dpi=150)
+    fig = Figure(figsize=(2 + 3.2 * len(found), 3.6), layout="constrained", dpi=150)
     axes = fig.subplots(1, len(found), sharey=True, squeeze=False)[0]
     places = [images / classes for images in counts.values()]
     for ax, (title, by_count) in zip(axes, found.items(), strict=True):
@@ -322,7 +328,7 @@ def draw(found: Results, counts: dict[str, int], classes: int) -> Figure:
         ax.set_xlabel("labelled images per class")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy (%)")
-    axes[-1].legend(fontsize=8, loc="lower right")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return fig
 
 
@@ -372,8 +378,9 @@ def summary(args: argparse.Namespace, pictures: measures.Pictures, found: Result
     """The sentence: of the dearest measure, over all numbers of labels; without labels of neighbour agreement."""
     if not found:
         values = {name: seen.agreement for name, seen in looks.items()}
-        images = len(next(iter(values.values())))
-        return conclude("Neighbour agreement, without labels", f"{images} images", values, 100 / measures.CLOSEST / 2)
+        over = f"{len(next(iter(values.values())))} images, rough because they share neighbours"
+        words = "above", "below"  # more of it is not always better
+        return conclude("Neighbour agreement, without labels", over, values, 100 / measures.CLOSEST / 2, words)
     dearest = list(found)[-1]
     values = {name: np.mean([by_start[name] for by_start in found[dearest].values()], axis=0) for name in looks}
     what = f"{dearest.capitalize()}, mean over {', '.join(found[dearest])} labels per class"
