@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 
 import pytest
 
@@ -18,6 +19,7 @@ def name_of(node: ast.stmt) -> str:
     return ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else getattr(node, "name", "")
 
 
+@cache
 def definitions(source: str) -> dict[str, str]:
     """Top-level definitions by name, without comments and layout; the whole module under ''."""
     tree = ast.parse(source)
@@ -28,6 +30,8 @@ def promises(source: str) -> tuple[list[tuple[str, str]], int]:
     """(name, other file) of each definition that must be equal there ('': the module), and the number of comments."""
     lines = source.splitlines()
     comments = [COMMENT.match(line) for line in lines]
+    if not any(comments):
+        return [], 0
     found = [("", comments[0][1])] if lines and comments[0] else []
     for node in ast.parse(source).body:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
@@ -45,8 +49,8 @@ def test_promised_copies_are_equal(path):
     source = path.read_text()
     found, comments = promises(source)
     assert len(found) == comments, "a comment stands above no definition"
-    own = definitions(source)
     for name, other in found:
+        own = definitions(source)
         copy = definitions((ROOT / other).read_text())
         assert name in copy, f"{other} defines no {name}"
         assert own[name] == copy[name], f"{name or 'the module'} differs from {other}"

@@ -50,7 +50,8 @@ def broken(case: str, digits: str, folder: Path, when: int, stop: bool, *further
     return folder
 
 
-STOPS = [("vit", 9), ("resnet", 10), ("finetune", 9), pytest.param("finetune_vit", 14, marks=pytest.mark.slow)]
+REST = [pytest.param(*case, marks=pytest.mark.slow) for case in (("resnet", 10), ("finetune_vit", 14))]
+STOPS = [("vit", 9), ("finetune", 9), *REST]
 
 
 @pytest.mark.parametrize(("case", "when"), STOPS)
@@ -69,7 +70,8 @@ def test_a_stop_at_every_step_loses_nothing(digits, reference, tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "when"), [("resnet", 11), pytest.param("finetune", 8, marks=pytest.mark.slow), ("vit", 0)]
+    ("case", "when"),
+    [("resnet", 11), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("finetune", 8), ("vit", 0)))],
 )
 def test_a_nan_is_named_and_the_step_replayed(digits, reference, tmp_path, case, when, capsys):
     whole = reference(case)

@@ -71,6 +71,7 @@ def test_an_official_checkpoint_goes_on_at_its_epoch(digits, reference, tmp_path
     assert log_of(tmp_path / "on") == log_of(whole)[2:]
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_finished_one(digits, tmp_path, capsys):
     flags = flags_of("vit", digits, tmp_path, "--sched", "step", "--steps", "100", "--epochs", "2")
     run_main(main_pretrain, *flags)
@@ -115,6 +116,7 @@ def test_average_can_be_added_and_left_out(digits, tmp_path):
     assert torch.allclose(state["head.fc.weight"], live, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_resume_from_wins_over_the_folder(digits, reference, tmp_path, capsys):
     flags = flags_of("vit", digits, tmp_path / "own", "--epochs", "2")
     run_main(main_pretrain, *flags)
@@ -129,6 +131,7 @@ def test_resume_from_wins_over_the_folder(digits, reference, tmp_path, capsys):
     assert all(torch.equal(value, other[name]) for name, value in mine.items())
 
 
+@pytest.mark.slow
 def test_weights_alone_start_a_run_anew(digits, reference, tmp_path, capsys):
     """--load_checkpoint takes the whole network, --pretrained the encoder, --resume_from a file without optimizer."""
     source = state_of(reference("vit"))
@@ -153,7 +156,7 @@ def test_no_folder_writes_nothing(digits, tmp_path, monkeypatch):
 # ---- unreadable images
 
 
-@pytest.mark.parametrize("case", ["vit", "finetune"])
+@pytest.mark.parametrize("case", [pytest.param("vit", marks=pytest.mark.slow), "finetune"])
 def test_a_truncated_image_stops_or_is_skipped(digits, tmp_path, case, capsys):
     images = Path(shutil.copytree(digits, tmp_path / "images"))
     victim = min((images / "train" / "3").iterdir())

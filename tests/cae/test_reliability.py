@@ -127,7 +127,7 @@ def test_fine_tuning__stop_inside_an_epoch_loses_nothing(digits, finetuned, tmp_
     assert any(not torch.equal(state["model_ema"][k], v) for k, v in state["model"].items())
 
 
-@pytest.mark.parametrize("main", [main_attentive, main_linprobe])
+@pytest.mark.parametrize("main", [main_attentive, pytest.param(main_linprobe, marks=pytest.mark.slow)])
 def test_probes__go_on_from_an_epoch(digits, tmp_path, main):
     own = [*SMALL, "--nb_classes", "10", "--data_path", digits, "--enable_linear_eval", "--use_cls"]
     own += ["--opt", "sgd", "--linear_type", "attentive"] if main is main_attentive else ["--log_dir", str(tmp_path)]

@@ -301,6 +301,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_improves_and_pretraining_reads_it(tmp_path, digits, capsys):
     flags = [*SMALL, "--data_path", digits, "--epochs", "40", "--output_dir", str(tmp_path)]
     run_main(main_tokenizer, *flags)

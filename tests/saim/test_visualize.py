@@ -200,7 +200,7 @@ def test_load_model(checkpoints, name, flags):
     assert not model.training
 
 
-@pytest.mark.parametrize("name", ["pretrain", "raster"])
+@pytest.mark.parametrize("name", ["pretrain", pytest.param("raster", marks=pytest.mark.slow)])
 def test_prediction_figure(run, checkpoints, digits, tmp_path, name):
     flags = ["--checkpoint", checkpoints[name], "--data_path", digits, "--num_images", 2]
     run(visualize_prediction, *flags, "--output_dir", tmp_path)

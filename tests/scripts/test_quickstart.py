@@ -1,5 +1,6 @@
 """The quickstart: which folders it takes for what, its commands and tables; its steps are programs with own tests."""
 
+import argparse
 import importlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.distributed import UserError
 from scripts.tools import extract_features, neighbours, probe, quickstart
 from scripts.tools.encoders.load import METHODS
 from tests.support.helpers import ROOT
@@ -18,6 +20,13 @@ from tests.support.runs import arguments, mistake, run_main
 METHOD = pytest.mark.parametrize("method", METHODS)
 
 
+def test_a_missing_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="^--data_path /nowhere: no such folder$"):
+        quickstart.main(argparse.Namespace(data_path="/nowhere", method="saim"))
+
+
+@pytest.mark.slow
 def test_a_missing_folder_is_one_line():
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", "scripts/quickstart.sh", "--data_path", "/nowhere"]

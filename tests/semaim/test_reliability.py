@@ -65,6 +65,7 @@ def stop_and_resume(digits: str, tmp_path: Path, processes: int, *further: str) 
     assert any(not torch.equal(final["ema_state_dict"][k], final["state_dict"][k]) for k in final["state_dict"])
 
 
+@pytest.mark.slow
 def test_stop_inside_an_epoch_loses_nothing(digits, tmp_path):
     stop_and_resume(digits, tmp_path, 1)
 

@@ -127,7 +127,7 @@ def test_implementations_agree_on_box_orders(rule):
     assert_same_networks({"img_size": 14, "patch_size": 1}, rule, levels=0, gradients=False)
 
 
-@pytest.mark.parametrize("levels", [0, 1, 4])
+@pytest.mark.parametrize("levels", [0, pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("impl", [*EXACT, "flex"])
 @pytest.mark.usefixtures("eager_flex")
 def test_a_patch_informs_only_the_predictions_of_later_rank(impl, levels):

@@ -270,6 +270,7 @@ def test_figure__groups_without_checkpoint_are_skipped(checkpoints, images, tmp_
     assert Image.open(tmp_path / "new" / "two.png").width < 8 * 160
 
 
+@pytest.mark.slow
 def test_figure__random(images, tmp_path):
     for seed in (0, 1):
         size = ("--model", "aim_nano", "--input_size", 32, "--patch_size", 8)

@@ -80,7 +80,7 @@ def test_extraction(path, tmp_path):
     flags = ["--checkpoint", str(source), "--output", str(target), "--checkpoint_key", "teacher"]
     run_main(extract, *flags, "--raw")
     raw = distributed.load(str(target))
-    assert sorted(raw) == ref.meta["all_extracted"]
+    ref.equal("all_extracted", sorted(raw))
     assert all(torch.equal(value, teacher[f"backbone.{name}"]) for name, value in raw.items())
     again = load_backbone(str(target))
     run_main(extract, *flags)
@@ -124,10 +124,20 @@ def test_extract_fine_tune_evaluate(digits, pretrained, tmp_path, capsys):
     ("own", "words", "tokens"),
     [
         (PAPER, "2 class tokens, all are fine-tuned, the first one is classified", 2),
-        ([*PAPER, "--class_tokens", "first"], "only the first one is fine-tuned: --class_tokens first", 1),
+        pytest.param(
+            [*PAPER, "--class_tokens", "first"],
+            "only the first one is fine-tuned: --class_tokens first",
+            1,
+            marks=pytest.mark.slow,
+        ),
         ([], "only the first one is fine-tuned: relative positions know only one", 1),
         (["--disable_rel_pos_bias"], "2 class tokens, all are fine-tuned, none is classified", 2),
-        (["--disable_rel_pos_bias", "--abs_pos_emb", "--disable_learned_abs_pos_emb"], "none is classified", 2),
+        pytest.param(
+            ["--disable_rel_pos_bias", "--abs_pos_emb", "--disable_learned_abs_pos_emb"],
+            "none is classified",
+            2,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["paper", "first", "defaults", "no-positions", "fixed-positions"],
 )

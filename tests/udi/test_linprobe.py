@@ -205,7 +205,7 @@ def test_probe_and_evaluate_it(digits, weights, features, capsys):
     assert lines(folder) == log
 
 
-@pytest.mark.parametrize("when", [3, 9])
+@pytest.mark.parametrize("when", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_stop_inside_an_epoch_loses_nothing(digits, weights, tmp_path, when, capsys):
     """5 steps per epoch, the last one of 8 images."""
     own = flags(digits, weights, "--val_freq", "2")

@@ -55,6 +55,7 @@ def test_numbered_checkpoints(digits, tmp_path):
     assert [state_of(tmp_path, name)["epoch"] for name in sorted(numbered)] == [1, 3, 4]
 
 
+@pytest.mark.slow
 def test_no_numbered_checkpoints(digits, tmp_path):
     train("no patches", digits, tmp_path, "--batch_size", "24", "--saveckp_freq", "0")
     assert {path.name for path in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint-previous.pth"}
@@ -134,6 +135,7 @@ def test_resume_wins_over_the_folder(digits, reference, tmp_path, capsys):
     assert f"resumed {given}: epoch 1," in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_folder_writes_nothing(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_main(main_pretrain, *flags_of("plain", digits, tmp_path, "--batch_size", "24"), "--output_dir", "")

@@ -43,7 +43,7 @@ def test_a_stop_at_every_step_loses_nothing(digits, reference, tmp_path, case):
 @pytest.mark.parametrize(
     ("case", "step", "whose"),
     [
-        ("plain", 9, "teacher"),
+        pytest.param("plain", 9, "teacher", marks=pytest.mark.slow),
         ("accum", 3, "student"),
         pytest.param("bn", 6, "teacher", marks=pytest.mark.slow),
         pytest.param("no patches", 0, "student", marks=pytest.mark.slow),

@@ -157,7 +157,8 @@ def weights(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "classes"), [("flowers", flowers, 102), ("Cars", cars, 196), ("INAT", inat, 4)]
+    ("name", "make", "classes"),
+    [("flowers", flowers, 102), pytest.param("Cars", cars, 196, marks=pytest.mark.slow), ("INAT", inat, 4)],
 )
 def test_runs(name, make, classes, tmp_path):
     (tmp_path / "images").mkdir()
@@ -175,7 +176,8 @@ def test_runs(name, make, classes, tmp_path):
     assert len((folder / "log.txt").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("stop", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["signal", "nan"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [True, False], ids=["signal", "nan"])
 def test_stop_inside_an_epoch_loses_nothing(digits, weights, tmp_path, monkeypatch, stop):
     flags = [*SMALL, "--data_set", "IMNET", "--data_path", digits, "--pretrained_weights", weights]
     flags += ["--model-ema-decay", "0.5", "--avgpool_patchtokens", "1", "--clip-grad", "1"]
