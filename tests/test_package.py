@@ -1,12 +1,14 @@
 """The wheel: built, installed and run outside the checkout."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import common
 from tests.support.documents import METHODS
@@ -61,3 +63,14 @@ def test_test_script_installs_the_extra_for_development():
     (listed,) = re.findall(r"^dev = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     (installed,) = re.findall(r"^packages=\((.*)\)", (ROOT / "scripts" / "test.sh").read_text(), re.MULTILINE)
     assert json.loads(f"[{listed}]") == installed.split()
+
+
+def test_containers_and_workflows_call_the_same_commands():
+    """What other machines run is what the README and .ci/run say."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["dependencies"][-1] == {"pip": ["--requirement requirements.txt"]}
+    assert 'CMD ["bash", "scripts/quickstart.sh"]' in (ROOT / "Dockerfile").read_text()

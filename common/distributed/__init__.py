@@ -1,8 +1,8 @@
 """Running on one or many processes. Stairs, each file uses only those before it:
 
 exits (one-line errors, stop signals), process (the group and its ranks), sync_bn (batch norm over all processes),
-step (precision, the guarded update), metrics (meters, progress, logs), weights (reading files), initial (weights to
-start from), checkpoint (exact resume), command (flags, run).
+step (precision, the guarded update), scalars (TensorBoard, Weights & Biases), metrics (meters, progress, logs),
+weights (reading files), initial (weights to start from), checkpoint (exact resume), command (flags, run).
 """
 
 from common.distributed.checkpoint import Checkpoint, Files, find_checkpoint, hold_decays

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from common.distributed.exits import Exit, UserError, stop_signal
 from common.distributed.process import rank, world_size
+from common.distributed.scalars import check_wandb
 
 Ranges = dict[str, tuple[float, float]]  # smallest and largest value by flag; NaN fits nowhere
 
@@ -55,6 +56,7 @@ def run(main: Callable, args) -> None:
     try:
         args = args() if callable(args) else args
         check_ranges(args)
+        check_wandb(getattr(args, "wandb", ""))
         if getattr(args, "verbose", False) and os.environ.get("RANK", "0") == "0":
             print(vars(args), flush=True)
         main(args)
@@ -304,6 +306,8 @@ def add_flags(parser: argparse.ArgumentParser, counts_epochs: bool = True, pretr
         start = "weights to start a new run from: of a pre-training, or an encoder of any program (docs/own_domain.md)"
         g.process.add_argument("--initial_checkpoint", default="", help=start)
     g.process.add_argument("--force", action="store_true", help="train even if the memory is estimated to be too small")
+    project = "project of Weights & Biases that gets TensorBoard's scalars, too; WANDB_MODE=offline needs no account"
+    g.output.add_argument("--wandb", default="", metavar="PROJECT", help=project)
     first = "epoch to start at when the checkpoint does not say it, counted from 0"
     if counts_epochs:
         g.process.add_argument("--start_epoch", default=0, type=int, help=first)

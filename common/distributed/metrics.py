@@ -1,4 +1,4 @@
-"""Meters that never stall the device, progress on the console, log.txt, progress.jsonl and TensorBoard."""
+"""Meters that never stall the device, progress on the console, log.txt, progress.jsonl and curves."""
 
 import contextlib
 import json
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common import __version__
 from common.distributed.exits import Exit, NonFinite, UserError
 from common.distributed.process import agree, all_sum, gather, is_main, log, main_does, rank, warnings, world_size
+from common.distributed.scalars import Scalars
 
 Batch = TypeVar("Batch")
 WINDOW = 20  # steps of the running median, as upstream
@@ -116,7 +117,7 @@ class RunLog:
     given: tuple[str, ...] = ()  # those of the command line and of files
 
     def __post_init__(self) -> None:
-        self.writer: Any = None
+        self.writer: Scalars | None = None
         self.path = Path(self.folder) / self.name if self.folder else None
         self._earlier: list[dict[str, Any]] | None = None  # starts before this one
         self._begun, self._clock = time.time(), time.perf_counter()
@@ -126,12 +127,7 @@ class RunLog:
 
     def _open(self) -> None:
         with self._written():
-            try:
-                from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
-
-                self.writer = SummaryWriter(self.events or self.folder, purge_step=int(self.start) or None)
-            except ImportError as error:
-                log(f"WARNING: TensorBoard cannot be imported ({error}); no events are written")
+            self.writer = Scalars(self.events or self.folder, self.start, self.flags)
             if self.path and self.keep is not None and self.path.exists() and self.path.stat().st_size > self.keep:
                 os.truncate(self.path, self.keep)
 
@@ -143,10 +139,9 @@ class RunLog:
             raise UserError(f"{error.filename or self.path}: cannot be written ({error.strerror})") from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """TensorBoard scalars by tag."""
+        """Add points to curves, by tag."""
         if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+            self.writer.write(values, step)
 
     def epoch(self, stats: dict[str, Any]) -> None:
         """Append one line to log.txt; numbers that JSON cannot hold become null. Collective."""
