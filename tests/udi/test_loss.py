@@ -243,16 +243,19 @@ def test_training_steps(path):
     )
     for name, table in (("lr", lr), ("wd", decay), ("momentum", momentum), ("teacher_temp", temps)):
         ref.check(f"out/{name}", table, 1e-9, 1e-12)
-    student, teacher = (network_of(config, True, norm) for norm in (meta["norm_last_layer"], True))
+    patches = meta.get("include_patch", True)
+    student, teacher = (network_of(config, patches, norm) for norm in (meta["norm_last_layer"], True))
     for net in (student, teacher.requires_grad_(False)):
         net.load_state_dict(ref.group("sd/student"))
-    settings = UDILoss(config["nl"], config["K"], temps.tolist(), alpha=meta["alpha"])
+    given = {name: meta[name] for name in ("alpha", "student_temp", "center_momentum", "weights") if name in meta}
+    given |= {"include_patch": patches, "num_clt": meta.get("num_clt", config["nct"])}
+    settings = UDILoss(config["nl"], config["K"], temps.tolist(), **given)
     optimizer = optim.build_optimizer(meta["optimizer"], optim.get_params_groups(student))
-    batches = [batch_of(ref, "in/batch0"), batch_of(ref, "in/batch1")]
+    batches = [batch_of(ref, f"in/{name}") for name in sorted({key.split("/")[0] for key in ref.group("in")})]
     losses, specs = [], []
     for it in range(epochs * iters):
         optim.set_rates(optimizer, lr[it], decay[it])
-        loss, spec = udi_forward_loss(student, teacher, settings, **batches[it % 2], epoch=it // iters)
+        loss, spec = udi_forward_loss(student, teacher, settings, **batches[it % len(batches)], epoch=it // iters)
         optimizer.zero_grad()
         loss.backward()
         if meta["clip_grad"]:
