@@ -64,7 +64,8 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.guard_on_device = device.type == "cuda" and fused and not self.scaler.is_enabled()
-        self.second_order = getattr(optimizer, "is_second_order", False)  # such as timm's Adahessian
+        inner = getattr(optimizer, "_base_optimizer", optimizer)  # of Lookahead, which does not say it in timm 1.0.26
+        self.second_order = getattr(inner, "is_second_order", False)  # such as timm's Adahessian
         self._frozen = torch.zeros((), device=device)  # 1 from the first non-finite norm on
         self._losses: list[tuple[int, Tensor]] = []
         self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype: None for b in buffers}]

@@ -344,6 +344,20 @@ def loader_args(*flags: str) -> argparse.Namespace:
     return main_finetune.get_args_parser().parse_args(["--num_workers", "0", "--batch_size", "4", *flags])
 
 
+def test_repeats_of_few_images__with_the_oldest_timm(monkeypatch):
+    """Its sampler counts whole rounds of selected_round images, unless that is 0."""
+
+    plain = data.RepeatAugSampler.__init__
+
+    def oldest(self, dataset, num_replicas, rank, num_repeats=3, selected_round=256):
+        plain(self, dataset, num_replicas, rank, num_repeats=num_repeats, selected_round=selected_round)
+        taken = len(dataset) // selected_round * selected_round if selected_round else len(dataset)
+        self.num_selected_samples = taken // num_replicas
+
+    monkeypatch.setattr(data.RepeatAugSampler, "__init__", oldest)
+    assert len(list(data.RepeatSampler(range(100), 2, 0))) == 50  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("repeated", [False, True])
 def test_batches(repeated):
     """Copies of an image are augmented each in its own way; the last batch of an epoch is smaller; epochs repeat."""

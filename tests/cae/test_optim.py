@@ -261,6 +261,20 @@ def test_lookahead__half_way_back_every_sixth_step(name):
         assert_close(p, old + 0.5 * (new - old), rtol=1e-5, atol=1e-6)
 
 
+def test_lookahead_of_second_order__with_the_oldest_timm():
+    """Its Lookahead does not say what it wraps."""
+    model = regression()
+
+    class Oldest(Lookahead):
+        @property
+        def is_second_order(self):
+            raise AttributeError
+
+    plain = optim.create_optimizer(args_of("--opt", "adahessian"), list(model.parameters()), 1e-2)
+    losses = descend(Oldest(plain), model)
+    assert losses[-1] < losses[0]
+
+
 def test_upstreams_settings_of_single_optimizers():
     def defaults(name: str) -> dict:
         return optim.create_optimizer(args_of("--opt", name), two_groups()[1], LR).defaults
