@@ -278,11 +278,10 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     default_folder(args)
-    resume = resume_path(args)
-    distributed.hold_decays(args, resume)
     # ---- model
     model = build_model(args).to(device)
     resume = resume_path(args)
+    distributed.hold_decays(args, resume)
     if weights := distributed.initial_weights(args, resume):
         start_from(model, weights, args.initial_checkpoint)
     net = distributed.wrap(model, device, args.compile)

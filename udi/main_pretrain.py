@@ -234,8 +234,6 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed)
     default_folder(args)
-    resume = distributed.find_checkpoint(args.output_dir, args.resume)
-    distributed.hold_decays(args, resume)
     if not args.use_fp16:
         args.amp_dtype = "fp32"
     # ---- data
@@ -243,6 +241,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     student = build_model(args).to(device)
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
+    distributed.hold_decays(args, resume)
     if weights := distributed.initial_weights(args, resume):
         start_from(student, weights, args.initial_checkpoint)
     teacher, udi_loss = build_teacher(student), build_loss(args).to(device)
