@@ -1,8 +1,10 @@
-"""Speed and memory of pre-training steps: python scripts/tools/bench.py METHOD [flags of its main_pretrain.py], or all.
+"""Speed and memory of pre-training steps: python scripts/tools/bench.py METHOD [flags of its main_pretrain.py], or all,
+or data METHOD.
 
 METHOD: rows are variants of the same step, measured in turn in one run: the reference formulation in fp32, then what
 trains by default in fp32 and, where the device has fast bf16, in bf16. Times are medians over all rounds.
 all: a row for each network of each method, in a process of its own, in the precision that it trains in by default.
+data METHOD: what an image costs on one core before it reaches the network, part by part (bench_data.py).
 """
 
 import argparse
@@ -32,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
 from common.distributed.metrics import resident_bytes
+from scripts.tools import bench_data
 from scripts.tools.doctor import NETWORK
 from scripts.tools.flags import Parser
 from scripts.tools.machine import amount, memory_available
@@ -93,7 +96,7 @@ class Variant:
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = Parser("Benchmark", usage="%(prog)s METHOD [flags], listed by --help")
-    p.add_argument("method", choices=[*METHODS, "all"], help="one method, or all networks of all methods")
+    p.add_argument("method", choices=[*METHODS, "all", "data"], help="one method; all networks; or data METHOD")
     p.add_argument("--steps", default=3, type=int, help="timed steps per variant and round, after one to warm up")
     p.add_argument("--rounds", default=2, type=int, help="passes over all variants")
     p.add_argument(
@@ -261,6 +264,9 @@ def main(args: argparse.Namespace, rest: list[str]) -> None:
     if args.method == "all":
         table(args, rest)
         return
+    if args.method == "data":
+        data(args, rest)
+        return
     module = importlib.import_module(f"{args.method}.main_pretrain")
     flags = module.get_args_parser().parse_args([*RECIPE.get(args.method, "").split(), *rest])
     device = distributed.init(flags.device)
@@ -280,6 +286,18 @@ def main(args: argparse.Namespace, rest: list[str]) -> None:
         report(variants, flags, device)
         if args.profile:
             print(profile(flags, args.method, loader, context, variants[-1].precision))
+
+
+def data(args: argparse.Namespace, rest: list[str]) -> None:
+    """Print what the images of a method cost on one core."""
+    method, *words = rest or [""]
+    if method not in METHODS:
+        raise distributed.UserError(f"data {method}: expected data and one of {', '.join(METHODS)}")
+    module = importlib.import_module(f"{method}.main_pretrain")
+    flags = module.get_args_parser().parse_args([*RECIPE[method].split(), *words])
+    with tempfile.TemporaryDirectory() as folder:
+        flags.data_path = args.data_path or synthetic_images(Path(folder), 4 * flags.batch_size)
+        bench_data.report(method, args, flags, describe(flags)[1])
 
 
 def training_precision(flags: argparse.Namespace, device: torch.device) -> str:

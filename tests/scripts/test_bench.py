@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common import distributed
-from scripts.tools import bench
+from scripts.tools import bench, bench_data
 from scripts.tools.bench import Variant
 from tests.support.helpers import ROOT
 
@@ -151,3 +151,34 @@ def test_bench__of_one_method():
     assert done.returncode == 0, done.stderr
     assert "reference (attn_impl=mask), fp32" in done.stdout
     assert "default, fp32" in done.stdout
+
+
+def test_data__what_an_image_costs(tmp_path, capsys):
+    """Parts add up to the samples' time, and each is where it belongs."""
+    folder = bench.synthetic_images(tmp_path, 8)
+    args, rest = arguments("data", "--data_path", folder, "saim", "--input_size", "32", "--batch_size", "4")
+    bench.main(args, rest)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("saim, 32 px, 8 images, batches of 4")
+    numbers = {line[:20].strip(): float(line[20:].split()[0]) for line in lines[3:] if line.strip()}
+    assert numbers["all"] == pytest.approx(numbers["samples"] + numbers["collate"], rel=0.01)
+    parts = [numbers[name] for name in (*bench_data.PARTS, "Python and draws")]
+    assert sum(parts) == pytest.approx(numbers["samples"], rel=0.02)
+    assert numbers["decode"] > numbers["colour"]
+    with pytest.raises(distributed.UserError, match="data mae: expected data and one of a2mim"):
+        bench.main(*arguments("data", "mae"))
+
+
+@pytest.mark.parametrize(
+    ("function", "part"),
+    [
+        ("<method 'decode' of 'ImagingDecoder' objects>", "decode"),
+        ("<method 'resize' of 'ImagingCore' objects>", "crop, resize, flip"),
+        ("<method 'gaussian_blur' of 'ImagingCore' objects>", "colour"),
+        ("<built-in method PIL._imaging.blend>", "colour"),
+        ("<method 'contiguous' of 'torch._C.TensorBase' objects>", "tensor"),
+        ("seeded", "Python and draws"),
+    ],
+)
+def test_data__parts(function, part):
+    assert bench_data.part_of(function) == part
