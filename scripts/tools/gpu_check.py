@@ -37,6 +37,7 @@ import torchvision
 from torch import Tensor, nn
 
 from common import distributed
+from common.distributed.metrics import peak_memory
 from scripts.tools import bench
 from scripts.tools.flags import Parser
 from scripts.tools.machine import cores
@@ -210,7 +211,7 @@ def speed(args: argparse.Namespace, preset: str, variant: str) -> dict[str, Any]
     found |= {"min ms": round(1e3 * min(whole), 2), "max ms": round(1e3 * max(whole), 2)}
     names = ("forward ms", "backward ms", "optimizer ms")
     found |= {name: round(1e3 * statistics.median(times), 2) for name, times in zip(names, parts, strict=True)}
-    memory = distributed.metrics.peak_memory(run.device)
+    memory = peak_memory(run.device)
     found |= {"peak GB": round(memory / 1e9, 2), "precision": str(run.updater.dtype).removeprefix("torch.")}
     if variant == "default":
         flops = counter.get_total_flops() / images
