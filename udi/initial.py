@@ -28,11 +28,12 @@ def start_from(student: MultiCropWrapper, weights: dict[str, Tensor], path: str)
     own = {name: value.cpu() for name, value in vit.state_dict().items()}
     count = vit.num_class_token
     encoder, others = distributed.fitted_vit(weights, own, count)
-    if {"cls_token", "pos_embed"} <= set(encoder) and encoder["cls_token"].shape[2] == vit.embed_dim:
-        had = encoder["cls_token"].shape[1]
-        pos = encoder["pos_embed"].split([had, encoder["pos_embed"].shape[1] - had], dim=1)
+    had = encoder["cls_token"].shape[1] if "cls_token" in encoder else 1
+    if "pos_embed" in encoder and encoder["pos_embed"].shape[2] == vit.embed_dim:
+        front, patches = encoder["pos_embed"].tensor_split([had], dim=1)
+        encoder["pos_embed"] = torch.cat([front, own["pos_embed"][:, had:count], patches], dim=1)
+    if "cls_token" in encoder and encoder["cls_token"].shape[2] == vit.embed_dim:
         encoder["cls_token"] = torch.cat([encoder["cls_token"], own["cls_token"][:, had:]], dim=1)
-        encoder["pos_embed"] = torch.cat([pos[0], own["pos_embed"][:, had:count], pos[1]], dim=1)
     grid = math.isqrt(own["pos_embed"].shape[1] - count)
     distributed.take_weights(
         student,

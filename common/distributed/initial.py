@@ -68,19 +68,22 @@ def initial_weights(args: argparse.Namespace, resume: str) -> Weights:
 def _class_tokens(weights: Weights, most: int) -> Weights:
     """A ViT's weights with at most so many class tokens, timm's registers counted; each has a position (zero if none).
 
-    pos_embed: (1, c + N, D) with c positions of class tokens or of others that stand in front of the patches.
+    pos_embed: (1, c + N, D) with c positions of class tokens or of others that stand in front of the patches; at least
+    one in the result.
     """
-    if not {"cls_token", "pos_embed"} <= set(weights) or weights["pos_embed"].ndim != 3:
+    if "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
         return weights
-    tokens, pos = weights["cls_token"], weights["pos_embed"]
+    pos = weights["pos_embed"]
+    tokens = weights.get("cls_token", pos[:, :0])
     count, rows = tokens.shape[1], pos.shape[1]
-    square = math.isqrt(rows - count) ** 2 == rows - count
+    square = rows >= count and math.isqrt(rows - count) ** 2 == rows - count
     front = count if square else rows - math.isqrt(rows) ** 2
     if front > count and "reg_token" in weights:
         tokens = torch.cat([tokens, weights["reg_token"]], dim=1)
     kept = min(most, tokens.shape[1], max(front, 1))
-    own = pos[:, :kept] if front else pos.new_zeros(1, 1, pos.shape[2])
-    return weights | {"cls_token": tokens[:, :kept], "pos_embed": torch.cat([own, pos[:, front:]], dim=1)}
+    own = pos[:, : max(kept, 1)] if front else pos.new_zeros(1, 1, pos.shape[2])
+    fitted_tokens = {"cls_token": tokens[:, :kept]} if kept else {}
+    return weights | fitted_tokens | {"pos_embed": torch.cat([own, pos[:, front:]], dim=1)}
 
 
 def _layer_scale(weights: Weights, own: Collection[str]) -> Weights:
