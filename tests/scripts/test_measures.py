@@ -24,7 +24,7 @@ def test_rankme__counts_the_directions():
 
 def test_variance__of_directions_alone():
     assert measures.variance(np.ones((5, 3)) * np.arange(1, 6)[:, None]) == pytest.approx(0, abs=1e-9)
-    assert measures.variance([[1, 0], [-3, 0]]) == pytest.approx(1)
+    assert measures.variance(np.array([[1, 0], [-3, 0]])) == pytest.approx(1)
     assert measures.variance(np.eye(4)) == pytest.approx(0.75)
 
 
@@ -37,8 +37,8 @@ def test_agreement__by_image():
 
 
 def test_knn_accuracy__with_fewer_images_than_neighbours():
-    train, val = np.eye(3)[[0, 1, 2]], np.eye(3)[[0, 1, 1, 2]]
-    assert measures.knn_accuracy(train, [0, 1, 2], val, [0, 1, 2, 2]) == 75
+    labels = np.array([0, 1, 1, 2])
+    assert measures.knn_accuracy(np.eye(3), np.arange(3), np.eye(3)[labels], np.array([0, 1, 2, 2])) == 75
 
 
 def test_spread__every_class_and_in_order():
