@@ -4,7 +4,8 @@ Usage: python scripts/tools/export.py METHOD CHECKPOINT OUT [--format timm|safet
 timm: OUT is a folder with model.safetensors, config.json and README.md, a model card;
 `timm.create_model("local-dir:OUT", pretrained=True)` loads it. safetensors: OUT is a file with the weights under the
 method's own names, which every tool and main here reads like a checkpoint. Fine-tuned and probed checkpoints keep their
-classifier. What was written is read back and compared before OUT appears.
+classifier. Of a segmentation network or detector the folder for timm has the encoder, the safetensors file the whole
+network. What was written is read back and compared before OUT appears.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from torch import Tensor
 from common import distributed
 from common.distributed import Exit, UserError
 from scripts.tools.encoders import load as encoders
-from scripts.tools.encoders.backbone import Backbone
+from scripts.tools.encoders.backbone import Backbone, dense_weights
 from scripts.tools.encoders.timm_form import TimmForm
 from scripts.tools.flags import Parser
 
@@ -370,6 +371,29 @@ def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[
     save_file(weights, path, {"args": json.dumps(backbone.args | known | {WRITTEN: source}, default=str)})
 
 
+def write_whole(path: Path, args: argparse.Namespace, source: dict[str, str]) -> bool:
+    """Write a segmentation network or detector under its official names, and its run's flags; False for others.
+
+    Raises:
+        Disagreement: what was written is not what the checkpoint holds.
+    """
+    state = distributed.load(args.checkpoint)
+    found = distributed.weights_of(state, args.checkpoint, bare=True)
+    if not dense_weights(found):
+        return False
+    weights = {k: v.clone().contiguous() for k, v in found.items()}
+    flags = distributed.flags_of(state)
+    save_file(weights, path, {"args": json.dumps(flags | {WRITTEN: source}, default=str)})
+    again = distributed.weights_of(distributed.load(str(path)), str(path))
+    if again.keys() != weights.keys() or not all(torch.equal(again[k], v) for k, v in weights.items()):
+        raise Disagreement("the written file's numbers are not those of the checkpoint")
+    task = "segmentation" if any(name.startswith("decode_head.") for name in weights) else "detection"
+    classes, count = flags.get("class_names") or [], sum(v.numel() for v in weights.values())
+    distributed.log(f"{args.method}'s {task} network: {count:,} weights, {len(classes) or 'unnamed'} classes")
+    distributed.log(f"{args.method}/main_{task}.py evaluates it with the run's flags and --eval --resume {args.out}")
+    return True
+
+
 def main(args: argparse.Namespace) -> None:
     if args.checkpoint == "random" or Path(args.checkpoint).is_dir():
         raise UserError(f"CHECKPOINT {args.checkpoint}: expected a checkpoint file or https address")
@@ -383,8 +407,9 @@ def main(args: argparse.Namespace) -> None:
     # ---- files
     if args.format == "safetensors":
         with appearing(out) as path:
-            write_safetensors(path, args.method, backbone, source)
-            check_safetensors(path, args.method, backbone)
+            if not write_whole(path, args, source):
+                write_safetensors(path, args.method, backbone, source)
+                check_safetensors(path, args.method, backbone)
     else:
         form = encoders.timm_form(args.method, backbone)
         labels = class_names(args.classes, backbone.args, form.num_classes)

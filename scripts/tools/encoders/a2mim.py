@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from timm.models.beit import Beit
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from a2mim.models_a2mim import Classifier, build_classifier
 from a2mim.openmixup import HEADS, renamed
 from common import distributed
 from common.distributed import UserError
-from scripts.tools.encoders.backbone import Backbone, Source
+from scripts.tools.encoders.backbone import NO_NORM, Backbone, Source, dense_weights, grid_side, plain_norm
 from scripts.tools.encoders.timm_form import TimmForm, vit_form
 
 FIRST = ("cls_token", "layer1.0.conv1.weight", "downsample_layers.0.0.weight", "stem.0.weight")  # of each family
@@ -88,11 +89,13 @@ def load_backbone(source: Source) -> Backbone:
     """The encoder of a checkpoint, whose moving average is under the normal names if it has one.
 
     A ViT pools token, after the final norm, or avg, the patches' mean before that norm; default: a classifier's own,
-    else token, which linear probing reads. CNNs have avg only. Relative positions are resized as by --resize_rel_pos.
+    of dense tasks avg, else token, which linear probing reads. CNNs have avg only. Relative positions are resized as by
+    --resize_rel_pos.
     """
     path, args = source.path, source.args
     found = openmixup.tensors(source.weights() if source.key else source.state)
-    weights = distributed.fitted(found, FIRST)
+    dense = dense_weights(found)
+    weights = _completed(dense) if dense else distributed.fitted(found, FIRST)
     with distributed.user_errors(f"{path or 'random weights'}: check --model and --input_size"):
         if path and not any(name in weights for name in FIRST):
             shown = ", ".join(map(str, list(found or source.state)[:4])) or "none"
@@ -102,7 +105,7 @@ def load_backbone(source: Source) -> Backbone:
         if path and _shape_of(weights) != _shape_by_name()[name]:
             raise UserError(f"{path}: is no {name}; check --model")
         has_token = family in (vit, plain_vit)
-        trained = "token" if has_token and not any(k.startswith("fc_norm.") for k in weights) else "avg"
+        trained = "token" if has_token and not dense and "fc_norm.weight" not in weights else "avg"
         pool = source.pool or trained
         if pool == "token" and not has_token:
             raise UserError(f"--pool token: {name} has no class token")
@@ -137,6 +140,15 @@ def load_backbone(source: Source) -> Backbone:
     )
 
 
+def _completed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a dense task with what a ViT lacks there: the final norm, and in segmentation absolute positions."""
+    if "cls_token" not in weights:
+        return weights
+    width, tokens = weights["cls_token"].shape[-1], 1 + grid_side(weights) ** 2
+    norm = {} if "ln1.weight" in weights else plain_norm(width)
+    return {"pos_embed": torch.zeros(1, tokens, width), **weights, **norm}
+
+
 def _keywords(family: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Keywords of a backbone that its weights say."""
     if "cls_token" not in weights:
@@ -169,6 +181,9 @@ def _notes(found: dict[str, Tensor]) -> list[str]:
         "neck.": "The mask token and the decoder of pre-training are left out.",
         "ema_": "The weights are the run's moving average; the live ones are left out.",
     }
+    if dense := dense_weights(found):
+        lacks = "cls_token" in dense and "ln1.weight" not in dense
+        return ["The pyramid and the heads of a dense task are left out."] + [NO_NORM] * lacks
     return [sentence for prefix, sentence in sentences.items() if any(k.startswith(prefix) for k in found)]
 
 

@@ -72,9 +72,10 @@ class Source:
         raise UserError(f"{self.path}: --model must be given, no known model has {width} channels")
 
     def image_side(self, weights: dict[str, Tensor], patch_size: int) -> int:
-        """In pixels: what is asked for, else as the run's flags say, else as the positions do, else 224."""
+        """In pixels: what is asked for, else as the run's flags say, else as the positions do, else 224, which also
+        stands for the sizes of detection."""
         stored = [self.args.get(flag) for flag in ("input_size", "val_crop")]
-        known = next((size for size in stored if isinstance(size, int)), 0)
+        known = next((size for size in stored if isinstance(size, int)), 224 if "train_json" in self.args else 0)
         return self.input_size or known or patch_size * grid_side(weights) or 224
 
     def log_loaded(self, name: str, network: nn.Module, missing: list[str], unexpected: list[str]) -> None:
@@ -129,6 +130,27 @@ class Backbone(nn.Module):
         apart = self.head is not None and self.head is not getattr(self.network, "head", None)
         head = self.head.state_dict(prefix="head.") if self.head is not None and apart else {}
         return {**self.state_dict_of(self.network), **head}
+
+
+NO_NORM = "The encoder of a dense task has no final norm: one with weights 1 and biases 0 stands for it."
+
+
+def dense_weights(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's weights among those of a segmentation network or detector, without its pyramid; else none.
+
+    The last stage of a ResNet is in some detectors a part of the heads.
+    """
+    if not any(name.startswith(("decode_head.", "rpn_head.")) for name in found):
+        return {}
+    stage = distributed.part_of(found, "roi_head.shared_head.")
+    weights = {name: value for name, value in stage.items() if name.startswith("layer4.")}
+    weights |= distributed.part_of(found, "backbone.")
+    return {name: value for name, value in weights.items() if not name.startswith("fpn")}
+
+
+def plain_norm(width: int) -> dict[str, Tensor]:
+    """What stands for the final norm that an encoder of a dense task lacks."""
+    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
 
 
 def grid_side(weights: dict[str, Tensor]) -> int:

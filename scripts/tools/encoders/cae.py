@@ -1,6 +1,7 @@
-"""CAE's encoders: the ViT of pre-training (both revisions), fine-tuning, linear and attentive probes."""
+"""CAE's encoders: the ViT of pre-training (both revisions), fine-tuning, probes, segmentation and detection."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from cae.models_cae import MODELS as PRETRAINING
 from cae.models_vit import MODELS, encoder_weights, load_pretrained
 from common import datasets, distributed
 from common.distributed import UserError
-from scripts.tools.encoders.backbone import Backbone, Source, linear_head
+from scripts.tools.encoders.backbone import NO_NORM, Backbone, Source, dense_weights, linear_head, plain_norm
 from scripts.tools.encoders.timm_form import TimmForm, beit_positions, vit_form, vit_names
 
 # The encoders of pre-training networks.
@@ -59,13 +60,16 @@ def load_backbone(source: Source) -> Backbone:
     """The ViT of a checkpoint; an attentive probe's query and head are left out.
 
     Pooling token takes the class token after the final norm where the file has one, avg the patches' mean before that
-    norm; default: a classifier's own, else token, which linear probing reads. Positions are resized as there.
+    norm; default: a classifier's own, of dense tasks avg, else token, which linear probing reads. Positions are resized
+    as there; those of detection, of oblong images, are computed anew.
     """
     path, args, notes = source.path, source.args, []
     found = source.weights()
-    weights = encoder_weights(found)
-    if any(name.startswith("backbone.") for name in found):
-        weights = {k: value for k, value in weights.items() if not k.startswith("fpn")}
+    weights, oblong = encoder_weights(found), False
+    if dense := dense_weights(found):
+        patches = dense["pos_embed"].shape[1] - 1
+        oblong = math.isqrt(patches) ** 2 != patches
+        weights = {k: value for k, value in dense.items() if not (oblong and k == "pos_embed")}
         notes.append("The pyramid and the heads of a dense task are left out.")
     elif len(weights) < len(found):
         notes.append("The regressor, the decoder and the mask token of pre-training are left out.")
@@ -82,12 +86,17 @@ def load_backbone(source: Source) -> Backbone:
         if attentive:
             notes.append("The attentive probe's query and head, which timm cannot express, are left out.")
             weights = {k: value for k, value in weights.items() if not k.startswith(ATTENTIVE)}
-        trained = "avg" if "fc_norm.weight" in weights else "token"
+        trained = "avg" if "fc_norm.weight" in weights or dense else "token"
         pool = source.pool or trained
+        if dense and pool == "avg":
+            weights |= plain_norm(weights["cls_token"].shape[-1])
+            notes.append(NO_NORM)
         normed = not path or "norm.weight" in weights or "fc_norm.weight" in weights
         if pool == "avg" and not normed:
             raise UserError(f"--pool avg: {path} has no final norm, which the mean of the patches needs")
         keywords: dict[str, Any] = _keywords(weights) if path else {"init_values": 0.1}
+        if oblong:
+            keywords |= {"abs_pos_emb": False, "sin_pos_emb": True}
         if path or source.input_size is not None:
             keywords["img_size"] = source.image_side(weights, keywords.get("patch_size", 0))
         mean_pooling = pool == "avg" or not normed

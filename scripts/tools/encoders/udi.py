@@ -1,15 +1,25 @@
-"""UDI's encoders: the ViT of pre-training, of extracted weights, fine-tuning, semi-supervised and transfer learning."""
+"""UDI's encoders: the ViT of pre-training, extracted weights, fine-tuning, semi-supervised and transfer learning,
+segmentation and detection."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from common import datasets, distributed
 from common.distributed import UserError
-from scripts.tools.encoders.backbone import Backbone, Source, grid_side, linear_head
+from scripts.tools.encoders.backbone import (
+    NO_NORM,
+    Backbone,
+    Source,
+    dense_weights,
+    grid_side,
+    linear_head,
+    plain_norm,
+)
 from scripts.tools.encoders.timm_form import TimmForm, beit_names, beit_positions, vit_form, vit_named, vit_names
 from udi import models_finetune
-from udi.backbone import ALIASES, PARTS, build_backbone
+from udi.backbone import ALIASES, PARTS, build_backbone, vit_weights
 from udi.main_finetune import HALF
 from udi.models_eval import ClassProjHead, EvaluationViT
 from udi.models_udi import MODELS, VisionTransformer
@@ -85,7 +95,13 @@ def load_backbone(source: Source) -> Backbone:
     if key and not isinstance(state.get(key), dict):
         found = ", ".join(str(k) for k, value in state.items() if isinstance(value, dict)) or "none"
         raise UserError(f"--key {key}: not in {path}, whose keys are {found}")
-    weights = models_finetune.read_weights(path, key or "teacher", key or "model|module", state=state)
+    dense = any(dense_weights(part) for part in map(state.get, ("state_dict", "model")) if isinstance(part, dict))
+    if dense:  # the ViT has no class token
+        weights = vit_weights(state, "state_dict", path, ("pos_embed", "patch_embed.", "blocks."))
+        width = weights["pos_embed"].shape[-1]
+        weights |= plain_norm(width) | {"cls_token": torch.zeros(1, 0, width)}
+    else:
+        weights = models_finetune.read_weights(path, key or "teacher", key or "model|module", state=state)
     name = source.name(MODELS, ALIASES) or source.name_by_width(MODELS, weights)
     known: Any = MODELS[name]
     width, depth = len(weights["patch_embed.proj.weight"]), len({k.split(".")[1] for k in weights if "blocks." in k})
@@ -93,7 +109,9 @@ def load_backbone(source: Source) -> Backbone:
         raise UserError(f"{path}: --model {name}: the file has {depth} blocks of {width} channels")
     patch, tokens = weights["patch_embed.proj.weight"].shape[-1], weights["cls_token"].shape[1]
     size = source.image_side(weights, patch)
-    trained = "avg" if "fc_norm.weight" in weights else "token"
+    trained = "avg" if "fc_norm.weight" in weights or dense else "token"
+    if dense and source.pool == "token":
+        raise UserError(f"--pool token: {path} is of a dense task, whose ViT has no class token")
     is_finetuned = "rel_pos_bias" in args or any("relative_position" in k or ".gamma_" in k for k in weights)
     head = _head(weights)
     pool = source.pool or args.get("pool") or trained
@@ -102,7 +120,7 @@ def load_backbone(source: Source) -> Backbone:
             network = known(img_size=[size], patch_size=patch, num_class_token=tokens)
         elif is_finetuned or "pos_embed" not in weights:
             network = _finetuned(source, name, weights, {"img_size": size, "patch_size": patch}, pool)
-        elif trained == pool == "avg":  # has a norm of its own
+        elif trained == pool == "avg" and not dense:  # has a norm of its own
             sizes = {"img_size": [patch * grid_side(weights)], "patch_size": patch, "num_class_token": tokens}
             network = EvaluationViT(avgpool_patchtokens=1, **sizes, **known.keywords)
             network.load_state_dict({k: x for k, x in weights.items() if not k.startswith("head.")})
@@ -159,6 +177,10 @@ def timm_form(backbone: Backbone) -> TimmForm:
         return vit_form(backbone, network.blocks, architecture, beit_names(weights), notes, **arguments)
     if positions is None:
         arguments["pos_embed"] = "none"
+    if network.num_class_token == 0:
+        arguments["class_token"] = False
+        weights.pop("cls_token")
+        notes += ["The heads of a dense task are left out.", NO_NORM]
     if network.num_class_token > 1:
         arguments["reg_tokens"] = network.num_class_token - 1
         weights["cls_token"], weights["reg_token"] = network.cls_token[:, :1], network.cls_token[:, 1:]

@@ -111,7 +111,9 @@ def test_pretraining_as_in_linear_probing(size, tmp_path):
 
 def test_segmentation__gives_its_backbone(tmp_path):
     network = randomised(upernet_cae_nano(img_size=32, patch_size=8, num_classes=3))
-    backbone = load_backbone(written(tmp_path, network))
+    path = written(tmp_path, network)
+    assert load_backbone(path).pool == "avg"
+    backbone = load_backbone(path, pool="token")
     assert (backbone.model_name, backbone.pool, backbone.input_size) == ("cae_nano", "token", 32)
     assert "The pyramid and the heads of a dense task are left out." in backbone.notes
     assert torch.equal(backbone(images()), network.backbone.tokens(images(), slice(0, 1))[:, 0])
