@@ -120,7 +120,7 @@ class Refused(Exception):
 
 def parsed(script: Path, words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags as the main parses them, and the main's globals; raises Refused with its message."""
-    found: list[argparse.Namespace] = []
+    found: list[Any] = []
 
     def take(_main: Any, args: Any) -> None:
         found.append(args() if callable(args) else args)
