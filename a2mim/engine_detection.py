@@ -146,6 +146,7 @@ def fit(
     rate: Callable[[int, int], float],
     checkpoint: distributed.Checkpoint,
     resume: str,
+    before_evaluation: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Train from the checkpoint `resume` ('': anew) to the last epoch, logging and saving each.
 
@@ -162,6 +163,7 @@ def fit(
         last = epoch + 1 == args.epochs
         if last or (args.eval_interval and (epoch + 1) % args.eval_interval == 0):
             checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here
+            before_evaluation(epoch)
             folder, pictures = (args.output_dir, args.save_pictures) if last else ("", 0)
             test = evaluate(plain, val_loader, images, folder, pictures)
             epoch_log.run_log.scalars({f"perf/{name}": value for name, value in test.items()}, epoch)

@@ -4,8 +4,10 @@ The defaults are the authors' configuration of ViT-B, 8 GPUs x 2 images; --recip
 """
 
 import argparse
+import itertools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from a2mim.detection_heads import MaskRCNN
 from a2mim.engine_detection import batch_loss, evaluate, fit
@@ -24,7 +27,7 @@ from common.distributed import sync_bn
 
 _R50 = "--opt sgd --lr 0.02 --weight_decay 1e-4 --crop_short_sides --model mask_rcnn_r50_"
 _MMDET = _R50 + "{} --short_sides 800"
-_D2 = _R50 + "{} --warmup_iters 1000 --short_sides 640 672 704 736 768 800"
+_D2 = _R50 + "{} --warmup_iters 1000 --short_sides 640 672 704 736 768 800 --precise_bn 200"
 _2X = " --epochs 24 --warmup_iters 1000 --lr_drops 16 23"
 RECIPES = {  # the flags that differ from the defaults
     "vit_1x": "",
@@ -42,7 +45,7 @@ ROWS = {  # by what an mmdetection configuration has in its name
 }
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("long_side", "test_short_side", "test_long_side"), (32, math.inf)),
-    **dict.fromkeys(("warmup_iters", "eval_interval", "save_pictures"), (0, math.inf)),
+    **dict.fromkeys(("warmup_iters", "eval_interval", "save_pictures", "precise_bn"), (0, math.inf)),
     "save_ckpt_freq": (1, math.inf),
 }
 
@@ -83,6 +86,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.optimizer.add_argument("--lr_drops", type=int, nargs="*", default=[9, 11], help=drops)
     g.optimizer.add_argument("--warmup_iters", default=500, type=int, help="updates in which the learning rate rises")
     # ---- evaluation, files, process
+    precise = "training batches over which batch norms average their statistics anew before evaluations; 0: they do not"
+    g.output.add_argument("--precise_bn", default=0, type=int, metavar="N", help=precise)
     folder = "folder of checkpoints and log.txt; '' writes nothing"
     g.output.add_argument("--output_dir", "--work_dir", default="", help=folder)
     g.output.add_argument("--save_ckpt_freq", default=1, type=int, help="epochs between the kept files epoch_<n>.pth")
@@ -143,6 +148,25 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
     return torch.optim.AdamW(model.parameters(), args.lr, **kwargs)
 
 
+@torch.no_grad()
+def average_statistics(model: MaskRCNN, loader: datasets.Loader, epoch: int, count: int, seed: int) -> None:
+    """Set the running statistics of batch norms to their plain means over an epoch's first batches ("precise BN").
+
+    Args:
+        count: of batches, on every process; the random draws in them depend on (seed, rank, number) alone.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.train()
+    for number, (images, targets) in enumerate(itertools.islice(loader.batches(epoch), count)):
+        for norm in norms:
+            norm.momentum = 1 / (number + 1)  # the first batch replaces what was there
+        distributed.seed_step(seed, number)
+        model(images, *map(list, zip(*targets, strict=True)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def main(args: argparse.Namespace) -> None:
     check(args)
     device = distributed.init(args.device, args.deterministic)
@@ -189,7 +213,8 @@ def main(args: argparse.Namespace) -> None:
     )
     parts = {"optimizer": optimizer, "scaler": updater.scaler}
     checkpoint = distributed.Checkpoint(args.output_dir, args, model, files, **parts)
-    fit(args, net, loader, val_loader, images, updater, rate, checkpoint, resume)
+    precise = partial(average_statistics, model, loader, count=args.precise_bn, seed=args.seed)
+    fit(args, net, loader, val_loader, images, updater, rate, checkpoint, resume, precise)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,13 @@ def flags(data: Path, folder: Path | str, *further: str) -> list[str]:
 
 R50 = {"opt": "sgd", "lr": 0.02, "weight_decay": 1e-4, "crop_short_sides": [], "batch_size": 2}
 MMDET = {**R50, "short_sides": [800], "long_side": 1333}
-D2 = {**R50, "short_sides": [640, 672, 704, 736, 768, 800], "warmup_iters": 1000, "test_long_side": 1333}
+D2 = {
+    **R50,
+    "short_sides": [640, 672, 704, 736, 768, 800],
+    "warmup_iters": 1000,
+    "test_long_side": 1333,
+    "precise_bn": 200,
+}
 VIT = {"short_sides": [*range(480, 801, 32)], "crop_short_sides": [400, 500, 600], "crop_range": [384, 600]}
 VIT |= {"opt": "adamw", "lr": 3e-4, "weight_decay": 0.05, "drop_path": 0.2, "model": "mask_rcnn_vit_base"}
 RECIPES = {
@@ -94,6 +100,26 @@ def test_what_a_recipe_trains_with(data, monkeypatch):
     assert rate(1, 0) == pytest.approx(0.02 * (1 - (1 - updates / 500) * 0.999))
     args.warmup_iters = 0
     assert [rate(epoch, 0) for epoch in (7, 8, 11)] == pytest.approx([0.02, 0.002, 0.0002])
+
+
+def test_statistics_are_means_over_batches(data):
+    args = main_detection.parse_args(flags(data, "", "--short_sides", "64"))
+    with kept_signals():
+        device = torch.device("cpu")
+        views = main_detection.TrainTransform([64], 96, [], (32, 48))
+        loader, *_ = main_detection.detection.detection_loaders(
+            args, device, views, main_detection.EvalTransform(64, 96)
+        )
+    seen: list[torch.Tensor] = []
+    model: Any = mask_rcnn_resnet_nano(num_classes=6)
+    model.backbone.conv1.register_forward_hook(lambda _module, _inputs, out: seen.append(out.mean(dim=(0, 2, 3))))
+    main_detection.average_statistics(model, loader, epoch=0, count=3, seed=0)
+    assert len(seen) == 3
+    assert torch.allclose(model.backbone.bn1.running_mean, torch.stack(seen).mean(dim=0), atol=1e-6)
+    assert model.backbone.bn1.momentum == 0.1
+    before = model.backbone.bn1.running_var.clone()
+    main_detection.average_statistics(model, loader, epoch=0, count=3, seed=0)
+    assert torch.equal(model.backbone.bn1.running_var, before)
 
 
 # ---- runs
