@@ -246,6 +246,8 @@ def main(args: argparse.Namespace) -> None:
     if weights := distributed.initial_weights(args, resume):
         start_from(model, weights, args.initial_checkpoint)
     net = training.prepare(args, model, device, starts=not resume)
+    if args.use_checkpoint:
+        distributed.recompute_blocks(model)
     datasets.check_memory(args, model, partial(batch_loss, **context), loader)
     # ---- optimizer
     optimizer = build_optimizer(args, model, args.lr)

@@ -287,6 +287,8 @@ def main(args: argparse.Namespace) -> None:
     net = distributed.wrap(model, device, args.compile)
     # ---- data
     loader, context = build_data(args, device)
+    if args.use_checkpoint:
+        distributed.recompute_blocks(model)
     datasets.check_memory(args, model, partial(batch_loss, **context), loader, context["tokenizer"])
     # ---- optimizer
     images_per_step = args.batch_size * distributed.world_size()

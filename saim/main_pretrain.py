@@ -116,6 +116,8 @@ def main(args: argparse.Namespace) -> None:
         start_from(model, weights, args.initial_checkpoint)
     if model.idle_blocks:
         distributed.log(f"WARNING: the last {model.idle_blocks} encoder blocks are not trained at this --query_depth")
+    if args.use_checkpoint:
+        distributed.recompute_blocks(model)
     datasets.check_memory(args, model, batch_loss, loader)
     net = distributed.wrap(model, device, args.compile, find_unused=model.idle_blocks > 0)
     # ---- optimizer

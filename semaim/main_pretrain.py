@@ -206,6 +206,8 @@ def main(args: argparse.Namespace) -> None:
     net = distributed.wrap(model, device, args.compile, find_unused=model.idle_blocks > 0)
     ema = ModelEmaV3(model) if args.use_ema_model else None
     guide = Guide(model, ema and ema.module, teacher and teacher.to(device), args.order_amp)  # type: ignore[arg-type]
+    if args.use_checkpoint:
+        distributed.recompute_blocks(model)
     datasets.check_memory(args, model, partial(batch_loss, guide=guide), loader, *(teacher and [teacher] or []))
     if args.compile:
         guide.source.semantic_pass = torch.compile(guide.source.semantic_pass)

@@ -246,6 +246,8 @@ def main(args: argparse.Namespace) -> None:
         start_from(student, weights, args.initial_checkpoint)
     teacher, udi_loss = build_teacher(student), build_loss(args).to(device)
     loss_of = partial(batch_loss, teacher=teacher, udi_loss=udi_loss)
+    if args.use_checkpoint:
+        distributed.recompute_blocks(student)
     datasets.check_memory(args, student, loss_of, loader, teacher, udi_loss)
     net = distributed.wrap(student, device, args.compile)
     # ---- optimizer

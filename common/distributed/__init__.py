@@ -40,6 +40,7 @@ from common.distributed.process import (
     main_does,
     on_main_first,
     rank,
+    recompute_blocks,
     seed_step,
     sync_buffers,
     unwrap,

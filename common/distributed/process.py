@@ -6,13 +6,16 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from common.distributed.exits import UserError, stop_signal
 
@@ -208,6 +211,21 @@ def seed_step(seed: int, step: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(words[1])  # noqa: NPY002 - timm's Mixup draws from the global generator
     torch.manual_seed(int(words[2]))
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Let the transformer blocks forget what is inside them, and compute it again in the backward pass.
+
+    Numbers stay the same: draws are repeated. Blocks are the members of lists whose names end in "blocks".
+    Raises:
+        UserError: the network has none, or they have batch norms, whose statistics would move twice.
+    """
+    lists = [(name, part) for name, part in model.named_modules() if name.endswith("blocks")]
+    blocks = {id(block): block for _, part in lists for block in part.children()}.values()
+    if not blocks or any(isinstance(part, _BatchNorm) for block in blocks for part in block.modules()):
+        raise UserError(f"--use_checkpoint: {type(model).__name__} has no transformer blocks to compute again")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def wrap(model: nn.Module, device: torch.device, compile_model: bool = False, find_unused: bool = False) -> nn.Module:

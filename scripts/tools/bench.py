@@ -204,6 +204,8 @@ def measure(
     before = reset_peak(device)
     torch.manual_seed(args.seed)
     model = main.build_model(args, **variant.overrides).to(device)
+    if args.use_checkpoint:
+        distributed.recompute_blocks(model)
     variant.parameters = sum(p.numel() for p in model.parameters())
     least = 16 * variant.parameters  # weights, gradients and two moments in float32
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_available()[0]

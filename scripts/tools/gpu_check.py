@@ -133,6 +133,7 @@ def prepare(args: argparse.Namespace, preset: str, precision: str = "auto", comp
     with tempfile.TemporaryDirectory() as folder:
         flags.data_path = bench.synthetic_images(Path(folder), flags.batch_size)
         flags.num_workers = 0
+        torch.manual_seed(0)
         loader, context = main.build_data(flags, device)
         batch = next(loader.batches())
     torch.manual_seed(0)
