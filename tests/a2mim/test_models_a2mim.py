@@ -154,14 +154,17 @@ def assert_trajectory(ref) -> None:
     that were changed by 1e-7 do; for the first loss and gradient norm, and for the ViT, that is next to nothing.
     """
     tol, run = tolerance(ref, "traj"), train(ref)
-    others = [train(ref, 1e-7, seed) for seed in range(5)]
+    others: list[dict[str, Tensor]] = []  # trained where a value is not within the tolerance alone
     for name, value in run.items():
         held = f"out/{name}" if name in ("losses", "grad_norms") else f"out/final/{name}"
         if held not in ref:
             continue
         expected = ref[held].double()
-        spread = torch.stack([(other[name] - value).abs() for other in others]).amax(dim=0)
         excess = (value - expected).abs() - tol["rtol"] * expected.abs() - tol["atol"]
+        if excess.max() <= 0:
+            continue
+        others = others or [train(ref, 1e-7, seed) for seed in range(5)]
+        spread = torch.stack([(other[name] - value).abs() for other in others]).amax(dim=0)
         if name in ("losses", "grad_norms"):
             assert excess[0] <= 0, f"first of {name}"
         else:  # which entries of a tensor stray is chance
