@@ -3,7 +3,8 @@ or data METHOD.
 
 METHOD: rows are variants of the same step, measured in turn in one run: the reference formulation in fp32, then what
 trains by default in fp32 and, where the device has fast bf16, in bf16. Times are medians over all rounds.
-all: a row for each network of each method, in a process of its own, in the precision that it trains in by default.
+all: a row for each network of each method, in a process of its own, in the precision that it trains in by default, and
+for small segmentation networks and detectors.
 data METHOD: what an image costs on one core before it reaches the network, part by part (bench_data.py).
 """
 
@@ -34,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
 from common.distributed.metrics import resident_bytes
-from scripts.tools import bench_data
+from scripts.tools import bench_data, bench_dense
 from scripts.tools.doctor import NETWORK
 from scripts.tools.flags import Parser
 from scripts.tools.machine import amount, memory_available
@@ -399,11 +400,22 @@ def table(args: argparse.Namespace, rest: list[str]) -> None:
     print(
         f"{name_of(device)}, {precision}; torch {torch.__version__}. Times of a step and its parts in ms.\n", flush=True
     )
-    header, notes, found = False, [], False
-    for method, name, flags in networks():
-        if not re.search(args.only, f"{method} {name}"):
-            continue
-        found = True
+    header: list[str] = []
+    notes = []
+    chosen = [network for network in networks() if re.search(args.only, " ".join(network[:2]))]
+    if not chosen and not bench_dense.chosen(args.only):
+        raise distributed.UserError(f"--only {args.only}: no network has that in its name")
+
+    def show(method: str, cells: dict[str, str]) -> None:
+        cells = {"method": method, **cells}
+        if not header:
+            header.extend(cells)
+            print(line(dict(zip(header, header, strict=True)), header, args.markdown))
+            if args.markdown:
+                print("|" + "---|" * len(header))
+        print(line(cells, header, args.markdown), flush=True)
+
+    for method, name, flags in chosen:
         batch = next(sizes[gpu] for words, sizes in BATCHES.items() if re.search(words, name))
         batch = max(1, batch // VIEWS) if method == "udi" else batch
         command = [sys.executable, __file__, method, "--json", "--rounds", "1", "--steps", f"{args.steps}"]
@@ -414,30 +426,27 @@ def table(args: argparse.Namespace, rest: list[str]) -> None:
             error = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
             notes.append(f"{method} {name}: {error.removeprefix('bench.py: ')}")
             continue
-        cells = {"method": method, **json.loads(done.stdout.splitlines()[-1])}
-        widths = [max(len(column), 30 if column == "network" else 6) for column in cells]
-        if not header:
-            print(line(list(cells), widths, args.markdown))
-            if args.markdown:
-                print("|" + "---|" * len(cells))
-            header = True
-        print(line(list(cells.values()), widths, args.markdown), flush=True)
-    if not found:
-        raise distributed.UserError(f"--only {args.only}: no network has that in its name")
+        show(method, json.loads(done.stdout.splitlines()[-1]))
+    for case, found in bench_dense.rows(args.only, args.seconds or 6, device.type):
+        if isinstance(found, distributed.UserError):
+            notes.append(f"{case}: {found}")
+        else:
+            show(case.split()[0], found)
     print("\n" + "".join(f"{'- ' * args.markdown}not measured: {note}\n" for note in notes))
     print(
-        "peak GB: memory beyond what the process had before; GFLOP/image: matrix products and convolutions, forward"
-        "\nand backward; of peak: of a large matrix product's speed; reference/default: their step times"
+        "peak GB: memory beyond what the process had before, of dense tasks all of it; GFLOP/image: matrix products"
+        "\nand convolutions, forward and backward; of peak: of a large matrix product's speed; reference/default: their"
+        "\nstep times"
     )
 
 
-def line(cells: list[str], widths: list[int], markdown: bool) -> str:
-    """Cells of a row, as text or Markdown."""
+def line(cells: dict[str, str], header: list[str], markdown: bool) -> str:
+    """Cells of a row in the header's columns, as text or Markdown."""
+    values = [cells.get(column, "") for column in header]
     if markdown:
-        return "| " + " | ".join(cells) + " |"
-    return " ".join(
-        f"{cell:{'<' if i < 2 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
+        return "| " + " | ".join(values) + " |"
+    widths = [max(len(column), 30 if column == "network" else 6) for column in header]
+    return " ".join(f"{v:{'<' if i < 2 else '>'}{w}}" for i, (v, w) in enumerate(zip(values, widths, strict=True)))
 
 
 if __name__ == "__main__":

@@ -224,8 +224,12 @@ def changed(plan: Plan, accum: int, folder: Path) -> list[str]:
     return words
 
 
-def measure(plan: Plan, folder: Path) -> Measurement:
-    """Start the run with its files in `folder`, continuing what it would, and end it when enough of it was seen."""
+def measure(plan: Plan, folder: Path, evaluates: bool = True) -> Measurement:
+    """Start the run with its files in `folder`, continuing what it would, and end it when enough of it was seen.
+
+    Args:
+        evaluates: the checkpoint that it left, if the main can.
+    """
     args, launch, seconds = plan.args, plan.launch, 0.0 if plan.own.no_measure else plan.own.seconds
     # On a CPU updates may take minutes; two micro-steps show what more of them take.
     accum = accumulated(args) if launch.on_gpu else min(2, accumulated(args))
@@ -262,7 +266,7 @@ def measure(plan: Plan, folder: Path) -> Measurement:
         # From the last step's line until the file got its name.
         run.saving = newest.stat().st_ctime - max(path.stat().st_mtime for path in files.rglob("*progress.jsonl"))
         flag = next((flag for flag in ("eval", "evaluate") if hasattr(args, flag)), "")
-        if flag and not launch.rank:
+        if flag and evaluates and not launch.rank:
             evaluate(run, [*command, f"--{flag}", "--resume", f"{newest}"], launch, seconds, folder / "evaluation.txt")
     return run
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from common import distributed
-from scripts.tools import bench, bench_data
+from scripts.tools import bench, bench_data, bench_dense, doctor
 from scripts.tools.bench import Variant
+from tests.scripts.test_measured_run import recorded
 from tests.support.helpers import ROOT
 
 
@@ -84,6 +85,29 @@ def test_table__rows_and_notes(monkeypatch, capsys):
     assert commands[1][commands[1].index("--batch_size") + 1] == "32"
     bench.main(*arguments("all", "--only", "semaim aim_nano", "--device", "cpu"))
     assert "semaim aim_nano" in capsys.readouterr().out
+
+
+def test_table__of_a_dense_task(monkeypatch, capsys):
+    """Its real command is planned as it stands, and what was measured is a row."""
+
+    def measure(plan, _folder, evaluates):
+        assert (plan.args.batch_size, plan.folder, evaluates) == (2, "", False)
+        run = recorded([1.0] * 9, host=3 * 10**9)
+        run.images, run.output = 2, "x: 1,500,000 parameters on cpu"
+        return run
+
+    monkeypatch.setattr(bench_dense.measured_run, "measure", measure)
+    bench.main(*arguments("all", "--markdown", "--only", "udi detection", "--device", "cpu"))
+    out = capsys.readouterr().out
+    assert "| method | network | px | batch | param. M | images/s | ms/step | data | peak GB |" in out
+    assert "| udi | detection, vit_nano | 128 | 2 | 1.5 | 8 | 250 | 0 | 3.00 |" in out
+
+
+def test_dense__every_program_once():
+    mains = sorted(
+        f"{p.parent.name} {p.stem[5:]}" for p in ROOT.glob("*/main_*.py") if p.stem[5:] in doctor.NAMED_STAGES
+    )
+    assert sorted(bench_dense.DENSE) == mains
 
 
 @pytest.mark.parametrize(
