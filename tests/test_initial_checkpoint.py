@@ -154,7 +154,7 @@ def test_an_own_pretraining_file_is_taken_whole(method, tmp_path, capsys):
     encoder = encoder // 2 if method == "cae" else encoder  # the targets' encoder has its names, too
     said = capsys.readouterr().out.splitlines()[-1]
     assert f"x.pth: {encoder} of the encoder's {encoder} tensors and " in said
-    assert said.endswith("unused: none")
+    assert said.endswith("new: none; unused: none")
 
 
 def test_caes_files_of_the_earlier_revision_and_of_fine_tuning(tmp_path):

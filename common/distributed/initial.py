@@ -169,7 +169,7 @@ def take_weights(
         raise UserError(f"{path}{kind}: nothing of it fits this encoder{why}; {fits} fits")
     network.load_state_dict(taken, strict=False)
     shown = f", {len(resized)} of them resized ({resized[0]}{', ...' * (len(resized) > 1)})" if resized else ""
-    new = [name for name in own if name not in taken]
+    new = [name for name, _ in network.named_parameters(remove_duplicate=False) if name not in taken]  # no constants
     unused = [name for name in (*found, *others) if name not in taken and not name.endswith("relative_position_index")]
     most = 2 * len(inside) >= len(whole)
     log(
