@@ -1,11 +1,13 @@
 """The encoder of a checkpoint as a folder for timm and for a hub, or as one safetensors file.
 
 Usage: python scripts/tools/export.py METHOD CHECKPOINT OUT [--format timm|safetensors] [--model ... --pool ...]
+python scripts/tools/export.py METHOD CHECKPOINT OUT --push USER/NAME [--dry_run]
 timm: OUT is a folder with model.safetensors, config.json and README.md, a model card;
 `timm.create_model("local-dir:OUT", pretrained=True)` loads it. safetensors: OUT is a file with the weights under the
 method's own names, which every tool and main here reads like a checkpoint. Fine-tuned and probed checkpoints keep their
 classifier. Of a segmentation network or detector the folder for timm has the encoder, the safetensors file the whole
-network. What was written is read back and compared before OUT appears.
+network. What was written is read back and compared before OUT appears. --push sends the folder to the Hugging Face
+hub, of whose account `hf auth login` keeps the token; --dry_run only lists what would be sent.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import huggingface_hub
 import timm
 import torch
 from PIL import Image
@@ -36,12 +39,25 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import Exit, UserError
+from common.distributed.checkpoint import ELSEWHERE
+from scripts.tools import report as runs
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.backbone import Backbone, dense_weights
 from scripts.tools.encoders.timm_form import TimmForm
 from scripts.tools.flags import Parser
 
 TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
+# Flags of the machine and its files, here and in the authors' programs, which a card does not repeat.
+MACHINE = ELSEWHERE | {
+    "config_file",
+    "force",
+    "rank",
+    "gpu",
+    "distributed",
+    "dist_on_itp",
+    "dist_backend",
+    "print_freq",
+}
 WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
 
 # Paper, the authors' repository and its licence.
@@ -86,6 +102,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="text file with the classes' names, one a line, for the timm folder; default: those in the checkpoint",
     )
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to OUT")
+    p.add_argument("--push", default="", metavar="USER/NAME", help="repository of the Hugging Face hub to send OUT to")
+    p.add_argument("--dry_run", action="store_true", help="with --push: list what would be sent, send nothing")
     return p
 
 
@@ -270,19 +288,48 @@ def check_safetensors(path: Path, method: str, backbone: Backbone) -> None:
 
 
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """A run's flags without empty ones, without the folders of its machine and without its classes' names."""
-    shown = {k: Path(v).name if isinstance(v, str) and os.sep in v else v for k, v in flags.items()}
-    shown.pop("class_names", None)
-    return {k: v for k, v in sorted(shown.items()) if v is not None and v is not False and v not in ("", [])}
+    """A run's flags without empty ones, without its machine's and its paths, and without its classes' names."""
+    plain = {k: v for k, v in sorted(flags.items()) if k not in MACHINE and v is not None and v is not False}
+    is_path = {k for k, v in plain.items() if isinstance(v, str) and os.sep in v and k != "dataset"}
+    return {k: v for k, v in plain.items() if v not in ("", []) and k not in is_path}
 
 
-def details(method: str, backbone: Backbone, form: TimmForm, epoch: Any, source: dict[str, str]) -> dict[str, Any]:
+def epochs_done(state: dict[str, Any]) -> int | None:
+    """Finished epochs of a checkpoint, of which some authors' files hold the number and others the last one's index."""
+    meta = state.get("meta") if isinstance(state.get("meta"), dict) else {}
+    counted = "epoch" in meta or "state_dict" in state or "student" in state or "teacher" in state  # type: ignore
+    epoch = state.get("epoch", meta.get("epoch"))  # type: ignore[union-attr]
+    return None if not isinstance(epoch, int) else epoch if counted else epoch + 1
+
+
+def measured(checkpoint: str, done: int | None) -> list[str]:
+    """What the log beside a checkpoint says of its epoch: "top-1 57.8" (percent), "loss in training 0.21"."""
+    path = Path(checkpoint)
+    found: list[str] = []
+    with contextlib.suppress(UserError):  # not a run's folder
+        for file in [file for pattern in runs.LOGS for file in sorted(path.parent.glob(pattern))][: path.is_file()]:
+            log = runs.read_log(str(file))
+            last = max((e for e in log if done is None or e < done + (min(log) == 1)), default=None)
+            values = {} if last is None else log[last]
+            found += [f"{metric} {values[name]:.1f}" for name, metric in runs.METRICS.items() if name in values]
+            found += [f"loss in training {values['train_loss']:.4g}"] if "train_loss" in values else []
+    return found
+
+
+def details(
+    method: str, backbone: Backbone, form: TimmForm, done: int | None, results: list[str], source: dict[str, str]
+) -> dict[str, Any]:
     """The model card's facts, by their titles."""
     paper, repository, licence = SOURCES[method]
     flags = plain_flags(backbone.args)
     count = sum(value.numel() for value in form.weights.values())
+    data, planned = backbone.args.get("data_path"), flags.pop("epochs", None)
+    planned, done = (None, None) if "iters" in flags else (planned, done)  # updates are counted then, which flags tell
+    images = flags.get("dataset") or (Path(data).name if isinstance(data, str) else "")
+    unfinished = isinstance(planned, int) and done is not None and done < planned
     about = {
         "Method": f"{method}: {paper}; authors' code: {repository}",
+        "Task": "image classification" if form.num_classes else "features of images",
         "Architecture": f"{backbone.model_name}; in timm {form.architecture}, of the sizes in config.json",
         "Weights": f"{count:,}",
         "Features": f"{backbone.embed_dim} numbers an image, {POOLS[form.pool]}",
@@ -290,8 +337,9 @@ def details(method: str, backbone: Backbone, form: TimmForm, epoch: Any, source:
         "Images": f"{backbone.input_size} x {backbone.input_size} pixels, shorter side resized to "
         f"{int(backbone.input_size / backbone.crop_pct)} ({backbone.interpolation}), centre crop; "
         f"mean {backbone.mean}, std {backbone.std}",
-        "Trained on": flags.get("dataset") or flags.get("data_path") or "the checkpoint does not tell",
-        "Epochs": f"{flags.get('epochs', 'not told')}; the checkpoint's own counter says {epoch}",
+        "Trained on": images or "the checkpoint does not tell",
+        "Epochs": f"{done} of {planned}" if unfinished else done or planned or "the checkpoint does not tell",
+        "Measured in that training": ", ".join(results) or "nothing is known",
         "Checkpoint": f"{source['file']}, sha256 `{source['sha256']}`",
         "Licence": f"of these weights: that of whoever trained them, and of the images; authors' repository: {licence}",
     }
@@ -307,8 +355,7 @@ import timm
 import torch
 from PIL import Image
 
-# Beside this folder; on a hub: "hf-hub:<user>/{name}"
-model = timm.create_model("local-dir:{name}", pretrained=True).eval()
+model = timm.create_model("{where}", pretrained=True).eval(){beside}
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 images = transform(Image.open("photo.jpg").convert("RGB"))[None]  # any picture
 with torch.no_grad():
@@ -324,7 +371,7 @@ LOGITS = """with torch.no_grad():
 def write_timm(
     folder: Path, name: str, method: str, backbone: Backbone, form: TimmForm, labels: list[str], **origin: Any
 ) -> None:
-    """Write the weights, timm's configuration and a model card."""
+    """Write the weights, timm's configuration and a model card; name: of the folder, or USER/NAME of a hub."""
     known: Any = timm.get_pretrained_cfg(form.architecture)
     size = backbone.input_size
     about = PretrainedCfg(
@@ -350,16 +397,20 @@ def write_timm(
         config["label_names"] = labels
     save_for_hf(model, str(folder), model_config=config, model_args=form.model_args, safe_serialization=True)
     task = "image-classification" if form.num_classes else "image-feature-extraction"
-    few = min(5, form.num_classes)
+    logits = LOGITS.format(few=min(5, form.num_classes)) if form.num_classes else ""
+    where = f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
+    beside = "" if "/" in name else "  # beside the folder"
+    facts = details(method, backbone, form, **origin)
+    facts["File"] = f"model.safetensors, sha256 `{sha256(str(folder / 'model.safetensors'))}`"
     card = {
         "tags": [task, "timm", method],
         "license": "other",
         "license_name": "see-below",
         "description": f"A network trained by {method}, written from a checkpoint for timm.",
-        "details": details(method, backbone, form, **origin),
-        "usage": USAGE.format(name=name, dim=backbone.embed_dim, logits=LOGITS.format(few=few) if few else ""),
+        "details": facts,
+        "usage": USAGE.format(where=where, beside=beside, dim=backbone.embed_dim, logits=logits),
     }
-    (folder / "README.md").write_text(generate_readme(card, name, task), encoding="utf-8")
+    (folder / "README.md").write_text(generate_readme(card, Path(name).name, task), encoding="utf-8")
 
 
 def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[str, str]) -> None:
@@ -394,11 +445,46 @@ def write_whole(path: Path, args: argparse.Namespace, source: dict[str, str]) ->
     return True
 
 
+# ---- the hub
+
+
+def check_repository(name: str) -> None:
+    """Raise UserError for what is no USER/NAME."""
+    with distributed.user_errors(f"--push {name}"):
+        huggingface_hub.utils.validate_repo_id(name)
+    if name.count("/") != 1:
+        raise UserError(f"--push {name}: expected USER/NAME")
+
+
+def push(folder: Path, name: str, dry_run: bool) -> None:
+    """Send a folder's files to a repository of the hub, which is made if it does not exist.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses; the folder stays.
+    """
+    for path in sorted(folder.iterdir()):
+        distributed.log(f"{'would send' if dry_run else 'sending'} {path.name}, {path.stat().st_size:,} bytes")
+    if dry_run:
+        distributed.log(f"nothing was sent to https://huggingface.co/{name}")
+        return
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(name, exist_ok=True)
+        sent = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Weights, configuration and card")
+    except Exception as error:  # of the account, the network or the hub, and of several libraries
+        raise UserError(f"--push {name}: {' '.join(str(error).split())[:300]}; {folder} is complete") from error
+    distributed.log(f"sent to {sent}; timm.create_model('hf-hub:{name}', pretrained=True) loads it")
+
+
 def main(args: argparse.Namespace) -> None:
     if args.checkpoint == "random" or Path(args.checkpoint).is_dir():
         raise UserError(f"CHECKPOINT {args.checkpoint}: expected a checkpoint file or https address")
     if args.classes and args.format != "timm":
         raise UserError("--classes: only a timm folder has names of classes")
+    if (args.push or args.dry_run) and (args.format != "timm" or not args.push):
+        raise UserError("--push and --dry_run: expected --push USER/NAME and a timm folder")
+    if args.push:
+        check_repository(args.push)
     out = Path(args.out)
     check_target(out, args.format, args.overwrite)
     # ---- network
@@ -414,14 +500,17 @@ def main(args: argparse.Namespace) -> None:
         form = encoders.timm_form(args.method, backbone)
         labels = class_names(args.classes, backbone.args, form.num_classes)
         state = distributed.load(args.checkpoint)
-        meta = state.get("meta") if isinstance(state.get("meta"), dict) else {}
-        epoch = state.get("epoch", meta.get("epoch", "nothing"))  # type: ignore[union-attr]
+        done = epochs_done(state)
+        name = args.push or out.absolute().name
+        origin = {"done": done, "results": measured(args.checkpoint, done), "source": source}
         with appearing(out) as path:
-            write_timm(path, out.absolute().name, args.method, backbone, form, labels, epoch=epoch, source=source)
+            write_timm(path, name, args.method, backbone, form, labels, **origin)
             check_timm(path, backbone)
         for note in form.notes:
             distributed.log(note)
     distributed.log(f"wrote {out}")
+    if args.push:
+        push(out, args.push, args.dry_run)
 
 
 if __name__ == "__main__":

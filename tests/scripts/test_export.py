@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -231,7 +233,8 @@ def test_config_and_card(tmp_path, monkeypatch, capsys):
     assert card.startswith("---\ntags:\n- image-classification\n- timm\n- cae\n")
     assert "license: other" in card
     assert export.sha256(path) in card
-    assert "- **Trained on:** images\n- **Epochs:** 3; the checkpoint's own counter says 2\n" in card
+    assert "- **Trained on:** images\n- **Epochs:** 3\n" in card
+    assert export.sha256(str(tmp_path / "out" / "model.safetensors")) in card
     assert str(tmp_path) not in card
     assert "/some" not in card
     Image.fromarray(np.zeros((50, 40, 3), np.uint8)).save(tmp_path / "photo.jpg")
@@ -241,6 +244,86 @@ def test_config_and_card(tmp_path, monkeypatch, capsys):
     assert code
     exec(code[1], {})
     assert "torch.Size([1, 96])" in capsys.readouterr().out
+
+
+def test_card__has_results_but_no_flags_of_the_machine(tmp_path):
+    flags = {"num_workers": 10, "device": "cuda", "data_path": "/a/images", "finetune": "/a/b.pth", "lr": 1e-3}
+    flags |= {"gpu": 3, "dist_url": "env://", "output_dir": "runs/x", "epochs": 5, "dataset": "torch/cifar10"}
+    torch.save(checkpoint(saim_vit.vit_nano_patch16(**SIZE, num_classes=7), **flags), tmp_path / "checkpoint.pth")
+    lines = [{"epoch": e, "train_loss": 2.0 - e, "test_acc1": 50.0 + e, "test_acc5": 90.0} for e in range(5)]
+    (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_main(export, "saim", str(tmp_path / "checkpoint.pth"), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- **Epochs:** 3 of 5\n" in card and "- **Trained on:** torch/cifar10\n" in card
+    assert re.search(r"Measured in that training:\*\* top-1 52\.0.*, loss in training 0\n", card)
+    assert re.findall(r"^  - (\w+): `", card, re.MULTILINE) == ["dataset", "lr"]
+    assert "/a" not in card and "runs/x" not in card
+
+
+@pytest.mark.parametrize(
+    ("state", "done"),
+    [
+        ({"model": {}, "epoch": 2}, 3),
+        ({"state_dict": {}, "epoch": 2}, 2),
+        ({"teacher": {}, "student": {}, "epoch": 2}, 2),
+        ({"state_dict": {}, "meta": {"epoch": 2}}, 2),
+        ({"model": {}}, None),
+    ],
+)
+def test_finished_epochs(state, done):
+    assert export.epochs_done(state) == done
+
+
+class Hub:
+    """A stand-in for the hub, in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def create_repo(self, name: str, exist_ok: bool) -> None:
+        if name.startswith("another/"):
+            raise RuntimeError("403 Forbidden:\n you are not in another")
+        (self.folder / name).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> str:
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}"
+
+    def download(self, repo_id: str, filename: str, **_) -> str:
+        path = self.folder / repo_id / filename
+        if not path.exists():
+            raise EntryNotFoundError(filename)
+        return str(path)
+
+
+def test_push(tmp_path, monkeypatch, capsys):
+    """What is sent is what timm loads from there; a dry run sends nothing."""
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", hub.download)
+    method, path = written(tmp_path, "saim tuned")
+    run_main(export, method, path, str(tmp_path / "dry"), "--push", "me/nano", "--dry_run")
+    said = capsys.readouterr().out
+    assert "would send model.safetensors" in said and "nothing was sent" in said
+    assert not hub.folder.exists()
+    run_main(export, method, path, str(tmp_path / "out"), "--push", "me/nano")
+    assert "sent to https://hub/me/nano" in capsys.readouterr().out
+    assert 'timm.create_model("hf-hub:me/nano", pretrained=True)' in (hub.folder / "me/nano/README.md").read_text()
+    places = "hf-hub:me/nano", f"local-dir:{tmp_path / 'out'}"
+    models = [timm.create_model(place, pretrained=True).eval() for place in places]
+    assert torch.equal(models[0](images()), models[1](images()))
+    refused = mistake(export, method, path, str(tmp_path / "third"), "--push", "another/nano", capsys=capsys)
+    assert "--push another/nano: 403 Forbidden: you are not in another" in refused
+    assert (tmp_path / "third" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--push", "nano"], ["--push", "a/b/c"], ["--dry_run"], ["--push", "a/b", "--format", "safetensors"]]
+)
+def test_push__mistakes(flags, tmp_path, capsys):
+    method, path = written(tmp_path, "saim tuned")
+    assert "--push" in mistake(export, method, path, str(tmp_path / "out.safetensors"), *flags, capsys=capsys)
+    assert left_over(tmp_path) == []
 
 
 def test_names_of_classes__are_those_of_the_checkpoint(tmp_path):
