@@ -143,7 +143,7 @@ def test_a_run_logs_saves_and_evaluates(coco, trained, tmp_path, capsys):
 
 def test_stop_inside_an_epoch_loses_nothing(coco, trained, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        spoil(patch, MaskRCNN, 0, stop=True)  # asked inside an update of two batches
+        spoil(patch, MaskRCNN, 1, stop=True)  # the estimate of memory is 0; asked inside an update of two batches
         with pytest.raises(SystemExit) as end:
             run_main(main_detection, *flags(coco, tmp_path, "--save_pictures", "2"))
     assert end.value.code == 128 + signal.SIGTERM

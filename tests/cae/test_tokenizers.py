@@ -325,8 +325,8 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, digits, monkeypatch):
     forward, calls = DiscreteVAE.forward, []
 
     def signalling(self, *args):
-        calls.append(None)
-        if len(calls) == 9:  # the third of the second epoch's six
+        calls.extend([None] * self.training)  # not the estimate of memory
+        if self.training and len(calls) == 9:  # the third of the second epoch's six
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, *args)
 
