@@ -255,14 +255,9 @@ def main(args: argparse.Namespace) -> None:
     optim.check_schedule(schedule)
     updater = training.build_updater(args, optimizer, model, loader)
     # ---- loop
-    checkpoint = distributed.Checkpoint(
-        args.output_dir,
-        args,
-        optim.Weights(model),
-        run_files(args, len(loader)),
-        optimizer=optim.OfficialOptimizer(optimizer, model),
-        scaler=updater.scaler,
-    )
+    parts = {"optimizer": optim.OfficialOptimizer(optimizer, model), "scaler": updater.scaler}
+    files = run_files(args, len(loader))
+    checkpoint = distributed.Checkpoint(args.output_dir, args, optim.Weights(model), files, **parts)
     position = checkpoint.resume(resume, args.start_epoch)
     tags = {name: f"train/{name}" for name in ("loss", "loss_spatial", "loss_freq", "lr", "grad_norm")}
 

@@ -140,9 +140,8 @@ def run_key(
         mixup = build_mixup(args)
     own = {"seed": args.seed, "accum_iter": args.accum_iter}
     loader = None if args.eval else datasets.build_loader(args, train, transform, device, sampler=sampler(), **own)
-    val_loader = datasets.build_loader(
-        args, val, val_transform, device, train=False, batch_size=int(1.5 * args.batch_size)
-    )
+    view = {"train": False, "batch_size": int(1.5 * args.batch_size)}
+    val_loader = datasets.build_loader(args, val, val_transform, device, **view)
     loader = val_loader if loader is None else loader
     # ---- model
     model = build_model(args, path, key)
@@ -169,11 +168,9 @@ def run_key(
         evaluate(model, val_loader, updater)
         return
     parts: dict[str, Any] = {"optimizer": optimizer, "scaler": updater.scaler, "lr_scheduler": scheduler}
-    parts |= {"model_ema": ema.module if ema else None}
-    parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {name: part for name, part in {**parts, "model_ema": ema and ema.module}.items() if part is not None}
     checkpoint = distributed.Checkpoint(folder, args, model, files, **parts)
-    # Mixup folds the smoothing into its soft targets.
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)  # mixup's targets hold it
     by_step, tags = partial(rates, args, scheduler, optimizer), {"loss": "train/loss", "lr": "train/lr"}
     told: dict[str, Any] = {"tags": tags, "report": partial(report, TextLog(folder, "train.log"))}
     fit(args, net, criterion, loader, val_loader, updater, by_step, checkpoint, resume, mixup, ema, **told)

@@ -372,8 +372,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = build_optimizer(args, model, args.lr)
     rates = build_rates(args, max(1, len(loader) // args.accum_iter))  # an evaluation has no updates
     updater = distributed.Updater(optimizer, device, args.amp_dtype, args.accum_iter, args.clip_grad)
-    # Mixup folds the smoothing into its soft targets.
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)  # mixup's targets hold it
     distributed.log(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} trained parameters on {device}, "
         f"{updater.dtype}; {loader.images} images, {images_per_update} per update (README: 1024), lr {args.lr:.2e}"

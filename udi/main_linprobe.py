@@ -225,11 +225,9 @@ def main(args: argparse.Namespace) -> None:
         group["initial_lr"], group["lr"] = lr, args.lr_min + (lr - args.lr_min) * (1 + math.cos(turn)) / 2
     scheduler.T_max, scheduler.base_lrs = args.epochs, [lr] * len(optimizer.param_groups)
     for epoch, epoch_log in checkpoint.epochs(loader, position, {"loss": "train/loss", "lr": "train/lr"}):
-        rate = optimizer.param_groups[0]["lr"]
+        steady = optimizer.param_groups[0]["lr"], 0.0  # rate and weight decay
         with checkpoint.on_exit(epoch_log):
-            stats = train_one_epoch(
-                net, nn.CrossEntropyLoss(), loader, updater, lambda *_, rate=rate: (rate, 0.0), epoch_log
-            )
+            stats = train_one_epoch(net, nn.CrossEntropyLoss(), loader, updater, lambda *_, r=steady: r, epoch_log)
         line = {"train_loss": stats["loss"], "train_lr": stats["lr"], "epoch": epoch}
         if epoch % args.val_freq == 0 or epoch + 1 == args.epochs:
             checkpoint.save(epoch_log.position(len(loader)))  # an evaluation may be stopped: it is repeated from here

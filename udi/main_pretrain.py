@@ -234,8 +234,7 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed)
     default_folder(args)
-    if not args.use_fp16:
-        args.amp_dtype = "fp32"
+    args.amp_dtype = args.amp_dtype if args.use_fp16 else "fp32"
     # ---- data
     loader = build_loader(args, device)
     # ---- model

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import math
 import re
@@ -215,17 +216,13 @@ def measure(
     net = distributed.wrap(model, device, args.compile)
     optimizer = main.build_optimizer(args, model, 1e-4)
     updater = distributed.Updater(optimizer, device, variant.precision, clip_grad=args.clip_grad)
-    epoch, batches = 0, loader.batches()
+    batches = itertools.chain.from_iterable(map(loader.batches, itertools.count()))  # of one epoch after the other
     counter, begun = flop_counter(), sync(device)
     for step in range(steps + 1):
         if step > 1 and seconds and sync(device) - begun > seconds:
             break
         times = [sync(device)]
-        batch = next(batches, None)
-        if batch is None:
-            epoch += 1
-            batches = loader.batches(epoch)
-            batch = next(batches)
+        batch = next(batches)
         times.append(sync(device))
         with contextlib.nullcontext() if step or variant.flops else counter:
             with updater.forward(net, step):

@@ -26,6 +26,7 @@ def features(network: Any, imgs: Tensor, pool: str) -> Tensor:
 
 VIT = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 VIT += ("blocks.0.attn.q_bias", "blocks.0.attn.v_bias")
+NEEDED = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
 
 
 @functools.cache
@@ -56,6 +57,19 @@ def _keywords(weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def _encoder_part(found: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], bool, bool]:
+    """The encoder's weights of a file, whether it is of a dense task, and of oblong images; notes: what is left out."""
+    weights = encoder_weights(found)
+    if dense := dense_weights(found):
+        patches = dense["pos_embed"].shape[1] - 1
+        oblong = math.isqrt(patches) ** 2 != patches
+        notes.append("The pyramid and the heads of a dense task are left out.")
+        return {k: value for k, value in dense.items() if not (oblong and k == "pos_embed")}, True, oblong
+    if len(weights) < len(found):
+        notes.append("The regressor, the decoder and the mask token of pre-training are left out.")
+    return weights, False, False
+
+
 def load_backbone(source: Source) -> Backbone:
     """The ViT of a checkpoint; an attentive probe's query and head are left out.
 
@@ -65,19 +79,11 @@ def load_backbone(source: Source) -> Backbone:
     """
     path, args, notes = source.path, source.args, []
     found = source.weights()
-    weights, oblong = encoder_weights(found), False
-    if dense := dense_weights(found):
-        patches = dense["pos_embed"].shape[1] - 1
-        oblong = math.isqrt(patches) ** 2 != patches
-        weights = {k: value for k, value in dense.items() if not (oblong and k == "pos_embed")}
-        notes.append("The pyramid and the heads of a dense task are left out.")
-    elif len(weights) < len(found):
-        notes.append("The regressor, the decoder and the mask token of pre-training are left out.")
+    weights, dense, oblong = _encoder_part(found, notes)
     weights = distributed.fitted(weights, VIT)
     path += distributed.kind_of(found)
     with distributed.user_errors(f"{path or 'random weights'}: check METHOD, --model and --input_size"):
-        needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
-        lacking = [name for name in needed if name not in weights]
+        lacking = [name for name in NEEDED if name not in weights]
         if path and lacking:
             shown = ", ".join(list(weights)[:4]) or "none"
             raise UserError(f"{path}: holds no encoder of CAE, {lacking[0]} is missing; its keys: {shown}")
