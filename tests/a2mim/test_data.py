@@ -1,7 +1,6 @@
-"""Masks, mixed batches, order and augmentation of images, and pictures of reconstructions."""
+"""Masks, mixed batches, order and augmentation of images."""
 
 import argparse
-import copy
 import random
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, to_tensor
 
-from a2mim import data, main_finetune, main_pretrain, mix, pictures
+from a2mim import data, main_finetune, main_pretrain, mix
 from a2mim.engine_pretrain import reconstruct
 from a2mim.masking_generator import BlockwiseMaskGenerator, fill_mean
 from a2mim.openmixup import resize_pos_embed
@@ -141,22 +140,6 @@ def test_positions_match_upstream(path):
         return
     resized = resize_pos_embed(ref["out/pos/src"], ref.meta["pos"]["dst"], ref.meta["pos"]["src"])
     ref.check("out/pos/dst", resized, rtol=1e-4, atol=2e-5)
-
-
-@golden_files("a2mim", "reconstruction_grid")
-def test_pictures_match_upstream(path):
-    ref = load_golden(path)
-    target, pred, mask = (ref[f"in/{k}"] for k in ("target", "pred", "mask"))
-    methods = {name.split("/")[0] for name in ref.group("out")}
-    assert methods
-    for method in methods:
-        rows = pictures.reconstruction_rows(target, pred, mask, n=ref.meta["nrow"])
-        ref.check(f"out/{method}/rows", rows[..., ::4, ::4], rtol=1e-5, atol=1e-6, what=method)
-        grid = pictures.reconstruction_grid(rows)
-        assert grid.dtype == torch.uint8
-        ref.check(f"out/{method}/grid_shape", list(grid.shape), rtol=0, atol=0)
-        if f"out/{method}/uint" in ref:
-            assert_close(grid[..., ::3, ::3].int(), ref[f"out/{method}/uint"].int(), rtol=0, atol=1, what=method)
 
 
 # ---- masks
@@ -589,26 +572,3 @@ def test_pretraining_batches(flags, context, digits):
     assert (pixels.shape, mask.shape) == ((20, 3, 64, 64), (20, 4, 4))
     assert (pixels.dtype, mask.dtype) == (torch.uint8, torch.uint8)
     assert len({m.numpy().tobytes() for m in mask}) > 1
-
-
-# ---- pictures
-
-
-def test_fewer_images_than_columns():
-    target, pred, mask = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.ones(2, 1, 1)
-    rows = pictures.reconstruction_rows(target, pred, mask)
-    assert rows.shape == (6, 3, 32, 32)
-    assert torch.equal(rows[:2], target)
-    assert not rows[2:4].any(), "the mean colour"
-    assert torch.equal(rows[4:], pred)
-    assert pictures.reconstruction_grid(rows).shape == (3, 3 * 34 + 2, 2 * 34 + 2)
-
-
-def test_pictures_are_files(tmp_path):
-    path = tmp_path / "reconstruction" / "epoch_0.png"
-    target = torch.randn(4, 3, 32, 32)
-    pred = target.bfloat16()
-    state = copy.deepcopy(target)
-    pictures.save_reconstructions(path, target, pred, torch.ones(4, 2, 2, dtype=torch.uint8), "A2MIM")
-    assert Image.open(path).size == (1200, 900)
-    assert torch.equal(target, state)
