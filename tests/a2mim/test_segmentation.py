@@ -56,6 +56,8 @@ def check_heads(path) -> None:
     ref.check("out/loss/decode.acc_seg", losses["pixel_acc"], **tolerance(ref))
     if len(names) > 1:
         ref.check("out/loss/aux.loss_ce", weights[1] * losses["loss_auxiliary"], **tolerance(ref))
+        accuracy = segmentation_loss(logits()[1:], ref["in/labels"])["pixel_acc"]
+        ref.check("out/loss/aux.acc_seg", accuracy, **tolerance(ref))
     losses["loss"].backward()
     for name, p in heads.named_parameters():
         ref.check(f"out/grad/{name}", p.grad, **tolerance(ref), what=name)
