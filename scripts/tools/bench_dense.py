@@ -58,10 +58,11 @@ def row(case: str, folder: Path, seconds: float, device: str) -> dict[str, str]:
     speed = measured_run.speed_of(run, 1)
     if speed is None:
         raise UserError((run.output.strip().splitlines() or [f"ended with status {run.status}"])[-1])
+    name = next(getattr(plan.args, flag) for flag in doctor.NETWORK if hasattr(plan.args, flag))
     parameters = re.search(r"([\d,]+) (?:trained )?parameters", run.output)
     memory = run.lines[-1]["memory"] if on_gpu else run.host
     return {
-        "network": f"{stage}, {doctor.network(plan.args)}",
+        "network": f"{stage}, {name}",
         "px": f"{SIDE}",
         "batch": f"{run.images}",
         "param. M": f"{int(parameters[1].replace(',', '')) / 1e6:.1f}" if parameters else "",
