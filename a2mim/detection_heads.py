@@ -200,9 +200,7 @@ class RPNHead(nn.Module):
         for x, stride in zip(logits, self.strides, strict=True):
             sides = torch.tensor(self.scales, device=x.device) * stride
             roots = torch.tensor(self.ratios, device=x.device).sqrt()[:, None]
-            half = (
-                torch.stack([sides * (1 / roots), sides * roots], dim=-1).reshape(-1, 2) / 2
-            )  # (A, 2) width and height
+            half = torch.stack([sides * (1 / roots), sides * roots], dim=-1).reshape(-1, 2) / 2  # (A, 2) w and h
             rows, columns = (torch.arange(n, device=x.device) * stride for n in x.shape[-2:])
             centre = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)[:, :, None]  # (h, w, 1, 2) x, y
             result.append(torch.cat([centre - half, centre + half], dim=-1).reshape(-1, 4))
@@ -213,21 +211,13 @@ class RPNHead(nn.Module):
         flat = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
         return flat, [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4).float() for x in deltas]
 
-    def _usable(self, logits: Sequence[Tensor], anchors: Tensor, info: ImageInfo) -> Tensor:
+    def _usable(self, anchors: Tensor, info: ImageInfo) -> Tensor:
         """(N,) bool: the anchors that enter the loss, not those in the padding that only the batch needs."""
-        inside = []
-        for x, stride in zip(logits, self.strides, strict=True):
-            _, num_anchors, h, w = x.shape
-            rows, columns = (
-                torch.arange(n, device=x.device) < math.ceil(side / stride)
-                for n, side in zip((h, w), info.padded, strict=True)
-            )
-            inside.append((rows[:, None] & columns).flatten().repeat_interleave(num_anchors))
-        usable = torch.cat(inside)
+        (height, width), (h, w) = info.padded, info.size
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        usable = (centres < anchors.new_tensor([width, height]) - 0.5).all(dim=1)  # whole pixels, but for rounding
         if self.inside_only:
-            h, w = info.size
-            x0, y0, x1, y1 = anchors.unbind(dim=1)
-            usable &= (x0 >= 0) & (y0 >= 0) & (x1 < w) & (y1 < h)
+            usable &= (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] < anchors.new_tensor([w, h])).all(dim=1)
         return usable
 
     def loss(
@@ -242,14 +232,14 @@ class RPNHead(nn.Module):
         flat_logits, flat_deltas = (torch.cat(parts, dim=1) for parts in self.by_anchor(logits, deltas))
         class_loss, box_loss, count = flat_logits.new_zeros(()), flat_logits.new_zeros(()), 0
         for i, (info, target) in enumerate(zip(infos, targets, strict=True)):
-            usable = self._usable(logits, anchors, info)
+            usable = self._usable(anchors, info)
             match = torch.full((len(anchors),), IGNORED, device=anchors.device)
             match[usable] = assign(anchors[usable], target["boxes"], self.matching)
             positive, negative = sample(match, self.matching)
             chosen = torch.cat([positive, negative])
-            labels = (match[chosen] >= 0).float()
+            is_object = (match[chosen] >= 0).float()
             class_loss = class_loss + F.binary_cross_entropy_with_logits(
-                flat_logits[i, chosen], labels, reduction="sum"
+                flat_logits[i, chosen], is_object, reduction="sum"
             )
             wanted = encode(anchors[positive], target["boxes"][match[positive]], ANCHOR_STDS)
             box_loss = box_loss + F.l1_loss(flat_deltas[i, positive], wanted, reduction="sum")
@@ -489,20 +479,18 @@ class RoIHead(nn.Module):
         """For each image boxes (n, 4), scores (n,), labels (n,) and masks (n, h, w), all of the original image."""
         counts = [len(boxes) for boxes in proposals]
         logits, deltas = self.bbox_head(self.features(maps, proposals, self.box_size))
-        results = []
-        for region, score, delta, info in zip(
-            proposals, logits.softmax(dim=1).split(counts), deltas.split(counts), infos, strict=True
-        ):
+        each = zip(proposals, logits.softmax(dim=1).split(counts), deltas.split(counts), infos, strict=True)
+        results, regions = [], []
+        for region, score, delta, info in each:
             scale = delta.new_tensor(info.scale).repeat(2)  # x, y, x, y
             box = clip_boxes_to_image(decode(region[:, None], delta, REGION_STDS), info.size) / scale  # (R, K, 4)
             row, label = (score[:, :-1] > self.score_threshold).nonzero(as_tuple=True)
             keep = nms_within(label, box[row, label], score[row, label], self.nms_iou)[: self.num_detections]
             row, label = row[keep], label[keep]
             results.append({"boxes": box[row, label], "scores": score[row, label], "labels": label})
-        scaled = [r["boxes"] * r["boxes"].new_tensor(i.scale).repeat(2) for r, i in zip(results, infos, strict=True)]
-        size = self.mask_size or self.box_size
-        mask_logits = self.mask_head(self.features(maps, scaled, size))
-        for result, mask, info in zip(results, mask_logits.split([len(s) for s in scaled]), infos, strict=True):
+            regions.append(box[row, label] * scale)
+        masks = self.mask_head(self.features(maps, regions, self.mask_size or self.box_size))
+        for result, mask, info in zip(results, masks.split([len(x) for x in regions]), infos, strict=True):
             mask = mask[torch.arange(len(mask), device=mask.device), result["labels"]].sigmoid()
             result["masks"] = paste_masks(mask, result["boxes"], info.original)
         return results
