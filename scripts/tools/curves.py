@@ -16,6 +16,7 @@ from common.distributed.checkpoint import ELSEWHERE, STARTS
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "curves"
 # Flags in which runs of one recipe may differ.
 NOT_LEARNT = {*ELSEWHERE, *STARTS, "seed", "force", "compile", "bad_images", "save_freq", "saveckp_freq"}
+OTHERS = ("initial_checkpoint", "in_chans")  # flags with which a run is another one, whatever a band says of them
 LOSS = "train_loss"
 # Half width in deviations between seeds: with three seeds 95 % of further runs are inside, by Student's t
 # (4.30 deviations, times (1 + 1/3)^0.5 because the mean has an error, too).
@@ -72,15 +73,14 @@ def read(path: Path) -> Band:
 def band_of(flags: dict[str, Any], images: int | None = None, folder: Path = FOLDER) -> Band | None:
     """The band of a run's recipe, by its flags; None if there is none.
 
-    Flags that came after a band was recorded are not compared, except that a run from given weights has no band.
+    Flags that came after a band was recorded are not compared, but for those of `OTHERS`.
     Args:
         images: of the run's training set, where known.
     """
     own = learnt(flags)
-    if not own or flags.get("initial_checkpoint"):
-        return None
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json")) if own else ():
         band = read(path)
-        if band.flags.items() <= own.items() and images in (None, band.images):
+        other = any(flags.get(name) and name not in band.flags for name in OTHERS)
+        if band.flags.items() <= own.items() and not other and images in (None, band.images):
             return band
     return None

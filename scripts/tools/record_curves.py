@@ -47,7 +47,6 @@ def band(row: str, folders: list[Path], seeds: list[int]) -> dict:
         "command": f"python scripts/tools/record_curves.py {row.removeprefix('digits_')}",
         "machine": f"{hardware()}, torch {torch.__version__}, float32",
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": [round(sum(start["seconds"] for start in read_starts(folder))) for folder in folders],
         "images": int(distributed.load(str(next(folders[0].glob("*.pth"))))["origin"]["images"]),
         "seeds": seeds,
         "mean": [round(statistics.fmean(losses), 6) for losses in zip(*logs, strict=True)],
