@@ -80,6 +80,7 @@ def resnet(
     base_channels: int = 64,
     block_counts: tuple[int, ...] | None = None,
     output_stride: int = 32,
+    in_chans: int = 3,
 ) -> ResNet:
     """ResNet v1b of any image size, with a stem of 64 channels; stage i has base_channels * 2**i (x 4) channels.
 
@@ -93,6 +94,7 @@ def resnet(
         channels=tuple(base_channels * 2**i for i in range(4)),
         drop_path_rate=drop_path_rate,
         output_stride=output_stride,
+        in_chans=in_chans,
     )
 
 
@@ -102,9 +104,10 @@ def convnext(
     drop_path_rate: float = 0.0,
     depths: tuple[int, ...] = (3, 3, 9, 3),
     dims: tuple[int, ...] = (96, 192, 384, 768),
+    in_chans: int = 3,
 ) -> ConvNeXt:
     """ConvNeXt of any image size; a classifier sees the mean of the last map, after a norm."""
-    return ConvNeXt(num_classes=num_classes, depths=depths, dims=dims, drop_path_rate=drop_path_rate)
+    return ConvNeXt(in_chans, num_classes, depths=depths, dims=dims, drop_path_rate=drop_path_rate)
 
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {

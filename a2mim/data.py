@@ -42,7 +42,7 @@ def images(args: argparse.Namespace, train: bool, labelled: bool) -> Any:
     if not args.dataset and lists.is_file() and (not labelled or args.eval or all(x.is_file() for x in labels)):
         return datasets.ListedImages(lists, root / ("train" if train else "val"), root, labelled=lists in labels)
     split = args.train_split if train else args.val_split
-    return datasets.image_dataset(args.data_path, train, labelled, args.dataset, split)
+    return datasets.image_dataset(args.data_path, train, labelled, args.dataset, split, in_chans=args.in_chans)
 
 
 class ChunkSampler(DistributedSampler):
@@ -90,12 +90,28 @@ def train_loader(
 # ---- what happens to an image
 
 
-class PretrainTransform:
-    """Crop, flip and mask: PIL image -> [pixels (3, H, W) uint8, mask (h, w)]."""
+def own_statistics(args: argparse.Namespace) -> tuple:
+    """`datasets.statistics` with --in_chans, --mean or --std; else (), ImageNet's of three 8-bit channels."""
+    return datasets.statistics(args) if args.in_chans or args.mean or args.std else ()
 
-    def __init__(self, generator: BlockwiseMaskGenerator, input_size: int, crop_scale: tuple[float, float]):
+
+def to_pixels(*statistics: Any) -> list[Any]:
+    """The last steps of a transform: pixels as uint8, or with statistics of one's own normalised floats."""
+    return datasets.tensor_and_normalize(*statistics) if statistics else [transforms.PILToTensor()]
+
+
+class PretrainTransform:
+    """Crop, flip and mask: image -> [pixels (C, H, W) for `normalize`, mask (h, w)]."""
+
+    def __init__(
+        self,
+        generator: BlockwiseMaskGenerator,
+        input_size: int,
+        crop_scale: tuple[float, float],
+        *statistics: Any,
+    ):
         crop = transforms.RandomResizedCrop(input_size, crop_scale, interpolation=InterpolationMode.BILINEAR)
-        self.augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        self.augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_pixels(*statistics)])
         self.generator = generator
 
     def __call__(self, image: Any) -> list[Tensor]:
@@ -113,15 +129,15 @@ def normalize(pixels: Tensor) -> Tensor:
     return (pixels - mean) / std
 
 
-def finetune_transform(aug: str, size: int, ra_level: int = 7) -> Any:
+def finetune_transform(aug: str, size: int, ra_level: int = 7, *statistics: Any) -> Any:
     """Training augmentation by name: swin (timm's, with random erasing), rsb (RandAugment of ra_level), or plain.
 
-    swin gives normalised floats, the others uint8 pixels (`normalize`).
+    swin gives normalised floats, the others what `to_pixels` says.
     Raises:
         ValueError: an unknown name.
     """
     if aug == "swin":
-        return datasets.finetune_transform(size)
+        return datasets.finetune_transform(size, **dict(zip(("mean", "std", "in_chans"), statistics, strict=False)))
     if aug not in ("rsb", "plain"):
         raise ValueError(f"aug {aug}: expected swin, rsb or plain")
     steps = [
@@ -131,11 +147,11 @@ def finetune_transform(aug: str, size: int, ra_level: int = 7) -> Any:
     if aug == "rsb":
         options = {"img_mean": RAND_AUGMENT_FILL, "interpolation": Image.Resampling.BICUBIC}
         policy = rand_augment_transform(f"rand-m{ra_level}-mstd0.5-inc1", options)
-        steps.append(datasets.repair_posterize(policy))
-    return transforms.Compose([*steps, transforms.PILToTensor()])
+        steps.append(datasets.photos_only(datasets.repair_posterize(policy), *statistics[2:]))
+    return transforms.Compose([*steps, *to_pixels(*statistics)])
 
 
-def eval_transform(resize: int, crop: int) -> transforms.Compose:
-    """Shorter side to `resize`, bicubic, then the centre `crop` pixels, as uint8 (`normalize`)."""
+def eval_transform(resize: int, crop: int, *statistics: Any) -> transforms.Compose:
+    """Shorter side to `resize`, bicubic, then the centre `crop` pixels, as `to_pixels` says."""
     resized = transforms.Resize(resize, interpolation=InterpolationMode.BICUBIC)
-    return transforms.Compose([resized, transforms.CenterCrop(crop), transforms.PILToTensor()])
+    return transforms.Compose([resized, transforms.CenterCrop(crop), *to_pixels(*statistics)])

@@ -112,6 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def build_model(args: argparse.Namespace, **overrides) -> Classifier:
     """The network of the flags (and overrides by keyword); raises UserError for values that do not fit together."""
     keywords: dict[str, Any] = {"num_classes": args.nb_classes, "img_size": args.train_size}
+    keywords["in_chans"] = args.in_chans or 3
     if "vit" in args.backbone or "deit" in args.backbone:
         keywords["patch_size"] = args.patch_size
         if args.train_size != args.val_crop:
@@ -127,11 +128,12 @@ def build_model(args: argparse.Namespace, **overrides) -> Classifier:
 def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader | None, datasets.Loader]:
     """Training (not with --eval) and validation batches of the flags, whose classes agree."""
     with distributed.user_errors(f"--aug {args.aug} --ra_level {args.ra_level}"):
-        augment = data.finetune_transform(args.aug, args.train_size, args.ra_level)
+        statistics = data.own_statistics(args)
+        augment = data.finetune_transform(args.aug, args.train_size, args.ra_level, *statistics)
     train = None if args.eval else data.images(args, train=True, labelled=True)
     val = data.images(args, train=False, labelled=True)
     datasets.follow_classes(args, train, val)
-    view = data.eval_transform(args.val_resize, args.val_crop)
+    view = data.eval_transform(args.val_resize, args.val_crop, *statistics)
     val_loader = datasets.build_loader(args, val, view, device, train=False)
     if train is None:
         return None, val_loader

@@ -163,7 +163,7 @@ def build_loss(args: argparse.Namespace) -> MIMLoss:
     if args.method == "simmim":
         if args.loss != "l1" or args.fft_weight:
             raise distributed.UserError("--method simmim: has no --loss but l1 and no --fft_weight")
-        return MIMLoss(type="SimMIMHead")
+        return MIMLoss(type="SimMIMHead", encoder_in_channels=args.in_chans or 3)
     return MIMLoss(
         loss={"mode": f"{args.loss}_loss", "alpha": args.focal_alpha, "gamma": args.focal_gamma},
         unmask_weight=args.unmask_weight,
@@ -172,6 +172,7 @@ def build_loss(args: argparse.Namespace) -> MIMLoss:
         fft_unmask_weight=args.fft_unmask_weight,
         fft_unmask_replace=args.fft_unmask_replace,
         fft_reweight=args.fft_reweight,
+        encoder_in_channels=args.in_chans or 3,
     )
 
 
@@ -214,7 +215,8 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
     """Training batches of the flags, and what else `batch_loss` takes: fills, filled_target."""
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         raise distributed.UserError(f"--crop_scale {args.crop_scale}: expected two shares, 0 to 1, increasing")
-    transform = data.PretrainTransform(build_masking(args), args.input_size, tuple(args.crop_scale))
+    statistics = data.own_statistics(args)
+    transform = data.PretrainTransform(build_masking(args), args.input_size, tuple(args.crop_scale), *statistics)
     loader = data.train_loader(args, data.images(args, train=True, labelled=False), transform, device)
     return loader, view_of(args)
 
@@ -264,12 +266,16 @@ def main(args: argparse.Namespace) -> None:
     # The interval counts iterations of a run with --recon_iters_per_epoch; the epochs of this one may be longer.
     every = -(-args.save_recon_every * len(loader) // (args.recon_iters_per_epoch or len(loader)))
 
+    channels = datasets.stored_channels(vars(args))
+
     def draw(iteration: int, out: dict[str, Any]) -> None:
         """Draw reconstruction/epoch_<n>.png if it is due and does not exist; a full disk does not end the run."""
         path = Path(args.output_dir, "reconstruction", f"epoch_{iteration // len(loader)}.png")
         if every and iteration % every == 0 and distributed.is_main() and args.output_dir and not path.exists():
             try:
-                save_reconstructions(path, out["target"], out["pred"].detach(), out["mask"], TITLES[args.method])
+                save_reconstructions(
+                    path, out["target"], out["pred"].detach(), out["mask"], TITLES[args.method], *channels
+                )
             except OSError as error:
                 distributed.log(f"WARNING: {path}: cannot be written ({error.strerror})")
 

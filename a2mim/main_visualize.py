@@ -18,6 +18,7 @@ from a2mim.engine_pretrain import reconstruct
 from a2mim.openmixup import load_openmixup_state_dict
 from a2mim.pictures import save_reconstructions
 from common import datasets, distributed
+from common.datasets.channels import to_channels
 
 PER_PICTURE = 4  # images, as during pre-training
 
@@ -36,11 +37,12 @@ def _image_of(dataset: Any, index: int) -> Any:
 
 
 def chosen_images(args: argparse.Namespace) -> list[Any]:
-    """PIL images of the flags; raises UserError for one that cannot be read."""
-    read: Callable[[Any], Any] = datasets.read_image
+    """Images of the flags, of PIL or with --in_chans tensors; raises UserError for one that cannot be read."""
+    read: Callable[[Any], Any] = partial(datasets.read_image, in_chans=args.in_chans)
     names: list[Any] = args.images
     if not names:
         dataset = data.images(args, train=False, labelled=False)
+        dataset.in_chans = args.in_chans
         count = min(args.num_images, len(dataset))
         if count < 1:
             raise distributed.UserError(f"--num_images {args.num_images}: expected at least 1")
@@ -50,7 +52,8 @@ def chosen_images(args: argparse.Namespace) -> list[Any]:
     images = []
     for name in names:
         try:
-            images.append(datasets.to_rgb(read(name)))
+            image = read(name)
+            images.append(to_channels(image, args.in_chans) if args.in_chans else datasets.to_rgb(image))
         except Exception as error:  # Pillow raises many types for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise distributed.UserError(f"{name}: unreadable image ({reason})") from error
@@ -63,25 +66,27 @@ def main(args: argparse.Namespace) -> None:
     if not args.resume:
         raise distributed.UserError("--resume: name the checkpoint of the pre-training run")
     # ---- data
-    view = data.eval_transform(round(args.input_size * 256 / 224), args.input_size)
+    state = distributed.load(args.resume)
+    datasets.follow_channels(args, distributed.flags_of(state))
+    view = data.eval_transform(round(args.input_size * 256 / 224), args.input_size, *data.own_statistics(args))
     pixels = torch.stack([view(image) for image in chosen_images(args)])
     masking, rng = main_pretrain.build_masking(args), np.random.default_rng(args.seed)
     masks = torch.stack([torch.from_numpy(masking.mask(rng.permutation(masking.side**2))) for _ in pixels])
     # ---- model
     model = main_pretrain.build_model(args)
     with distributed.user_errors(args.resume):
-        load_openmixup_state_dict(model, distributed.weights_of(distributed.load(args.resume), args.resume))
+        load_openmixup_state_dict(model, distributed.weights_of(state, args.resume))
     model.to(device).eval()
     # ---- pictures
     context = main_pretrain.view_of(args)
-    title = main_pretrain.TITLES[args.method]
+    title, channels = main_pretrain.TITLES[args.method], datasets.stored_channels(vars(args))
     for i, start in enumerate(range(0, len(pixels), PER_PICTURE)):
         part = slice(start, start + PER_PICTURE)
         batch = ([pixels[part].to(device), masks[part].to(device)], torch.empty(0))
         out = reconstruct(model, batch, **context)
         path = Path(args.output_dir, "reconstruction", f"{Path(args.resume).stem}_{i}.png")
         try:
-            save_reconstructions(path, out["target"], out["pred"], out["mask"], title)
+            save_reconstructions(path, out["target"], out["pred"], out["mask"], title, *channels)
         except OSError as error:
             raise distributed.UserError(f"{path}: cannot be written ({error.strerror})") from error
         distributed.log(f"{path}: loss of its images {float(out['loss']):.4f}")

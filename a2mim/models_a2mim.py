@@ -53,7 +53,7 @@ class MaskedImageModel(nn.Module):
 
     Args:
         encoder: a backbone without classes.
-        loss: compares the prediction with the target.
+        loss: compares the prediction with the target; its channels are those of the images.
         mask_layer: depth at which masked positions get the mask token, an index into `backbones.pieces`: 0 to 3 are the
             outputs of [stem, layer1, layer2, layer3] of a ResNet.
         mask_token: learnable, zero or randn (frozen), mean (of the batch), instance_mean (of each image), or none.
@@ -100,7 +100,9 @@ class MaskedImageModel(nn.Module):
         if mask_init > 0 and not mask_replace and mask_token != "none":
             self.mask_gamma = nn.Parameter(torch.full(shape[2:] if is_vit(encoder) else shape, mask_init))
         self.stride = encoder.patch_embed.patch_size[0] if is_vit(encoder) else 32
-        self.decoder = nn.Conv2d(encoder.num_features, 3 * self.stride**2, kernel_size, padding=kernel_size // 2)
+        self.decoder = nn.Conv2d(
+            encoder.num_features, loss.channels * self.stride**2, kernel_size, padding=kernel_size // 2
+        )
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -228,6 +230,7 @@ def build_masked(backbone: str, loss: MIMLoss, img_size: int = 224, drop_path: f
         ValueError: an unknown backbone, or values that do not fit together.
     """
     arch = {k: keywords.pop(k) for k in ("patch_size",) if k in keywords}
+    arch["in_chans"] = loss.channels
     net = build_backbone(backbone, img_size=img_size, num_classes=0, drop_path_rate=drop_path, **arch)
     model = MaskedImageModel(net, loss, **keywords)
     if img_size % model.stride:

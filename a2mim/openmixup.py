@@ -183,6 +183,7 @@ def load_encoder_weights(
             f"missing ({', '.join(missing[:2]) or 'none'}), {len(unexpected)} are unexpected "
             f"({', '.join(unexpected[:2]) or 'none'}){distributed.kind_of(found)}"
         )
+    loaded = distributed.adapt_channels(loaded, own)
     _resize(net, loaded, own, resize_rel_pos)
     odd = next((k for k, v in loaded.items() if v.shape != own[k].shape), None)
     if odd:

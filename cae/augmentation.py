@@ -3,9 +3,9 @@
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
@@ -55,8 +55,15 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def of_tensors(mode: Mode) -> Mode:
+    """The resampling itself, or the sharpest that tensors have in place of one that only Pillow has."""
+    return mode if mode in (Mode.BILINEAR, Mode.BICUBIC) else Mode.BICUBIC
+
+
 class PretrainAugmentation:
-    """A PIL image -> (image for the encoder, image for the tokenizer, mask): one crop, resized twice.
+    """An image -> (image for the encoder, image for the tokenizer, mask): one crop of it, resized twice.
+
+    It is a PIL image, or a tensor of any number of channels.
 
     Args:
         input_size, interpolation: side in pixels and resampling of the encoder's image, (3, input_size, input_size).
@@ -91,12 +98,15 @@ class PretrainAugmentation:
         self.tokenizer_view = tokenizer_view
         self.masking = masking
 
-    def __call__(self, img: Image.Image) -> tuple[Tensor, Tensor, Tensor]:
-        img = self.before(img)
-        top, left, height, width = crop_box(img.width, img.height, self.scale)
-        views = [  # (3, s, s) each, in [0, 1]
-            TF.to_tensor(TF.resized_crop(img, top, left, height, width, [size, size], interpolation_of(name)))  # type: ignore[arg-type]
-            for size, name in self.sizes
-        ]
+    def __call__(self, img: Any) -> tuple[Tensor, Tensor, Tensor]:
+        for step in self.before.transforms:
+            own = isinstance(step, transforms.ColorJitter)
+            img = (datasets.Colours(step, tensors=True) if own else step)(img)
+        box = crop_box(*TF.get_image_size(img), self.scale)
+        views = []  # (C, s, s) each, in [0, 1]
+        for size, name in self.sizes:
+            mode = of_tensors(interpolation_of(name)) if isinstance(img, Tensor) else interpolation_of(name)
+            view = TF.resized_crop(img, *box, [size, size], mode)
+            views.append(view if isinstance(view, Tensor) else TF.to_tensor(view))
         mask = torch.from_numpy(self.masking()).flatten().bool()  # (N,)
         return self.normalize(views[0]), self.tokenizer_view(views[1]), mask

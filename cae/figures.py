@@ -45,8 +45,8 @@ def spread(samples: list[tuple[str, int]], number: int, seed: int) -> list[str]:
 
 
 # same as saim/figures.py
-def chosen_images(args: argparse.Namespace) -> list[str]:
-    """The image files of the flags.
+def chosen_images(args: argparse.Namespace, in_chans: int | None = None) -> list[str]:
+    """The image files of the flags; in_chans: of the images of --data_path, as in `datasets.image_dataset`.
 
     Raises:
         UserError: the flags name none.
@@ -57,22 +57,28 @@ def chosen_images(args: argparse.Namespace) -> list[str]:
         return args.images
     if args.num_images < 1:
         raise UserError(f"--num_images {args.num_images}: expected at least 1")
-    dataset = datasets.image_dataset(args.data_path, train=False, labelled=False)
+    dataset = datasets.image_dataset(args.data_path, train=False, labelled=False, in_chans=in_chans)
     return spread(dataset.samples, args.num_images, args.seed)
 
 
 # same as saim/figures.py
-def read_images(paths: list[str], input_size: int) -> Tensor:
-    """Images through the validation transform, (N, 3, input_size, input_size).
+def read_images(
+    paths: list[str],
+    input_size: int,
+    in_chans: int | None = None,
+    mean=datasets.IMAGENET_MEAN,
+    std=datasets.IMAGENET_STD,
+) -> Tensor:
+    """Images through the validation transform, (N, C, input_size, input_size); C is 3, or in_chans.
 
     Raises:
         UserError: a file is no image.
     """
-    transform = datasets.eval_transform(input_size)
+    transform = datasets.eval_transform(input_size, None, mean, std, in_chans)
     images = []
     for path in paths:
         try:
-            images.append(transform(datasets.read_image(path)))
+            images.append(transform(datasets.read_image(path, in_chans)))
         except Exception as error:  # Pillow raises many types for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{path}: unreadable image ({reason})") from error
@@ -80,11 +86,24 @@ def read_images(paths: list[str], input_size: int) -> Tensor:
 
 
 # same as saim/figures.py
-def to_pixels(imgs: Tensor) -> np.ndarray:
-    """Undo the normalisation: (N, 3, H, W) -> (N, H, W, 3) uint8."""
-    mean, std = (imgs.new_tensor(x)[:, None, None] for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
+def to_pixels(
+    imgs: Tensor, in_chans: int | None = None, mean=datasets.IMAGENET_MEAN, std=datasets.IMAGENET_STD
+) -> np.ndarray:
+    """Undo the normalisation: (N, C, H, W) -> (N, H, W, 3) uint8; with in_chans as `shown` says."""
+    if in_chans:
+        imgs, mean, std = imgs[:, : 3 if in_chans > 2 else 1], (0.5,), (0.2,)
+    mean, std = (imgs.new_tensor(x)[:, None, None] for x in (mean, std))
     pixels = (imgs * std + mean).clamp(0, 1) * 255
-    return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels.round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# same as saim/figures.py
+def shown(in_chans: int | None) -> str:
+    """What `to_pixels` shows of images of --in_chans, to be printed below them; '' for photographs."""
+    if not in_chans:
+        return ""
+    channels = "Channels 1, 2, 3 of {} as red, green, blue" if in_chans > 2 else "Channel 1 of {} as grey"
+    return f"{channels.format(in_chans)}, from 2.5 deviations below the mean to 2.5 above it"
 
 
 # same as saim/figures.py

@@ -225,6 +225,7 @@ def build_model(args: argparse.Namespace, **overrides) -> VisionTransformer:
         raise distributed.UserError(f"--nb_classes {args.nb_classes}: expected the data set's number of classes")
     keywords = {
         "img_size": args.input_size,
+        "in_chans": args.in_chans or 3,
         "num_classes": args.nb_classes,
         "drop_rate": args.drop,
         "attn_drop_rate": args.attn_drop_rate,
@@ -279,7 +280,8 @@ def build_mixup(args: argparse.Namespace) -> Mixup | None:
 def build_transforms(args: argparse.Namespace):
     """Training and evaluation transforms of the flags."""
     normal = args.imagenet_default_mean_and_std
-    mean, std = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if normal else (HALF, HALF)
+    usual = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if normal else (HALF, HALF)
+    mean, std, in_chans = datasets.statistics(args, *usual)
     with distributed.user_errors(f"--aa {args.aa} --remode {args.remode} --train_interpolation"):
         augment = datasets.finetune_transform(
             args.input_size,
@@ -291,13 +293,14 @@ def build_transforms(args: argparse.Namespace):
             args.train_interpolation,
             mean,
             std,
+            in_chans=in_chans,
         )
     if args.input_size <= 32:  # as upstream, but for images that are not of that size yet
         resize = transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC)
         crop = transforms.RandomCrop(args.input_size, padding=4)
         augment.transforms[:1] = [resize, crop]
     crop_pct = args.crop_pct or (224 / 256 if args.input_size < 384 else 1.0)
-    return augment, datasets.eval_transform(args.input_size, crop_pct, mean, std)
+    return augment, datasets.eval_transform(args.input_size, crop_pct, mean, std, in_chans)
 
 
 def build_loaders(
@@ -327,6 +330,7 @@ def build_loaders(
             args.train_split,
             direct=direct,
             skip=args.output_dir,
+            in_chans=args.in_chans,
         )
         datasets.follow_classes(args, images, images)
         options = {"seed": args.seed, "accum_iter": args.accum_iter, "whole_updates": True}

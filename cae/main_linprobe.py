@@ -79,7 +79,9 @@ def main(args: argparse.Namespace) -> None:
     if args.batch_size < 2 and not args.eval:
         raise distributed.UserError(f"--batch_size {args.batch_size}: the probe's batch norm needs at least 2 images")
     # ---- data
-    augment, val_transform = datasets.probe_transform(args.input_size), datasets.eval_transform(args.input_size)
+    statistics = datasets.statistics(args)
+    augment = datasets.probe_transform(args.input_size, *statistics)
+    val_transform = datasets.eval_transform(args.input_size, None, *statistics)
     loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
     # ---- model
     model = build_model(args)

@@ -20,7 +20,7 @@ from cae.initial import start_from
 from cae.masking_generator import MaskingGenerator, RandomMaskingGenerator
 from cae.models_cae import MODELS, ContextAutoencoderViT
 from cae.models_dalle import DalleTokenizer, map_pixels
-from cae.models_dvae import MEAN, STD, DiscreteVAE, load_tokenizer
+from cae.models_dvae import DiscreteVAE, load_tokenizer
 from common import datasets, distributed
 
 
@@ -166,6 +166,7 @@ def build_model(args: argparse.Namespace, **overrides) -> ContextAutoencoderViT:
         raise distributed.UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
     keywords = {
         "img_size": args.input_size,
+        "in_chans": args.in_chans or 3,
         "drop_path_rate": args.drop_path,
         "init_values": args.layer_scale_init_value,
         "decoder_num_classes": args.decoder_num_classes,
@@ -202,7 +203,8 @@ def build_masking(args: argparse.Namespace) -> MaskingGenerator | RandomMaskingG
 
 def mean_and_std(args: argparse.Namespace):
     """Mean and deviation by which the encoder's images are normalised."""
-    return (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if args.imagenet_default_mean_and_std else (HALF, HALF)
+    usual = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if args.imagenet_default_mean_and_std else (HALF, HALF)
+    return datasets.statistics(args, *usual)[:2]
 
 
 def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
@@ -249,6 +251,10 @@ def build_tokenizer(args: argparse.Namespace, with_decoder: bool = False) -> Dal
         tokenizer = DalleTokenizer(with_decoder=with_decoder)
     else:
         tokenizer = load_tokenizer(args.discrete_vae_type, path, size, args.dvae_num_layers, with_decoder)
+    taken = tokenizer.in_chans if isinstance(tokenizer, DiscreteVAE) else 3
+    if taken != (args.in_chans or 3):
+        way = "one of main_tokenizer.py with the same --in_chans can"
+        raise distributed.UserError(f"--in_chans {args.in_chans or 3}: the tokenizer takes {taken} channels; {way}")
     own = tokenizer.grid_size if isinstance(tokenizer, DiscreteVAE) else size / 8
     grid, tokens = grid_of(args), args.decoder_num_classes
     if (own, tokenizer.num_tokens) != (grid, tokens):
@@ -261,7 +267,7 @@ def build_tokenizer(args: argparse.Namespace, with_decoder: bool = False) -> Dal
 
 def tokenizer_view(tokenizer: DalleTokenizer | DiscreteVAE) -> Callable[[Tensor], Tensor]:
     """The map from pixels in [0, 1] to what a tokenizer takes."""
-    return map_pixels if isinstance(tokenizer, DalleTokenizer) else transforms.Normalize(MEAN, STD)
+    return map_pixels if isinstance(tokenizer, DalleTokenizer) else transforms.Normalize(tokenizer.mean, tokenizer.std)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import torch
 from torchvision import transforms
 
-from cae.augmentation import RANGES
+from cae.augmentation import RANGES, of_tensors
 from cae.engine_tokenizer import CodeUsage, temperature_at, train_one_epoch
 from cae.models_dvae import MEAN, STD, DiscreteVAE
 from common import datasets, distributed, lr_sched
@@ -85,10 +85,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def tokenizer_transform(
-    input_size: int, crop_min_size: float = 0.08, crop_max_size: float = 1.0, interpolation: str = "lanczos"
+    input_size: int,
+    crop_min_size: float = 0.08,
+    crop_max_size: float = 1.0,
+    interpolation: str = "lanczos",
+    mean=MEAN,
+    std=STD,
+    in_chans: int | None = None,
 ) -> transforms.Compose:
-    """The view that pre-training tokenises: a random crop, a flip, and [0, 1] normalised to [-1, 1].
+    """The view that pre-training tokenises: a random crop, a flip, and [0, 1] normalised, of photographs to [-1, 1].
 
+    in_chans: given where images may be tensors.
     Raises:
         ValueError: the interpolation is unknown, or the crop sizes are no range of shares.
     """
@@ -97,10 +104,11 @@ def tokenizer_transform(
     filters = {name: transforms.InterpolationMode(name) for name in ("lanczos", "bicubic", "bilinear", "hamming")}
     if interpolation not in filters:
         raise ValueError(f"interpolation {interpolation}, expected one of {', '.join(filters)}")
-    crop = transforms.RandomResizedCrop(
-        input_size, (crop_min_size, crop_max_size), interpolation=filters[interpolation]
+    mode = of_tensors(filters[interpolation]) if in_chans else filters[interpolation]
+    crop = transforms.RandomResizedCrop(input_size, (crop_min_size, crop_max_size), interpolation=mode)
+    return transforms.Compose(
+        [crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize(mean, std, in_chans)]
     )
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize(MEAN, STD)])
 
 
 def build_model(args: argparse.Namespace) -> DiscreteVAE:
@@ -109,7 +117,8 @@ def build_model(args: argparse.Namespace) -> DiscreteVAE:
         sizes = (args.num_tokens, args.codebook_dim, args.num_layers, args.hidden_dim)
         if min(sizes) < 1:
             raise ValueError(f"{sizes}, expected positive numbers")
-        return DiscreteVAE(args.input_size, *sizes)
+        mean, std, in_chans = datasets.statistics(args, MEAN, STD)
+        return DiscreteVAE(args.input_size, *sizes, in_chans or 3, mean, std)
 
 
 def report(stats: dict[str, float], num_tokens: int, epoch: int, epochs: int) -> None:
@@ -128,8 +137,9 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + distributed.rank())
     # ---- data
     crops = args.crop_min_size, args.crop_max_size, args.second_interpolation
+    statistics = datasets.statistics(args, MEAN, STD)
     with distributed.user_errors("--crop_min_size, --crop_max_size and --second_interpolation"):
-        transform = tokenizer_transform(args.input_size, *crops)
+        transform = tokenizer_transform(args.input_size, *crops, *statistics)
     loader = datasets.pretrain_loader(args, transform, device)
     if args.epochs is None:
         args.epochs = math.ceil(UPDATES / (len(loader) // args.accum_iter))

@@ -94,8 +94,8 @@ def to_pixels(pictures: Tensor) -> np.ndarray:
     return (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def draw(columns: dict[str, np.ndarray]) -> Figure:
-    """One row per image, one column per title."""
+def draw(columns: dict[str, np.ndarray], note: str = "") -> Figure:
+    """One row per image, one column per title, the note below."""
     rows = len(next(iter(columns.values())))
     fig = Figure(figsize=(1.6 * len(columns), 1.6 * rows + 0.3), layout="constrained", dpi=160)
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr]
@@ -105,6 +105,8 @@ def draw(columns: dict[str, np.ndarray]) -> Figure:
         for ax, panel in zip(column, panels, strict=True):
             ax.imshow(panel)
             ax.axis("off")
+    if note:
+        fig.supxlabel(note, fontsize=7)
     return fig
 
 
@@ -117,11 +119,11 @@ def main(args: argparse.Namespace) -> None:
     model.to(device)
     tokenizer = main_pretrain.build_tokenizer(flags, with_decoder=True).to(device)
     # ---- data
-    paths = figures.chosen_images(args)
-    pixels = torch.stack(
-        [TF.to_tensor(image) for image in figures.to_pixels(figures.read_images(paths, flags.input_size))]
-    )
-    imgs = transforms.Normalize(*main_pretrain.mean_and_std(flags))(pixels).to(device)
+    chans, statistics = flags.in_chans, main_pretrain.mean_and_std(flags)
+    paths = figures.chosen_images(args, chans)
+    pixels = figures.read_images(paths, flags.input_size, chans, mean=(0.0,), std=(1.0,))
+    normalize = transforms.Normalize(*statistics)
+    imgs = normalize(pixels).to(device)
     size = [flags.second_input_size] * 2
     small = TF.resize(pixels, size, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
     ids = tokenizer.get_codebook_indices(main_pretrain.tokenizer_view(tokenizer)(small).to(device))
@@ -131,14 +133,16 @@ def main(args: argparse.Namespace) -> None:
     filled, right = predict(model, imgs, masks.to(device), ids)
     grid, p = model.encoder.patch_embed.grid_size, model.encoder.patch_embed.patch_size
     hidden = masks.view(-1, 1, grid, grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
-    columns = {
-        "image": to_pixels(pixels),
-        "masked": to_pixels(pixels.masked_fill(hidden, GREY)),
-        "tokenizer": to_pixels(tokenizer.pictures(ids)),
-        "predicted tokens": to_pixels(tokenizer.pictures(filled)),
+    grey = torch.tensor(statistics[0])[:, None, None] if chans else torch.tensor(GREY)
+    pictures = {
+        "image": pixels,
+        "masked": torch.where(hidden, grey, pixels),
+        "tokenizer": tokenizer.pictures(ids).cpu(),
+        "predicted tokens": tokenizer.pictures(filled).cpu(),
     }
+    columns = {name: figures.to_pixels(normalize(x), chans) if chans else to_pixels(x) for name, x in pictures.items()}
     with figures.writing(args.output_dir) as folder:
-        draw(columns).savefig(folder / "reconstruction.png")
+        draw(columns, figures.shown(chans)).savefig(folder / "reconstruction.png")
     distributed.log(f"{right:.1%} of the masked tokens are right; wrote {folder / 'reconstruction.png'}")
 
 

@@ -7,8 +7,9 @@ Legend: B batch, s image side, n layers, g = s / 2^n side of the code grid, V co
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if not __package__:  # imported from inside the folder: take what it needs from this checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,6 +48,7 @@ class Reconstruction(NamedTuple):
 class DiscreteVAE(nn.Module):
     """Discrete VAE with the state-dict keys of upstream's.
 
+    mean, std: by which pixels from 0 to 1 are normalised.
     Raises:
         ValueError: image_size is not a multiple of 2^num_layers.
     """
@@ -58,15 +60,19 @@ class DiscreteVAE(nn.Module):
         codebook_dim: int = 512,
         num_layers: int = 3,
         hidden_dim: int = 256,
+        in_chans: int = 3,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
     ):
         super().__init__()
         if image_size % 2**num_layers:
             raise ValueError(f"image size {image_size} is not a multiple of 2^{num_layers} pixels, a code's")
         self.image_size = image_size
+        self.in_chans, self.mean, self.std = in_chans, tuple(mean), tuple(std)
         self.num_tokens = num_tokens
         self.grid_size = image_size // 2**num_layers
         self.codebook = nn.Embedding(num_tokens, codebook_dim)
-        down = [nn.Conv2d(hidden_dim if i else 3, hidden_dim, 4, 2, 1) for i in range(num_layers)]
+        down = [nn.Conv2d(hidden_dim if i else in_chans, hidden_dim, 4, 2, 1) for i in range(num_layers)]
         up = [nn.ConvTranspose2d(hidden_dim, hidden_dim, 4, 2, 1) for _ in range(num_layers)]
         self.encoder = nn.Sequential(
             *(nn.Sequential(conv, nn.ReLU()) for conv in down),
@@ -77,7 +83,7 @@ class DiscreteVAE(nn.Module):
             nn.Conv2d(codebook_dim, hidden_dim, 1),
             *(ResBlock(hidden_dim) for _ in range(2)),
             *(nn.Sequential(conv, nn.ReLU()) for conv in up),
-            nn.Conv2d(hidden_dim, 3, 1),
+            nn.Conv2d(hidden_dim, in_chans, 1),
         )
 
     def logits(self, imgs: Tensor) -> Tensor:
@@ -105,7 +111,9 @@ class DiscreteVAE(nn.Module):
     @torch.no_grad()
     def pictures(self, indices: Tensor) -> Tensor:
         """Codes (B, g * g) -> pictures (B, 3, s, s) in [0, 1]."""
-        return (0.5 * self.decode(indices) + 0.5).clamp(0, 1)
+        decoded = self.decode(indices)
+        mean, std = (decoded.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
+        return (std * decoded + mean).clamp(0, 1)
 
     def forward(
         self, imgs: Tensor, temperature: float = 1.0, kl_weight: float = 0.0, noise: Tensor | None = None
@@ -144,8 +152,8 @@ def _from_checkpoint(path: str, image_size: int, num_layers: int) -> DiscreteVAE
     state = distributed.load(path)
     args = state.get("args")
     args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
-    names = ("num_tokens", "codebook_dim", "num_layers", "hidden_dim")
-    sizes: dict[str, int] = {"num_layers": num_layers} | {name: args[name] for name in names if name in args}
+    names = ("num_tokens", "codebook_dim", "num_layers", "hidden_dim", "in_chans", "mean", "std")
+    sizes: dict[str, Any] = {"num_layers": num_layers} | {name: args[name] for name in names if args.get(name)}
     weights = distributed.weights_of(state, path, ("model",))
     with distributed.user_errors(f"{path}: is no discrete VAE of {sizes} for {image_size}-pixel images"):
         with torch.device("meta"):

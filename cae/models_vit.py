@@ -276,8 +276,9 @@ def load_pretrained(
 ) -> tuple[list[str], list[str]]:
     """Load an encoder from the state dict of a pre-training, fine-tuning or probing checkpoint, name by name.
 
-    Relative position biases of another grid are resized; a head of another shape is dropped. The encoder's final norm
-    becomes `fc_norm` where the model pools, and `norm` where it classifies the class token.
+    Relative position biases of another grid are resized, weights of three channels adapted to others, and a head of
+    another shape is dropped. The encoder's final norm becomes `fc_norm` where the model pools, and `norm` where it
+    classifies the class token.
     Args:
         resize_positions: resize positions of another grid, bicubic (linear probing, and learned positions in any case);
             else the model's own stay.
@@ -312,6 +313,7 @@ def load_pretrained(
             state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.grid)
         elif state["pos_embed"].shape != own["pos_embed"].shape:
             del state["pos_embed"]
+    state = distributed.adapt_channels(state, own)
     missing = [key for key in own if key not in state]
     lacking = [key for key in missing if key.startswith(("cls_token", "patch_embed.", "blocks."))]
     lacking = [key for key in lacking if "relative_position" not in key]

@@ -106,6 +106,7 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](
             img_size=args.input_size,
+            in_chans=args.in_chans or 3,
             num_classes=args.nb_classes,
             drop_path_rate=args.drop_path,
             global_pool=args.global_pool,
@@ -143,6 +144,7 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     # ---- data
+    mean, std, in_chans = datasets.statistics(args)
     with distributed.user_errors(f"--aa {args.aa} --remode {args.remode}"):
         augment = datasets.finetune_transform(
             args.input_size,
@@ -151,10 +153,14 @@ def main(args: argparse.Namespace) -> None:
             args.reprob,
             args.remode,
             args.recount,
+            mean=mean,
+            std=std,
             crop_min_size=args.crop_min_size,
             hflip=args.hflip,
+            in_chans=in_chans,
         )
-    loader, val_loader = datasets.supervised_loaders(args, augment, datasets.eval_transform(args.input_size), device)
+    val_transform = datasets.eval_transform(args.input_size, None, mean, std, in_chans)
+    loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
     with distributed.user_errors("--mixup, --cutmix and their options"):
         mixup = build_mixup(args)
     # ---- model

@@ -82,12 +82,15 @@ def main(args: argparse.Namespace) -> None:
     if args.batch_size < 2:
         raise distributed.UserError(f"--batch_size {args.batch_size}: the probe's batch norm needs at least 2 images")
     # ---- data
-    augment = datasets.probe_transform(args.input_size)
-    loader, val_loader = datasets.supervised_loaders(args, augment, datasets.eval_transform(args.input_size), device)
+    statistics = datasets.statistics(args)
+    augment = datasets.probe_transform(args.input_size, *statistics)
+    val_transform = datasets.eval_transform(args.input_size, None, *statistics)
+    loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
     # ---- model
     with distributed.user_errors(f"--model {args.model}"):
         model = MODELS[args.model](
             img_size=args.input_size,
+            in_chans=args.in_chans or 3,
             num_classes=args.nb_classes,
             global_pool=args.global_pool,
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),

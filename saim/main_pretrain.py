@@ -4,6 +4,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,16 +58,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def pretrain_transform(input_size: int) -> transforms.Compose:
+def pretrain_transform(input_size: int, *statistics: Any) -> transforms.Compose:
     """Random crop of 20-100 % of the image, bicubic, and a flip (upstream main_pretrain.py@08d36c3)."""
     bicubic = transforms.InterpolationMode.BICUBIC
     crop = transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=bicubic)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize(*statistics)])
 
 
 def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
     """Training batches of the flags, and what else `batch_loss` takes: nothing."""
-    return datasets.pretrain_loader(args, pretrain_transform(args.input_size), device), {}
+    transform = pretrain_transform(args.input_size, *datasets.statistics(args))
+    return datasets.pretrain_loader(args, transform, device), {}
 
 
 def default_query_depth(model: str) -> int:
@@ -85,6 +87,7 @@ def build_model(args: argparse.Namespace, **overrides) -> SaimViT:
     with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](
             img_size=args.input_size,
+            in_chans=args.in_chans or 3,
             query_depth=args.query_depth,
             share_weight=args.share_weight,
             prediction_head_type=args.prediction_head_type,

@@ -145,14 +145,14 @@ class SaimViT(nn.Module):
         shared = share_weight and query_depth
         self.query_blocks = self.blocks if shared else nn.ModuleList(block(i) for i in range(query_depth))
         self.norm = norm_layer(embed_dim)
-        patch_pixels = 3 * patch_size**2
+        patch_pixels = in_chans * patch_size**2
         if prediction_head_type == "MLP":
             self.prediction_head = Mlp(embed_dim, int(embed_dim * mlp_ratio), patch_pixels)
         else:
             self.prediction_head = nn.Linear(embed_dim, patch_pixels)
         self.gaussian_blur = None
         if gaussian_kernel_size is not None and gaussian_sigma is not None:
-            self.gaussian_blur = GaussianConv2d(3, gaussian_kernel_size, gaussian_sigma)
+            self.gaussian_blur = GaussianConv2d(in_chans, gaussian_kernel_size, gaussian_sigma)
 
         self.pos_embed.data.copy_(sincos_pos_embed(embed_dim, grid_size, cls_token=True))
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view: fills the convolution's weight

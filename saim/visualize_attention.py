@@ -18,7 +18,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common import distributed
+from common import datasets, distributed
 from saim import figures
 from saim.models_vit import MODELS, VisionTransformer, load_encoder
 
@@ -94,12 +94,13 @@ def stretch(maps: Tensor) -> Tensor:
 
 
 def fill_sizes(args: argparse.Namespace) -> None:
-    """Give the sizes that the flags leave open the values of --checkpoint's run, of whatever stage."""
+    """Give the sizes that the flags leave open the values of --checkpoint's run, of whatever stage; channels, too."""
     stored = distributed.flags_of(distributed.load(args.checkpoint))
     size = str(stored.get("model", "base")).split("_patch")[0].rpartition("_")[2]  # saim_nano, vit_nano_patch16: nano
     own = next((name for name in MODELS if name.startswith(f"vit_{size}_")), "vit_base_patch16")
     args.model, args.input_size = args.model or own, args.input_size or stored.get("input_size", 224)
     args.patch_size = args.patch_size or stored.get("patch_size")
+    args.in_chans, args.mean, args.std = datasets.stored_channels(stored)
 
 
 def build_model(args: argparse.Namespace) -> VisionTransformer:
@@ -107,6 +108,7 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](
             img_size=args.input_size,
+            in_chans=args.in_chans or 3,
             num_classes=0,
             global_pool=True,  # attention needs no final norm, and checkpoints of pooling models have none
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),
@@ -125,8 +127,8 @@ def encoder_maps(model: VisionTransformer, imgs: Tensor, layer: int, query: str,
     return torch.cat(maps)
 
 
-def overview(rows: list[list[np.ndarray]], titles: list[str], columns: int) -> Figure:
-    """All images with their maps; `columns` images side by side."""
+def overview(rows: list[list[np.ndarray]], titles: list[str], columns: int, note: str = "") -> Figure:
+    """All images with their maps; `columns` images side by side, the note below."""
     columns = min(columns, len(rows))
     lines, width = -(-len(rows) // columns), len(titles) + 0.15  # a narrow empty column between images
     ratios = ([1.0] * len(titles) + [0.15]) * columns
@@ -141,6 +143,8 @@ def overview(rows: list[list[np.ndarray]], titles: list[str], columns: int) -> F
             ax.imshow(panel)
             if line == 0:
                 ax.set_title(title, fontsize=9)
+    if note:
+        fig.supxlabel(note, fontsize=7)
     return fig
 
 
@@ -154,8 +158,9 @@ def main(args: argparse.Namespace) -> None:
         raise distributed.UserError(f"--columns {args.columns}: expected at least 1")
     fill_sizes(args)
     # ---- data
-    paths = figures.chosen_images(args)
-    imgs = figures.read_images(paths, args.input_size)
+    channels = args.in_chans, args.mean, args.std
+    paths = figures.chosen_images(args, args.in_chans)
+    imgs = figures.read_images(paths, args.input_size, *channels)
     # ---- model
     model = build_model(args).to(device)
     maps = []
@@ -167,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
     colours = [colormaps["viridis"](stretch(m).numpy(), bytes=True)[..., :3] for m in maps]  # (N, G, G, 3) each
     rows = [
         [image, *(figures.enlarge(colour, p) for colour in own)]
-        for image, *own in zip(figures.to_pixels(imgs), *colours, strict=True)
+        for image, *own in zip(figures.to_pixels(imgs, *channels), *colours, strict=True)
     ]
     with figures.writing(args.output_dir) as folder:
         for i, (path, panels) in enumerate(zip(paths, rows, strict=True)):
@@ -175,7 +180,8 @@ def main(args: argparse.Namespace) -> None:
             figures.save_row(folder / f"{name}.png", panels)
             if args.save_npy:
                 np.save(folder / f"{name}.npy", torch.stack([m[i] for m in maps]).numpy())
-        overview(rows, ["image", *names], args.columns).savefig(folder / "attention.png")
+        fig = overview(rows, ["image", *names], args.columns, figures.shown(args.in_chans))
+        fig.savefig(folder / "attention.png")
     distributed.log(f"wrote {len(rows)} rows and the overview attention.png to {folder}")
 
 

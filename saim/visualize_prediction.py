@@ -4,7 +4,7 @@ Every patch is predicted from its true predecessors in the order, never from ear
 trained with --norm_pix_loss predicts patches of mean 0 and deviation 1: they are drawn with the mean and deviation of
 the target patch.
 
-Legend: N images, p patch side, G x G = L patches, P = 3 p² pixels per patch.
+Legend: N images, C channels, p patch side, G x G = L patches, P = C p² pixels per patch.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common import distributed
+from common import datasets, distributed
 from saim import figures, main_pretrain
 from saim.models_saim import MODELS, SaimViT
 
@@ -144,15 +144,17 @@ def main(args: argparse.Namespace) -> None:
     distributed.log(f"{flags.model} from {args.checkpoint}, {model.token_order} order")
     model.to(device)
     # ---- data
-    paths = figures.chosen_images(args)
-    imgs = figures.read_images(paths, flags.input_size).to(device)
+    channels = datasets.stored_channels(vars(flags))
+    paths = figures.chosen_images(args, flags.in_chans)
+    imgs = figures.read_images(paths, flags.input_size, *channels).to(device)
     # ---- picture
     noise = draw_noise(model, len(imgs), args.seed).to(device)
     grid = model.patch_embed.grid_size
     rank = model.generate_order(imgs, noise).argsort(dim=1).unflatten(1, (grid, grid))  # type: ignore[union-attr]
-    image, pred, target = (figures.to_pixels(x) for x in (imgs, *predict(model, imgs, noise)))
+    image, pred, target = (figures.to_pixels(x, *channels) for x in (imgs, *predict(model, imgs, noise)))
     note = "Each patch is predicted from its true predecessors in the order"
     note += ", and drawn with the mean and deviation of the target patch." if model.norm_pix_loss else "."
+    note += f" {figures.shown(flags.in_chans)}." if flags.in_chans else ""
     with figures.writing(args.output_dir) as folder:
         fig = draw(image, pred, target, rank.cpu().numpy(), model.gaussian_blur is not None, note)
         fig.savefig(folder / "predictions.png")

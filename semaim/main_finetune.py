@@ -111,6 +111,7 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](
             img_size=args.input_size,
+            in_chans=args.in_chans or 3,
             num_classes=args.nb_classes,
             drop_path_rate=args.drop_path,
             global_pool=args.global_pool,
@@ -147,11 +148,11 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed + distributed.rank())
     # ---- data
+    mean, std, in_chans = datasets.statistics(args)
+    policy = args.color_jitter, args.aa, args.reprob, args.remode, args.recount
     with distributed.user_errors(f"--aa {args.aa} --remode {args.remode}"):
-        augment = datasets.finetune_transform(
-            args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
-        )
-    val_transform = datasets.eval_transform(args.input_size)
+        augment = datasets.finetune_transform(args.input_size, *policy, mean=mean, std=std, in_chans=in_chans)
+    val_transform = datasets.eval_transform(args.input_size, None, mean, std, in_chans)
     loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device, lists=True)
     with distributed.user_errors("--mixup, --cutmix and their options"):
         mixup = build_mixup(args)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,12 +62,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def knn_transform(input_size: int) -> transforms.Compose:
+def knn_transform(input_size: int, *statistics: Any) -> transforms.Compose:
     """Shorter side to 256 (above 224: 512; below: in the same proportion), centre crop, normalise."""
     if input_size <= 224:
-        return datasets.eval_transform(input_size)
+        return datasets.eval_transform(input_size, None, *statistics)
     resize = transforms.Resize(512, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(input_size), *datasets.tensor_and_normalize()])
+    return transforms.Compose([resize, transforms.CenterCrop(input_size), *datasets.tensor_and_normalize(*statistics)])
 
 
 @torch.no_grad()
@@ -182,22 +183,14 @@ def vote(
 
 def compute(args: argparse.Namespace, device: torch.device, keep: torch.device) -> list[Tensor]:
     """Features and labels of this process's training images, and of all test images (as in `DUMPS`)."""
-    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split)
-    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split)
+    if args.pretrained_weights:
+        datasets.follow_channels(args, distributed.flags_of(distributed.load(args.pretrained_weights)))
+    args.batch_size, in_chans = args.batch_size_per_gpu, args.in_chans
+    transform = knn_transform(args.input_size, *datasets.statistics(args))
+    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split, in_chans=in_chans)
+    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split, in_chans=in_chans)
     datasets.check_classes(train, val, args.nb_classes)
-    loaders = [
-        datasets.Loader(
-            images,
-            knn_transform(args.input_size),
-            args.batch_size_per_gpu,
-            device,
-            train=False,
-            num_workers=args.num_workers,
-            pin_mem=args.pin_mem,
-            bad_images=args.bad_images,
-        )
-        for images in (train, val)
-    ]
+    loaders = [datasets.build_loader(args, images, transform, device, train=False) for images in (train, val)]
     model = build_model(args).to(device)
     own_train = extract_features(model, loaders[0], keep)
     own_test = [x.cpu() for x in extract_features(model, loaders[1], keep)]
@@ -213,6 +206,7 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     with distributed.user_errors(f"--model {args.model}"):
         model = MODELS[args.model](
             img_size=args.input_size,
+            in_chans=args.in_chans or 3,
             num_classes=0,
             global_pool=args.global_pool,
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),

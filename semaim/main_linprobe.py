@@ -4,6 +4,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -63,11 +64,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def probe_transform(input_size: int) -> transforms.Compose:
+def probe_transform(input_size: int, *statistics: Any) -> transforms.Compose:
     """Shorter side to input_size, bicubic, a random square of it and a flip (upstream main_linprobe.py@ade770f)."""
     resize = transforms.Resize(input_size, interpolation=transforms.InterpolationMode.BICUBIC)
     steps = [resize, transforms.RandomCrop(input_size), transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*steps, *datasets.tensor_and_normalize()])
+    return transforms.Compose([*steps, *datasets.tensor_and_normalize(*statistics)])
 
 
 def add_probe(model: VisionTransformer) -> nn.Sequential:
@@ -92,12 +93,15 @@ def main(args: argparse.Namespace) -> None:
     if args.batch_size < 2:
         raise distributed.UserError(f"--batch_size {args.batch_size}: the probe's batch norm needs at least 2 images")
     # ---- data
-    augment, val_transform = probe_transform(args.input_size), datasets.eval_transform(args.input_size)
+    statistics = datasets.statistics(args)
+    augment = probe_transform(args.input_size, *statistics)
+    val_transform = datasets.eval_transform(args.input_size, None, *statistics)
     loader, val_loader = datasets.supervised_loaders(args, augment, val_transform, device)
     # ---- model
     with distributed.user_errors(f"--model {args.model}"):
         model = MODELS[args.model](
             img_size=args.input_size,
+            in_chans=args.in_chans or 3,
             num_classes=args.nb_classes,
             global_pool=args.global_pool,
             **({} if args.patch_size is None else {"patch_size": args.patch_size}),

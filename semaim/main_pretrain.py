@@ -5,6 +5,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -109,16 +110,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def pretrain_transform(input_size: int) -> transforms.Compose:
+def pretrain_transform(input_size: int, *statistics: Any) -> transforms.Compose:
     """Random crop of 20-100 % of the image, bicubic, and a flip (upstream main_pretrain.py@ade770f)."""
     bicubic = transforms.InterpolationMode.BICUBIC
     crop = transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=bicubic)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize()])
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize(*statistics)])
 
 
 def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
     """Training batches of the flags, and what else `batch_loss` takes: nothing."""
-    return datasets.pretrain_loader(args, pretrain_transform(args.input_size), device), {}
+    transform = pretrain_transform(args.input_size, *datasets.statistics(args))
+    return datasets.pretrain_loader(args, transform, device), {}
 
 
 def default_query_depth(model: str) -> int:
@@ -136,6 +138,7 @@ def build_model(args: argparse.Namespace, **overrides) -> AimViT:
         distributed.log("WARNING: no blur; it needs both --gaussian_kernel_size and --gaussian_sigma")
     keywords = {
         "img_size": args.input_size,
+        "in_chans": args.in_chans or 3,
         "out_dim": 512,  # upstream main_pretrain.py@ade770f: CLIP ViT-B/16's
         "permutation_type": args.permutation_type,
         "attention_type": args.attention_type,
@@ -159,10 +162,14 @@ def build_with_teacher(args: argparse.Namespace) -> tuple[AimViT, ClipVisual | D
     """The network, and the frozen one whose features it predicts, if there is one.
 
     Raises:
-        distributed.UserError: the teacher's file is missing or damaged, or its tokens do not fit the network's.
+        distributed.UserError: the teacher's file is missing or damaged, or its tokens or channels do not fit.
     """
     if args.predict_feature not in ("clip", "dino"):
         return build_model(args), None
+    if args.in_chans not in (None, 3):
+        raise distributed.UserError(
+            f"--in_chans {args.in_chans}: the teacher of --predict_feature {args.predict_feature} takes 3 channels"
+        )
     teacher = load_teacher(args.predict_feature, args.teacher_path, args.input_size)
     model = build_model(args, out_dim=teacher.out_dim)
     width = model.cls_token.shape[-1]

@@ -125,17 +125,23 @@ def chosen_images(given: list[str], number: int, seed: int) -> list[str]:
 
 
 # same as saim/figures.py
-def read_images(paths: list[str], input_size: int) -> Tensor:
-    """Images through the validation transform, (N, 3, input_size, input_size).
+def read_images(
+    paths: list[str],
+    input_size: int,
+    in_chans: int | None = None,
+    mean=datasets.IMAGENET_MEAN,
+    std=datasets.IMAGENET_STD,
+) -> Tensor:
+    """Images through the validation transform, (N, C, input_size, input_size); C is 3, or in_chans.
 
     Raises:
         UserError: a file is no image.
     """
-    transform = datasets.eval_transform(input_size)
+    transform = datasets.eval_transform(input_size, None, mean, std, in_chans)
     images = []
     for path in paths:
         try:
-            images.append(transform(datasets.read_image(path)))
+            images.append(transform(datasets.read_image(path, in_chans)))
         except Exception as error:  # Pillow raises many types for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{path}: unreadable image ({reason})") from error
@@ -143,18 +149,32 @@ def read_images(paths: list[str], input_size: int) -> Tensor:
 
 
 # same as saim/figures.py
-def to_pixels(imgs: Tensor) -> np.ndarray:
-    """Undo the normalisation: (N, 3, H, W) -> (N, H, W, 3) uint8."""
-    mean, std = (imgs.new_tensor(x)[:, None, None] for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
+def to_pixels(
+    imgs: Tensor, in_chans: int | None = None, mean=datasets.IMAGENET_MEAN, std=datasets.IMAGENET_STD
+) -> np.ndarray:
+    """Undo the normalisation: (N, C, H, W) -> (N, H, W, 3) uint8; with in_chans as `shown` says."""
+    if in_chans:
+        imgs, mean, std = imgs[:, : 3 if in_chans > 2 else 1], (0.5,), (0.2,)
+    mean, std = (imgs.new_tensor(x)[:, None, None] for x in (mean, std))
     pixels = (imgs * std + mean).clamp(0, 1) * 255
-    return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels.round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# same as saim/figures.py
+def shown(in_chans: int | None) -> str:
+    """What `to_pixels` shows of images of --in_chans, to be printed below them; '' for photographs."""
+    if not in_chans:
+        return ""
+    channels = "Channels 1, 2, 3 of {} as red, green, blue" if in_chans > 2 else "Channel 1 of {} as grey"
+    return f"{channels.format(in_chans)}, from 2.5 deviations below the mean to 2.5 above it"
 
 
 # ---- maps
 
 
-def build_encoder(args: argparse.Namespace, path: str) -> tuple[AimViT, str]:
-    """The encoder of a checkpoint, or a random one for "", and the permutation type it was trained with, if known.
+def build_encoder(args: argparse.Namespace, path: str) -> tuple[AimViT, str, tuple]:
+    """The encoder of a checkpoint, or a random one for "", the permutation type it was trained with, if known, and its
+    images' channels as `read_images` takes them.
 
     Raises:
         UserError: the file cannot be read, or is no checkpoint of the model.
@@ -168,17 +188,18 @@ def build_encoder(args: argparse.Namespace, path: str) -> tuple[AimViT, str]:
     if name not in MODELS:
         what = f"--model {name}" if args.model else f"{path}: is of the model {name}; --model"
         raise UserError(f"{what}: expected one of {', '.join(MODELS)}")
-    patch = {} if flags["patch_size"] is None else {"patch_size": flags["patch_size"]}
+    sizes = {} if flags["patch_size"] is None else {"patch_size": flags["patch_size"]}
+    channels = datasets.stored_channels(flags)
+    sizes |= {"img_size": flags["input_size"] or 224, "in_chans": channels[0] or 3}
     torch.manual_seed(args.seed)
     with distributed.user_errors(f"--model {name}"):
-        size = flags["input_size"] or 224
-        model = MODELS[name](img_size=size, **patch, query_depth=1, attention_type=args.attention_type).eval()
+        model = MODELS[name](**sizes, query_depth=1, attention_type=args.attention_type).eval()
     del model.query_blocks, model.prediction_head  # what is left has a plain ViT's keys
     if path:
         with distributed.user_errors(f"{path}: check --model, --patch_size and --input_size"):
             _, unexpected = load_pretrained(model, weights)  # type: ignore[arg-type]
         distributed.log(f"{name} from {path}: {distributed.load_report(len(model.state_dict()), [], unexpected)}")
-    return model, flags["permutation_type"]
+    return model, flags["permutation_type"], channels
 
 
 @torch.inference_mode()
@@ -241,8 +262,8 @@ def overlay(values: Tensor, image: np.ndarray, weight: float = 0.3) -> np.ndarra
     return np.rint(np.clip(weight * colours + (1 - weight) * image, 0, 255)).astype(np.uint8)
 
 
-def draw(blocks: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """One row per image, dashed lines between blocks of columns.
+def draw(blocks: dict[str, dict[str, np.ndarray]], note: str = "") -> Figure:
+    """One row per image, dashed lines between blocks of columns, the note above.
 
     Args:
         blocks: images (N, H, W, 3) uint8, by title of the column, by group; the first is the input.
@@ -269,6 +290,8 @@ def draw(blocks: dict[str, dict[str, np.ndarray]]) -> Figure:
                 ax.axis("off")
             x += side + gap
         x += split - gap
+    if note:
+        fig.suptitle(note, fontsize=6, y=1.0, va="bottom")
     return fig
 
 
@@ -312,15 +335,17 @@ def main(args: argparse.Namespace) -> None:
     encoders: dict[str, tuple[AimViT, str, np.ndarray, Tensor, Tensor]] = {}  # by checkpoint, "": random
     blocks: dict[str, dict[str, np.ndarray]] = {}
     paths: dict[str, str] = {}  # of the encoders, by group
-    raw = {"images": np.array(files)}
+    raw, note = {"images": np.array(files)}, ""
     for group, (_, rules) in GROUPS.items():
         path = getattr(args, group) or args.checkpoint
         if not (path or args.random):
             continue
         if path not in encoders:
-            model, trained = build_encoder(args, path)
-            imgs = read_images(files, model.patch_embed.img_size)
-            encoders[path] = model, trained, to_pixels(imgs), *encoder_maps(model.to(device), imgs.to(device))
+            model, trained, channels = build_encoder(args, path)
+            imgs = read_images(files, model.patch_embed.img_size, *channels)
+            pixels = to_pixels(imgs, *channels)
+            encoders[path] = model, trained, pixels, *encoder_maps(model.to(device), imgs.to(device))
+            note = shown(channels[0])
         model, trained, pixels, attention, similarity = encoders[path]
         if not (attention.isfinite().all() and similarity.isfinite().all()):
             raise UserError(f"{path or '--random'}: the encoder's maps are not finite")
@@ -337,7 +362,7 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output).with_name(f"{Path(args.output).stem}_panels")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draw(without_repeats(blocks, paths)).savefig(args.output)
+        draw(without_repeats(blocks, paths), note).savefig(args.output, bbox_inches="tight" if note else None)
         np.savez(folder / "maps.npz", **raw)  # type: ignore[arg-type]
         for group, block in blocks.items():
             for panel, images in block.items():

@@ -187,12 +187,12 @@ class AimViT(nn.Module):
             QueryBlock(embed_dim, num_heads, mlp_ratio, rate, norm_layer) for rate in rates[:query_depth]
         )
         self.norm = norm_layer(embed_dim)
-        outputs = {"none": 3 * patch_size**2, "clip": out_dim}.get(predict_feature, embed_dim)
+        outputs = {"none": in_chans * patch_size**2, "clip": out_dim}.get(predict_feature, embed_dim)
         hidden = int(embed_dim * mlp_ratio) if prediction_head_type == "MLP" else 0
         self.prediction_head = Mlp(embed_dim, hidden, outputs) if hidden else nn.Linear(embed_dim, outputs)
         self.gaussian_blur = None
         if gaussian_kernel_size is not None and gaussian_sigma is not None and predict_feature == "none":
-            self.gaussian_blur = GaussianConv2d(3, gaussian_kernel_size, gaussian_sigma)
+            self.gaussian_blur = GaussianConv2d(in_chans, gaussian_kernel_size, gaussian_sigma)
 
         self.pos_embed.data.copy_(sincos_pos_embed(embed_dim, grid_size, cls_token=True))
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view: fills the convolution's weight

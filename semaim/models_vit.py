@@ -98,8 +98,9 @@ def interpolate_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
 def load_pretrained(model: VisionTransformer, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Load an encoder from the state dict of a pre-training or fine-tuning checkpoint, name by name.
 
-    A head of another shape is dropped and the position table resized. In pool mode `norm` is left unused; in
-    class-token mode it comes from the decoder's norm, the only one that pre-training has (as upstream).
+    A head of another shape is dropped, the position table resized, and weights of three channels adapted to others. In
+    pool mode `norm` is left unused; in class-token mode it comes from the decoder's norm, the only one that
+    pre-training has (as upstream).
     Returns:
         the missing keys (head, and fc_norm in pool mode) and the unexpected ones (decoder, prediction head, ...).
     Raises:
@@ -111,6 +112,7 @@ def load_pretrained(model: VisionTransformer, state: dict[str, Tensor]) -> tuple
             del state[key]
     if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.patch_embed.grid_size)
+    state = distributed.adapt_channels(state, own)
     missing = [key for key in own if key not in state]
     lacking = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
     if lacking:

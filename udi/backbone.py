@@ -118,6 +118,8 @@ def build_backbone(
 ) -> VisionTransformer:
     """A ViT for evaluations; its class tokens, patch size and positions are those of the weights, if given.
 
+    Weights of three channels are adapted to in_chans, if that is among the keywords; else the file's channels count.
+
     Raises:
         UserError: the weights are of another ViT.
     """
@@ -130,11 +132,13 @@ def build_backbone(
             log(f"--patch_size {patch_size}: the checkpoint has patches of {found} pixels, which are taken")
         patch_size = found
         keywords["num_class_token"] = weights["cls_token"].shape[1]
+        keywords.setdefault("in_chans", weights["patch_embed.proj.weight"].shape[1])
         img_size = patch_size * round((weights["pos_embed"].shape[1] - keywords["num_class_token"]) ** 0.5)
     if weights is not None and size % patch_size:
         raise UserError(f"--input_size {size}: is no multiple of {patch_size} pixels")
     with distributed.user_errors(f"--arch {arch}"):
         model = MODELS[ALIASES.get(arch, arch)](img_size=[img_size], patch_size=patch_size, **keywords)
         if weights is not None:
+            weights = distributed.adapt_channels(weights, model.state_dict())
             restore(model, weights, f"--arch {arch}", "checkpoint")
     return model

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from scipy.io import loadmat
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset
@@ -77,7 +76,8 @@ def semi_supervised_sets(args: argparse.Namespace) -> tuple[Any, Any]:
         UserError: something is missing or does not fit together.
     """
     evaluates = getattr(args, "eval", False)  # which the logistic regression does not have
-    train, val = (datasets.image_dataset(args.data_path, split and not evaluates) for split in (True, False))
+    splits, chans = (not evaluates, False), args.in_chans
+    train, val = (datasets.image_dataset(args.data_path, split, in_chans=chans) for split in splits)
     datasets.check_classes(train, val, max(len(train.classes), len(val.classes)))
     train, val = (first_classes(dataset, args.class_num) for dataset in (train, val))
     args.class_names = list(train.classes)
@@ -92,9 +92,13 @@ class LabelledImages(Dataset):
 
     Args:
         where: names the data set in messages.
+    Attributes:
+        in_chans: as in `datasets.ImageFiles`.
     Raises:
         UserError: there is none, the first file is missing, or a label is out of range.
     """
+
+    in_chans: int | None = None
 
     def __init__(self, samples: list[tuple[str, int]], classes: list[str], where: str):
         if not samples:
@@ -109,9 +113,9 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        return datasets.read_image(path), label
+        return datasets.read_image(path, self.in_chans), label
 
 
 @contextlib.contextmanager
@@ -193,4 +197,4 @@ def transfer_set(args: argparse.Namespace, train: bool) -> Any:
         return flowers(root, train, args.download)
     if args.data_set == "Cars":
         return cars(root, train)
-    return datasets.image_dataset(args.data_path, train)
+    return datasets.image_dataset(args.data_path, train, in_chans=args.in_chans)

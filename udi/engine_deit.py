@@ -37,11 +37,13 @@ def build_model(args: argparse.Namespace, path: str, key: str) -> EvaluationViT:
         drop_rate=args.drop,
         attn_drop_rate=args.attn_drop_rate,
         drop_path_rate=args.drop_path,
+        in_chans=args.in_chans or 3,
     )
 
 
 def build_transforms(args: argparse.Namespace) -> tuple[Any, Any]:
     """Training and evaluation transforms of the flags."""
+    mean, std, in_chans = datasets.statistics(args)
     with distributed.user_errors(f"--aa {args.aa} --remode {args.remode} --train-interpolation"):
         augment = datasets.finetune_transform(
             args.input_size,
@@ -51,12 +53,15 @@ def build_transforms(args: argparse.Namespace) -> tuple[Any, Any]:
             args.remode,
             args.recount,
             args.train_interpolation,
+            mean,
+            std,
+            in_chans=in_chans,
         )
     if args.input_size <= 32:  # as upstream, but for images that are not of that size yet
         resize = transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC)
         crop = transforms.RandomCrop(args.input_size, padding=4)
         augment.transforms[:1] = [resize, crop]
-    return augment, datasets.eval_transform(args.input_size, 224 / 256)
+    return augment, datasets.eval_transform(args.input_size, 224 / 256, mean, std, in_chans)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from common import distributed
+from common import datasets, distributed
 from udi.backbone import ALIASES
 from udi.models_udi import MODELS
 
@@ -191,6 +191,7 @@ def add_deit_flags(p: argparse.ArgumentParser) -> None:
     g.augmentation.add_argument(
         "--mixup-mode", "--mixup_mode", default="batch", help="what is mixed alike: batch, pair or elem"
     )
+    datasets.add_channel_flags(p)
     # ---- distillation, which crashes upstream
     g.unused.add_argument("--teacher-model", "--teacher_model", default="self", help="distillation is not offered")
     g.unused.add_argument("--teacher-path", "--teacher_path", default="", help="distillation is not offered")

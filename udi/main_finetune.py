@@ -255,6 +255,7 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor] | None = No
         distributed.log(f"--patch_size {args.patch_size}: the checkpoint has patches of {patch_size} pixels, taken")
     keywords = {
         "img_size": args.input_size,
+        "in_chans": args.in_chans or 3,
         "patch_size": patch_size,
         "num_classes": args.nb_classes or 1000,
         "drop_rate": args.drop,
@@ -303,7 +304,8 @@ def build_rates(args: argparse.Namespace, updates: int) -> Callable[[int, int], 
 def build_transforms(args: argparse.Namespace):
     """Training and evaluation transforms of the flags."""
     normal = args.imagenet_default_mean_and_std
-    mean, std = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if normal else (HALF, HALF)
+    usual = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if normal else (HALF, HALF)
+    mean, std, in_chans = datasets.statistics(args, *usual)
     with distributed.user_errors(f"--aa {args.aa} --remode {args.remode} --train_interpolation"):
         augment = datasets.finetune_transform(
             args.input_size,
@@ -315,6 +317,7 @@ def build_transforms(args: argparse.Namespace):
             args.train_interpolation,
             mean,
             std,
+            in_chans=in_chans,
         )
     if args.input_size <= 32:  # as upstream, but for images that are not of that size yet
         resize = transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC)
@@ -326,7 +329,7 @@ def build_transforms(args: argparse.Namespace):
     # As upstream: bilinear, though all else is bicubic.
     resize = transforms.Resize(int(args.input_size / crop_pct), transforms.InterpolationMode.BILINEAR)
     crop = transforms.CenterCrop(args.input_size)
-    return augment, transforms.Compose([resize, crop, *datasets.tensor_and_normalize(mean, std)])
+    return augment, transforms.Compose([resize, crop, *datasets.tensor_and_normalize(mean, std, in_chans)])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -194,10 +194,13 @@ class FirstToken(nn.Module):
 
 def compute(args: argparse.Namespace, device: torch.device, keep: torch.device) -> list[Tensor]:
     """Features and labels of this process's training images, and of all test images (as in `DUMPS`)."""
-    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split)
-    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split)
+    if args.pretrained_weights:
+        datasets.follow_channels(args, distributed.flags_of(distributed.load(args.pretrained_weights)))
+    transform = datasets.eval_transform(args.input_size, 224 / 256, *datasets.statistics(args))
+    in_chans = args.in_chans
+    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split, in_chans=in_chans)
+    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split, in_chans=in_chans)
     datasets.check_classes(train, val, args.nb_classes)
-    transform = datasets.eval_transform(args.input_size, 224 / 256)
     loaders = [datasets.build_loader(args, images, transform, device, train=False) for images in (train, val)]
     model = build_model(args).to(device)
     own_train = extract_features(model, loaders[0], keep)
@@ -216,7 +219,7 @@ def build_model(args: argparse.Namespace) -> FirstToken:
         weights = load_backbone(args.pretrained_weights, args.checkpoint_key, args.class_tokens)
     else:
         distributed.log("WARNING: no --pretrained_weights, the backbone is random")
-    return FirstToken(build_backbone(args.arch, args.patch_size, weights, args.input_size))
+    return FirstToken(build_backbone(args.arch, args.patch_size, weights, args.input_size, in_chans=args.in_chans or 3))
 
 
 # same as semaim/main_knn.py

@@ -70,17 +70,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def strong_transform(input_size: int = 224) -> transforms.Compose:
-    """Flip, RandAugment of the whole image, a crop of 8-100 %, random erasing."""
-    mean = tuple(round(255 * x) for x in datasets.IMAGENET_MEAN)
+def strong_transform(
+    input_size: int = 224, mean=datasets.IMAGENET_MEAN, std=datasets.IMAGENET_STD, in_chans: int | None = None
+) -> transforms.Compose:
+    """Flip, RandAugment of the whole image, a crop of 8-100 %, random erasing; in_chans: as in `photos_only`."""
+    fill = tuple(round(255 * x) for x in datasets.IMAGENET_MEAN)
     augment = rand_augment_transform(
-        "rand-m9-mstd0.5-inc1", {"translate_const": int(0.45 * input_size), "img_mean": mean}
+        "rand-m9-mstd0.5-inc1", {"translate_const": int(0.45 * input_size), "img_mean": fill}
     )
     steps = [
         transforms.RandomHorizontalFlip(),
-        datasets.repair_posterize(augment),
+        datasets.photos_only(datasets.repair_posterize(augment), in_chans),
         transforms.RandomResizedCrop(input_size, interpolation=transforms.InterpolationMode.BICUBIC),
-        *datasets.tensor_and_normalize(),
+        *datasets.tensor_and_normalize(mean, std, in_chans),
         RandomErasing(0.25, mode="pixel", max_count=1, device="cpu"),
     ]
     return transforms.Compose(steps)
@@ -156,7 +158,7 @@ def build_model(args: argparse.Namespace) -> Probe:
         weights = load_backbone(args.pretrained_weights, args.checkpoint_key, args.class_tokens)
     else:
         distributed.log("WARNING: no --pretrained_weights: the encoder has random weights")
-    backbone = build_backbone(args.arch, args.patch_size, weights, args.input_size)
+    backbone = build_backbone(args.arch, args.patch_size, weights, args.input_size, in_chans=args.in_chans or 3)
     with distributed.user_errors(f"--n_last_blocks {args.n_last_blocks} and --avgpool_patchtokens"):
         return Probe(backbone, args.num_labels, args.n_last_blocks, args.avgpool_patchtokens)
 
@@ -170,11 +172,13 @@ def build_loaders(args: argparse.Namespace, device: torch.device) -> tuple[datas
     """Training batches, the last one of an epoch possibly smaller, and validation batches; to evaluate, those twice."""
     args.batch_size = args.batch_size_per_gpu
     train, val = (
-        datasets.image_dataset(args.data_path, is_train, True, args.dataset, split)
+        datasets.image_dataset(args.data_path, is_train, True, args.dataset, split, in_chans=args.in_chans)
         for is_train, split in ((not args.evaluate, args.train_split), (False, args.val_split))
     )
     datasets.follow_classes(args, train, val, "num_labels")
-    augment, val_transform = strong_transform(args.input_size), datasets.eval_transform(args.input_size, 224 / 256)
+    statistics = datasets.statistics(args)
+    augment = strong_transform(args.input_size, *statistics)
+    val_transform = datasets.eval_transform(args.input_size, 224 / 256, *statistics)
     own = {"seed": args.seed, "accum_iter": args.accum_iter, "drop_last": False}
     loader = None if args.evaluate else datasets.build_loader(args, train, augment, device, **own)
     val_loader = datasets.build_loader(args, val, val_transform, device, train=False)

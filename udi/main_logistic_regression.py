@@ -79,6 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.data.add_argument(
         "--bad_images", default="stop", choices=["stop", "skip"], help="what to do at an image that cannot be read"
     )
+    datasets.add_channel_flags(p)
     g.data.add_argument("--pin_mem", default=True, type=boolean, help="copy images to the GPU through pinned memory")
     g.output.add_argument("--output_dir", default="./exp2/logistic_regression", help="folder of <list>_train.log")
     distributed.add_launch_flags(p)
@@ -181,8 +182,10 @@ def load_features(folder: Path, expected: str, insist: bool) -> list[Tensor] | N
 @torch.no_grad()
 def compute(args: argparse.Namespace, device: torch.device, key: str) -> list[Tensor]:
     """Features and labels of the training and the test images (as in `DUMPS`), on rank 0; [] elsewhere."""
-    weights = load_backbone(args.pretrained_weights, key, args.class_tokens)
-    backbone = build_backbone(args.arch, args.patch_size, weights, args.input_size)
+    state = distributed.load(args.pretrained_weights)
+    datasets.follow_channels(args, distributed.flags_of(state))
+    weights = load_backbone(state, key, args.class_tokens, args.pretrained_weights)
+    backbone = build_backbone(args.arch, args.patch_size, weights, args.input_size, in_chans=args.in_chans or 3)
     with distributed.user_errors(f"--n_last_blocks {args.n_last_blocks}"):
         model = Features(backbone, args.n_last_blocks, args.avgpool_patchtokens, args.multi_scale).to(device)
     own = []
@@ -190,7 +193,7 @@ def compute(args: argparse.Namespace, device: torch.device, key: str) -> list[Te
         loader = datasets.build_loader(
             args,
             images,
-            datasets.eval_transform(args.input_size, 224 / 256),
+            datasets.eval_transform(args.input_size, 224 / 256, *datasets.statistics(args)),
             device,
             train=False,
         )

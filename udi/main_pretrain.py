@@ -140,6 +140,7 @@ def build_model(args: argparse.Namespace, **overrides) -> MultiCropWrapper:
     arch = ALIASES.get(args.arch) or args.arch
     tokens = args.number_cls_token if args.include_patch else 1
     keywords = {"img_size": [args.global_size], "patch_size": args.patch_size, "num_class_token": tokens}
+    keywords["in_chans"] = args.in_chans or 3
     with distributed.user_errors(f"--arch {args.arch} --patch_size {args.patch_size}"):
         vit = MODELS[arch](**{**keywords, "drop_path_rate": args.drop_path_rate, **overrides})
         dim = vit.embed_dim
@@ -181,6 +182,9 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> datasets.Loa
         low, high = (getattr(args, name) * 2)[:2]
         if len(getattr(args, name)) != 2 or not 0 < low <= high <= 1:
             raise distributed.UserError(f"--{name} {getattr(args, name)}: expected two shares, 0 to 1, increasing")
+    statistics = datasets.statistics(args) if args.in_chans or args.mean or args.std else ()
+    if args.in_chans not in (None, 3):
+        distributed.log("colour jitter and greyscale: left out for images of other than three channels")
     with distributed.user_errors("--global_size, --local_size, --patch_size and the sampling windows"):
         augment = DataAugmentation(
             tuple(args.global_crops_scale),
@@ -192,6 +196,7 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> datasets.Loa
             args.local_sampling_window_size,
             args.patch_size,
             fix_crop_reference=args.fix_crop_reference,
+            statistics=statistics,
         )
     return datasets.pretrain_loader(args, augment, device, collate=collate)
 

@@ -140,6 +140,7 @@ def build_evaluation_vit(
             **own,
             img_size=[plain.patch_size * round((plain.pos_embed.shape[1] - plain.num_class_token) ** 0.5)],
             patch_size=plain.patch_size,
+            in_chans=plain.patch_embed.proj.in_channels,
             num_class_token=plain.num_class_token,
             embed_dim=plain.embed_dim,
             depth=len(plain.blocks),

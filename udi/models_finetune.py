@@ -440,8 +440,8 @@ def first_class_token(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_pretrained(model: VisionTransformer, weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Load a ViT's weights by name.
 
-    Positions, absolute and relative, of another grid are resized; a head of another shape is left out. As upstream,
-    `fc_norm` of a model that pools does not take over the final norm.
+    Positions, absolute and relative, of another grid are resized, weights of three channels adapted to others; a head
+    of another shape is left out. As upstream, `fc_norm` of a model that pools does not take over the final norm.
     Returns:
         the missing keys and the unexpected ones.
     Raises:
@@ -462,6 +462,7 @@ def load_pretrained(model: VisionTransformer, weights: dict[str, Tensor]) -> tup
             weights[key] = resize_relative_positions(weights[key], grid)
     if "pos_embed" in weights and "pos_embed" in own and weights["cls_token"].shape[1] == tokens:
         weights["pos_embed"] = interpolate_pos_embed(weights["pos_embed"], grid, tokens)
+    weights = distributed.adapt_channels(weights, own)
     missing = [key for key in own if key not in weights]
     lacking = [key for key in missing if key.startswith(("cls_token", "pos_embed", "patch_embed.", "blocks."))]
     lacking = [key for key in lacking if "relative_position" not in key and ".gamma_" not in key]

@@ -46,7 +46,7 @@ class RandomCropCoord:
     @staticmethod
     def get_params(img: Image.Image, scale: Sequence[float], ratio: Sequence[float]) -> Box:
         """Draw a crop; Python's generator, rows first."""
-        width, height = img.size
+        width, height = tf.get_image_size(img)
         log_ratio = math.log(ratio[0]), math.log(ratio[1])
         for _ in range(10):
             area = random.uniform(*scale) * height * width
@@ -78,7 +78,7 @@ class RandomCropCoord:
         j = _towards(j, last_j, w, rj, r_j, joint_w)
         return max(min(i, height - h), 0), max(min(j, width - w), 0), h, w, height, width
 
-    def __call__(self, img: Image.Image, ref_crop: Array | None = None) -> tuple[Image.Image, Array]:
+    def __call__(self, img: Any, ref_crop: Array | None = None) -> tuple[Any, Array]:
         """A view of size x size pixels, and its coordinates (4,)."""
         if ref_crop is None:
             i, j, h, w, height, width = self.get_params(img, self.scale, self.RATIO)
@@ -86,13 +86,13 @@ class RandomCropCoord:
             i, j, h, w, height, width = self.get_params_ref(img, self.scale, self.RATIO, ref_crop)
         rows, columns = max(height - 1, 1), max(width - 1, 1)
         crop = np.array([i / rows, j / columns, (i + h - 1) / rows, (j + w - 1) / columns], np.float32)
-        view = img.crop((j, i, j + w, i + h))
+        view = tf.crop(img, i, j, h, w)
         horizontal, vertical = self.flip
         if horizontal and random.random() < horizontal:
-            view, crop = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT), crop[[0, 3, 2, 1]]
+            view, crop = tf.hflip(view), crop[[0, 3, 2, 1]]
         if vertical and random.random() < vertical:
-            view, crop = view.transpose(Image.Transpose.FLIP_TOP_BOTTOM), crop[[2, 1, 0, 3]]
-        return view.resize((self.size, self.size), Image.Resampling.BICUBIC), crop
+            view, crop = tf.vflip(view), crop[[2, 1, 0, 3]]
+        return tf.resize(view, [self.size, self.size], transforms.InterpolationMode.BICUBIC), crop
 
 
 def _towards(first: int, last: int, side: int, ref_first: int, ref_last: int, joint: int) -> int:
@@ -107,25 +107,37 @@ def _towards(first: int, last: int, side: int, ref_first: int, ref_last: int, jo
 
 
 class Photometric:
-    """Colour jitter, grayscale, blur and solarisation of a view; the same for all views."""
+    """Colour jitter, grayscale, blur and solarisation of a view; the same for all views.
+
+    Views in tensors, (C, H, W) from 0 to 1, of other than three channels keep their colours; the draws are the same.
+    """
 
     def __init__(self):
         jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
         self.colour = transforms.Compose([transforms.RandomApply([jitter], 0.8), transforms.RandomGrayscale(0.2)])
 
-    def __call__(self, img: Image.Image) -> Image.Image:
-        img = self.colour(img)
+    def __call__(self, img: Any) -> Any:
+        img = datasets.Colours(self.colour, tensors=True)(img)
         if random.random() < 0.5:
             return self.blur(img, 0.5 if random.random() < 0.5 else 1.0)
         img = self.blur(img, 0.1)
-        return ImageOps.solarize(img) if random.random() < 0.2 else img
+        return self.solarize(img) if random.random() < 0.2 else img
 
     @staticmethod
-    def blur(img: Image.Image, probability: float) -> Image.Image:
+    def solarize(img: Any) -> Any:
+        """Invert the upper half of the values."""
+        return torch.where(img < 128 / 255, img, 1 - img) if isinstance(img, Tensor) else ImageOps.solarize(img)
+
+    @staticmethod
+    def blur(img: Any, probability: float) -> Any:
         """Gaussian blur of a radius of 0.1 to 2 pixels."""
         if random.random() > probability:
             return img
-        return img.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        radius = random.uniform(0.1, 2.0)
+        if isinstance(img, Tensor):
+            reach = min(math.ceil(3 * radius), min(img.shape[1:]) - 1)
+            return tf.gaussian_blur(img, [2 * reach + 1] * 2, [radius] * 2)
+        return img.filter(ImageFilter.GaussianBlur(radius))
 
 
 class Matches(NamedTuple):
@@ -145,6 +157,7 @@ class DataAugmentation:
         sampling_window_size_g, sampling_window_size_l: in patches; one patch per window is sampled.
         random_sampling: False takes the first patch of each window.
         fix_crop_reference: as `RandomCropCoord.fix_reference`.
+        statistics: of `datasets.statistics`; (): views are uint8, which `expand` normalises by ImageNet's.
     Raises:
         ValueError: sizes that do not divide, or a window larger than a view.
     """
@@ -163,6 +176,7 @@ class DataAugmentation:
         horizontal_flip: float = 0.5,
         vertical_flip: float = 0.0,
         fix_crop_reference: bool = False,
+        statistics: tuple = (),
     ):
         if global_size % patch_size or local_size % patch_size:
             raise ValueError(f"views of {global_size} and {local_size} pixels: expected multiples of {patch_size}")
@@ -178,6 +192,8 @@ class DataAugmentation:
         self.crop_g = RandomCropCoord(global_size, global_crops_scale, flip, fix_crop_reference)
         self.crop_l = RandomCropCoord(local_size, local_crops_scale, flip, fix_crop_reference)
         self.photometric = Photometric()
+        last = datasets.tensor_and_normalize(*statistics) if statistics else [transforms.PILToTensor()]
+        self.to_pixels = transforms.Compose(last)
 
     def _sampling_mask(self, feature_size: int, window_size: int) -> NDArray[np.bool_]:
         """Stratified random sampling: one patch of every window, as a mask (F * F,) in raster order.
@@ -242,7 +258,7 @@ class DataAugmentation:
         token, corner, weight = (torch.from_numpy(x[0]) for x in (found.token, found.corner, found.weight))
         return token_map(token, len(mask)).numpy(), corner_map(corner, weight, self.features_g**2).numpy()
 
-    def views(self, img: Image.Image) -> tuple[list[Image.Image], list[Array], list[Pair]]:
+    def views(self, img: Any) -> tuple[list[Any], list[Array], list[Pair]]:
         """The views, their coordinates, and the pairs to map: the second view overlaps the first, local ones both.
 
         Pairs: the two global views in each other, then per local one itself in the second and in the first.
@@ -264,17 +280,17 @@ class DataAugmentation:
             pairs += [(k, 1, mask_l), (k, 0, mask_l)]
         return views, coords, pairs
 
-    def __call__(self, img: Image.Image) -> "Sample":
+    def __call__(self, img: Any) -> "Sample":
         views, coords, pairs = self.views(img)
         src, tgt = np.stack([coords[i] for i, _, _ in pairs]), np.stack([coords[i] for _, i, _ in pairs])
         matches = [self.correspondence(src[:2], tgt[:2], pairs[0][2])]
         if pairs[2:]:
             matches.append(self.correspondence(src[2:], tgt[2:], pairs[2][2]))
-        return Sample([tf.pil_to_tensor(view) for view in views], matches)
+        return Sample([self.to_pixels(view) for view in views], matches)
 
 
 class Sample(NamedTuple):
-    """An image's views (3, H, W) uint8, and the matches of its global pairs and of its local ones, if any."""
+    """An image's views (C, H, W), and the matches of its global pairs and of its local ones, if any."""
 
     views: list[Tensor]
     matches: list[Matches]
@@ -284,7 +300,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     """A batch of B samples.
 
     Returns:
-        crops: two global views (B, 3, H, W) uint8, then nl local ones. token: of the global pairs (2, B, s), -1 where
+        crops: two global views (B, C, H, W), then nl local ones. token: of the global pairs (2, B, s), -1 where
         the other view does not show them. corner, weight: where the teacher finds patches of both views,
         (2 B, s + nl s_l, 4); the first B rows are patches of the second view. rows_s, rows_t: numbers of the matched
         rows, for `udi_forward_loss`.
@@ -326,7 +342,7 @@ def expand(batch: dict[str, Any], patch_size: int) -> dict[str, Any]:
         255 * distributed.constant(x, batch["token"].device)[:, None, None]
         for x in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
     )
-    crops = [(crop - mean) / std for crop in batch["crops"]]
+    crops = [crop if crop.is_floating_point() else (crop - mean) / std for crop in batch["crops"]]
     patches = (crops[0].shape[-1] // patch_size) ** 2
     src = token_map(batch["token"], patches)  # (2, B, s, N)
     tgt = corner_map(batch["corner"], batch["weight"], patches)  # (2 B, s + nl s_l, N)

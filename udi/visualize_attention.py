@@ -50,8 +50,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_image(path: str | None, size: list[int], patch_size: int) -> Tensor:
-    """An image (1, 3, H, W), normalised, resized to `size` and cut to multiples of the patch side.
+def read_image(
+    path: str | None,
+    size: list[int],
+    patch_size: int,
+    in_chans: int | None = None,
+    mean=datasets.IMAGENET_MEAN,
+    std=datasets.IMAGENET_STD,
+) -> Tensor:
+    """An image (1, C, H, W), normalised, resized to `size` and cut to multiples of the patch side.
 
     Raises:
         distributed.UserError: there is none, or it is smaller than a patch.
@@ -64,7 +71,8 @@ def read_image(path: str | None, size: list[int], patch_size: int) -> Tensor:
         )
     resize = transforms.Resize((size[0], size[-1]))
     try:
-        image = transforms.Compose([resize, *datasets.tensor_and_normalize()])(datasets.read_image(path))
+        steps = transforms.Compose([resize, *datasets.tensor_and_normalize(mean, std, in_chans)])
+        image = steps(datasets.read_image(path, in_chans))
     except Exception as error:  # Pillow raises many types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise distributed.UserError(f"--image_path {path}: unreadable image ({reason})") from error
@@ -96,8 +104,8 @@ def enlarge(maps: Tensor, factor: int) -> Tensor:
 
 
 def to_pixels(image: Tensor) -> Tensor:
-    """An image (1, 3, H, W) stretched to the range 0 to 1, (3, H, W)."""
-    return make_grid(image, normalize=True, scale_each=True)
+    """The first three channels, or the first one, of an image (1, C, H, W), stretched to 0 to 1: (3, H, W)."""
+    return make_grid(image[:, : 3 if image.shape[1] > 2 else 1], normalize=True, scale_each=True)
 
 
 def tinted(pixels: Tensor, mask: Tensor) -> Tensor:
@@ -106,8 +114,8 @@ def tinted(pixels: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, 0.5 * pixels + 0.5 * colour, 0.6 * pixels).permute(1, 2, 0)
 
 
-def overview(images: list[dict[str, Tensor]], names: list[str]) -> Figure:
-    """A row per image, a column per picture.
+def overview(images: list[dict[str, Tensor]], names: list[str], in_chans: int | None = None) -> Figure:
+    """A row per image, a column per picture; below, which of --in_chans the images show.
 
     Args:
         images: pictures (H, W, 3) or maps (H, W) by title, of each image. names: of the images.
@@ -126,13 +134,16 @@ def overview(images: list[dict[str, Tensor]], names: list[str]) -> Figure:
             if line == 0:
                 ax.set_title(title, fontsize=8)
         row[0].set_ylabel(name if len(name) <= 16 else f"{name[:6]}...{name[-7:]}", fontsize=7)
+    if in_chans:
+        shown = "channels 1, 2, 3" if in_chans > 2 else "channel 1"
+        fig.supxlabel(f"of {in_chans} channels: {shown}, stretched", fontsize=7)
     return fig
 
 
 def draw(args: argparse.Namespace, model: VisionTransformer, path: str, device: torch.device) -> dict[str, Tensor]:
     """The pictures of an image by the names of their files."""
     p = model.patch_size
-    image = read_image(path, args.image_size, p)
+    image = read_image(path, args.image_size, p, *datasets.stored_channels(vars(args)))
     maps = attention_maps(model, image.to(device), args.query).cpu()
     pixels = to_pixels(image)
     files = {"img.png": pixels.permute(1, 2, 0)}
@@ -155,7 +166,9 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     """The backbone of the flags with the weights of its checkpoint."""
     weights = None
     if args.pretrained_weights:
-        weights = load_backbone(args.pretrained_weights, args.checkpoint_key, args.class_tokens)
+        state = distributed.load(args.pretrained_weights)
+        args.in_chans, args.mean, args.std = datasets.stored_channels(distributed.flags_of(state))
+        weights = load_backbone(state, args.checkpoint_key, args.class_tokens, args.pretrained_weights)
     else:
         distributed.log("WARNING: no --pretrained_weights, the backbone is random")
     model = build_backbone(args.arch, args.patch_size, weights).eval()
@@ -183,7 +196,9 @@ def main(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             for name, picture in files.items():
                 imsave(str(folder / name), picture.numpy())
-        overview(shown, [Path(path).name for path in paths]).savefig(out / "overview.png")
+        overview(shown, [Path(path).name for path in paths], getattr(args, "in_chans", None)).savefig(
+            out / "overview.png"
+        )
     except OSError as error:
         raise distributed.UserError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
     distributed.log(f"wrote overview.png and {', '.join(images[0])} to {args.output_dir}")

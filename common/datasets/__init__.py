@@ -1,5 +1,6 @@
-"""Images and batches: files (of folders), images (data sets), transforms, loader (repeatable batches)."""
+"""Images and batches: channels (other than 8-bit RGB), files (of folders), images (data sets), transforms, loader."""
 
+from common.datasets.channels import add_channel_flags, follow_channels, statistics, stored_channels
 from common.datasets.files import ENDINGS, ImageFiles, ListedImages, read_image, to_rgb
 from common.datasets.images import check_classes, follow_classes, image_dataset
 from common.datasets.loader import (
@@ -15,9 +16,11 @@ from common.datasets.memory import check_memory
 from common.datasets.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Colours,
     RandomResizedCrop,
     eval_transform,
     finetune_transform,
+    photos_only,
     probe_transform,
     repair_posterize,
     tensor_and_normalize,

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from common.datasets import channels
 from common.distributed import UserError, log
 
 # What torchvision takes for images, and what Pillow reads besides.
@@ -40,13 +41,13 @@ class Listing:
     """Lists image files in the order of torchvision's ImageFolder, each folder once however many links lead to it.
 
     Args:
-        skip: a folder that is not read, such as a run's output.
+        skip: a folder that is not read, such as a run's output. endings: of the images' names.
     Attributes:
         left_out: number of files and folders that are not read, by their ending or by the reason.
     """
 
-    def __init__(self, skip: str = ""):
-        self.skip = os.path.realpath(skip) if skip else ""
+    def __init__(self, skip: str = "", endings: tuple[str, ...] = ENDINGS):
+        self.skip, self.endings = os.path.realpath(skip) if skip else "", endings
         self.seen: set[str] = set()
         self.left_out: Counter[str] = Counter()
 
@@ -56,7 +57,7 @@ class Listing:
         for name in sorted(names):
             if is_system(name):
                 self.left_out["hidden"] += 1
-            elif name.lower().endswith(ENDINGS):
+            elif name.lower().endswith(self.endings):
                 found.append(os.path.join(folder, name))
             else:
                 self.left_out[os.path.splitext(name)[1].lower() or "without an ending"] += 1
@@ -110,8 +111,10 @@ def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to 
     return Image.fromarray(grey).convert("RGB")
 
 
-def read_image(path: str | Path) -> Any:
-    """An image file as 8-bit RGB; raises what Pillow raises."""
+def read_image(path: str | Path, in_chans: int | None = None) -> Any:
+    """An image file as 8-bit RGB, or as `channels.to_channels` gives it; raises what Pillow raises."""
+    if in_chans:
+        return channels.to_channels(channels.read(Path(path).read_bytes(), str(path), in_chans), in_chans)
     with Image.open(path) as image:
         return to_rgb(image)
 
@@ -121,7 +124,11 @@ class ImageFiles(Dataset):
 
     Args:
         samples: (path, class index). classes: their names, or numbers; none where images have no labels.
+    Attributes:
+        in_chans: number of channels, of any depth; None: images become 8-bit RGB.
     """
+
+    in_chans: int | None = None
 
     def __init__(self, root: Path, samples: list[tuple[str, int]], classes: list | None = None):
         self.root, self.samples, self.classes = str(root), samples, classes or []
@@ -131,6 +138,8 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
+        if self.in_chans:
+            return channels.read(Path(path).read_bytes(), path, self.in_chans), target
         return read_image(path), target
 
 
@@ -166,31 +175,33 @@ def split_folder(data_path: Path, name: str) -> Path:
     return data_path / (others[0] if others and not (data_path / name).is_dir() else name)
 
 
-def read_folder(root: Path, labelled: bool, skip: str = "") -> tuple[ImageFiles, str]:
+def read_folder(
+    root: Path, labelled: bool, skip: str = "", endings: tuple[str, ...] = ENDINGS
+) -> tuple[ImageFiles, str]:
     """The images below a folder, and a summary of what was left out.
 
     Args:
         labelled: by class folders, each with its images, also if links of several classes lead to the same ones.
             Otherwise all images, each once: of a tree of nothing but class folders in the same order, else by path.
-        skip: as in `Listing`.
+        skip, endings: as in `Listing`.
     Raises:
         UserError: there are no images, no classes, or a class has none.
     """
-    classes, listing = folders_in(root, skip), Listing(skip)
+    classes, listing = folders_in(root, skip), Listing(skip, endings)
     loose = listing.images(root, [entry.name for entry in os.scandir(root) if entry.is_file()])
-    expected = f"expected {root}/<class>/<image>" if labelled else f"expected images that end in {', '.join(ENDINGS)}"
+    expected = f"expected {root}/<class>/<image>" if labelled else f"expected images that end in {', '.join(endings)}"
     if labelled and not classes:
         what = f"has {len(loose)} images but no class folders" if loose else "has no class folders and no images"
         raise UserError(f"{root}: {what}, {expected}; {listing.summary() or 'nothing else is there'}")
     if not labelled and (loose or not classes):
-        listing = Listing(skip)
+        listing = Listing(skip, endings)
         dataset = ImageFiles(root, [(path, 0) for path in listing.below(root)])
     else:
         samples = []
         for index, name in enumerate(classes):
             found = [(path, index) for path in listing.below(root / name)]
             if labelled and not found:
-                others = listing.summary() and f"{listing.summary()}, images end in {', '.join(ENDINGS)}"
+                others = listing.summary() and f"{listing.summary()}, images end in {', '.join(endings)}"
                 raise UserError(f"{root / name}: class folder without images; {others or 'it is empty'}")
             samples += found
             if labelled:

@@ -6,7 +6,8 @@ from typing import Any
 
 from timm.data.dataset_factory import create_dataset
 
-from common.datasets.files import ListedImages, read_folder, split_folder
+from common.datasets import channels
+from common.datasets.files import ENDINGS, ListedImages, read_folder, split_folder
 from common.datasets.tars import TarImages
 from common.distributed import UserError, flags_of, is_given, load, log, on_main_first
 
@@ -22,6 +23,7 @@ def image_dataset(
     lists: bool = False,
     direct: bool = False,
     skip: str = "",
+    in_chans: int | None = None,
 ) -> Any:
     """The training or validation images of a run.
 
@@ -33,11 +35,13 @@ def image_dataset(
         split: the factory's split, default train or validation; of wds/, see `TarImages`.
         lists: go by the files train.txt and val.txt of data_path where both exist.
         direct: data_path itself holds the class folders. skip: a folder that is not read, such as the run's output.
+        in_chans: of images of any depth, which may be .npy and .dcm, too.
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """
+    endings = ENDINGS + channels.ENDINGS if in_chans else ENDINGS
     if name:
-        return _timm_dataset(name, data_path, train, split or ("train" if train else "validation"), labelled)
+        return _timm_dataset(name, data_path, train, split or ("train" if train else "validation"), labelled, endings)
     folder = Path(data_path)
     if not folder.is_dir():
         raise UserError(f"--data_path {data_path}: no such folder")
@@ -48,19 +52,19 @@ def image_dataset(
         return ListedImages(folder / ("train.txt" if train else "val.txt"), root, folder)
     if not root.is_dir():
         raise UserError(f"--data_path {data_path}: has no folder {root.name}/, expected {root}/<class>/<image>")
-    dataset, left_out = read_folder(root, labelled, skip)
+    dataset, left_out = read_folder(root, labelled, skip, endings)
     if left_out:
         log(f"{root}: {len(dataset)} images, {left_out}")
     return dataset
 
 
-def _timm_dataset(name: str, root: str, train: bool, split: str, labelled: bool) -> Any:
+def _timm_dataset(name: str, root: str, train: bool, split: str, labelled: bool, endings: tuple[str, ...]) -> Any:
     reader = name.split("/")[0]
     if reader not in READERS or "/" not in name:
         raise UserError(f"--dataset {name}: expected one of {', '.join(f'{reader}/...' for reader in READERS)}")
     try:
         if reader == "wds":
-            return TarImages(Path(root), split, labelled)
+            return TarImages(Path(root), split, labelled, endings)
         with on_main_first():
             return create_dataset(name, root, split, is_training=train, download=reader == "torch")
     except UserError:

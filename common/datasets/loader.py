@@ -18,8 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torchvision.transforms.functional import get_image_size
 
 from common import distributed
+from common.datasets.channels import add_channel_flags, to_channels
 from common.datasets.files import to_rgb
 from common.datasets.images import follow_classes, image_dataset
 from common.distributed import Position, Stopped, UserError, agree, flag_groups, log, rank, stop_signal, world_size
@@ -28,8 +30,8 @@ THINNEST = 1000  # the longer side of an image over the shorter one, at most
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
 
 
-def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
-    """Add the flags that say where images come from."""
+def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True, channels: bool = True) -> None:
+    """Add the flags that say where images come from; channels: also those that a checkpoint cannot tell."""
     group = flag_groups(parser).data
     where = "folder with train/ and val/; pre-training takes any images"
     group.add_argument("--data_path", default="../imagenet", type=str, help=where)
@@ -39,6 +41,8 @@ def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
     group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
     turn = "turn images as their EXIF orientation says, which the authors' programs do not"
     group.add_argument("--exif_transpose", action="store_true", help=turn)
+    if channels:
+        add_channel_flags(parser)
     add_loader_flags(parser, pin_mem)
 
 
@@ -85,13 +89,18 @@ class _Samples(Dataset):
         self.base, self.transform, self.seed = base, transform, seed
         self.replace_bad, self.joint, self.turn = replace_bad, joint, turn
 
-    def _decode(self, index: int) -> tuple[Image.Image, Any]:
+    def _decode(self, index: int) -> tuple[Any, Any]:
         reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
         image, target = self.base[index] if reader is None else reader[index]
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        if max(image.size) > THINNEST * min(image.size):  # resizing the shorter side would fill the memory
-            raise ValueError("{} x {} pixels are too thin".format(*image.size))
-        return to_rgb(ImageOps.exif_transpose(image) if self.turn else image), target
+        image = image if isinstance(image, Image.Image | Tensor) else Image.open(image)
+        if self.turn and isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+        chans = getattr(self.base, "in_chans", None)
+        image = to_channels(image, chans) if chans else to_rgb(image)
+        size = get_image_size(image)
+        if max(size) > THINNEST * min(size):  # resizing the shorter side would fill the memory
+            raise ValueError("{} x {} pixels are too thin".format(*size))
+        return image, target
 
     def _name(self, index: int) -> str:
         samples = getattr(self.base, "samples", None)
@@ -105,7 +114,7 @@ class _Samples(Dataset):
             what = "unreadable image"
             try:
                 image, target = self._decode(index)
-                what = "{} x {} pixels, which a transform cannot take".format(*image.size)
+                what = "{} x {} pixels, which a transform cannot take".format(*get_image_size(image))
                 with seeded(self.seed, *key):
                     image, target = self.transform(image, target) if self.joint else (self.transform(image), target)
                 return Sample(image, target, problems)
@@ -339,6 +348,8 @@ class Loader:
 
 def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:
     """Batches of a data set by the flags; kwargs: of `Loader`."""
+    if getattr(args, "in_chans", None):
+        dataset.in_chans = args.in_chans
     options = {"num_workers": args.num_workers, "pin_mem": args.pin_mem, "bad_images": args.bad_images}
     options["exif_transpose"] = getattr(args, "exif_transpose", False)  # not where a mask belongs to the image
     return Loader(dataset, transform, device=device, **{"batch_size": args.batch_size, **options, **kwargs})
@@ -346,7 +357,8 @@ def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, de
 
 def pretrain_loader(args: argparse.Namespace, transform: Callable, device: torch.device, **kwargs) -> Loader:
     """Training batches of the flags; labels are not needed. kwargs: of `Loader`."""
-    images = image_dataset(args.data_path, True, False, args.dataset, args.train_split, skip=args.output_dir)
+    skip, in_chans = args.output_dir, args.in_chans
+    images = image_dataset(args.data_path, True, False, args.dataset, args.train_split, skip=skip, in_chans=in_chans)
     return build_loader(args, images, transform, device, seed=args.seed, accum_iter=args.accum_iter, **kwargs)
 
 
@@ -368,7 +380,7 @@ def supervised_loaders(
         whole_updates: of training, as `Loader`. val_order: `Loader`'s order of the validation images.
         kwargs: `lists` and `direct` as in `image_dataset`.
     """
-    kwargs["skip"] = args.output_dir
+    kwargs |= {"skip": args.output_dir, "in_chans": args.in_chans}
     train = None if args.eval else image_dataset(args.data_path, True, True, args.dataset, args.train_split, **kwargs)
     path = val_path or args.data_path
     val = image_dataset(path, False, True, args.dataset, args.val_split, **kwargs)

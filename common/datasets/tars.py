@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from common.datasets import channels
 from common.datasets.files import ENDINGS, ImageFiles, is_system, to_rgb
 from common.distributed import UserError, gather, log, rank, world_size
 
@@ -25,7 +26,7 @@ def _tar_files(root: Path, split: str) -> tuple[list[Path], int]:
     return sorted(root.glob(f"{split}*.tar")), 0
 
 
-def _members(path: Path) -> list[tuple[str, int, int, int]]:
+def _members(path: Path, endings: tuple[str, ...]) -> list[tuple[str, int, int, int]]:
     """Name, first byte, number of bytes and class (-1: not given) of each image of a tar file."""
     images, classes = [], {}
     try:
@@ -33,7 +34,7 @@ def _members(path: Path) -> list[tuple[str, int, int, int]]:
             for member in tar:
                 folder, _, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")  # the first dot ends a sample's key, as in webdataset
-                if member.isfile() and not is_system(file) and f".{ending}".lower() in ENDINGS:
+                if member.isfile() and not is_system(file) and f".{ending}".lower() in endings:
                     images.append(((folder, stem), f"{path}/{member.name}", member.offset_data, member.size))
                 elif member.isfile() and ending == "cls":
                     text = tar.extractfile(member).read().strip()  # type: ignore[union-attr]
@@ -53,15 +54,15 @@ class TarImages(ImageFiles):
     Args:
         split: names of files in root, such as "{000..127}.tar|160000" with the number of their images if it is known
             and "::" between several; or a split of timm's _info.json; or the beginning of the files' names.
-        labelled: False needs no .cls; classes are known if all images have one.
+        labelled: False needs no .cls; classes are known if all images have one. endings: of the images' names.
     Raises:
         UserError: an image has no class, or there are more or fewer images than said.
     """
 
-    def __init__(self, root: Path, split: str, labelled: bool = True):
+    def __init__(self, root: Path, split: str, labelled: bool = True, endings: tuple[str, ...] = ENDINGS):
         tars, said = _tar_files(root, split)
         log(f"{root}: looking where the images of {len(tars)} tar files are")
-        own = [(i, _members(tars[i])) for i in range(rank(), len(tars), world_size())]
+        own = [(i, _members(tars[i], endings)) for i in range(rank(), len(tars), world_size())]
         found = [(tars[i], *image) for i, images in sorted(sum(gather(own), [])) for image in images]
         if not found or said not in (0, len(found)):
             raise UserError(f"{root}: {len(found)} images in {len(tars)} tar files, expected {said or 'some'}")
@@ -76,4 +77,6 @@ class TarImages(ImageFiles):
         tar, first, size = self.places[index]
         with open(tar, "rb") as file:
             file.seek(first)
-            return to_rgb(Image.open(io.BytesIO(file.read(size)))), self.samples[index][1]
+            data, (name, target) = file.read(size), self.samples[index]
+        image = channels.read(data, name, self.in_chans) if self.in_chans else to_rgb(Image.open(io.BytesIO(data)))
+        return image, target

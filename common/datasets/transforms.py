@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.transforms import MaybeToTensor
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+from common.distributed import log
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 
 IMAGENET_STD = (0.229, 0.224, 0.225)
+COLOUR_STEPS = ("RandAugment", "AutoAugment", "AugMixAugment", "ColorJitter")  # of timm's training transform
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
@@ -21,7 +26,7 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
 
     @staticmethod
     def get_params(img: Any, scale: list[float], ratio: list[float]) -> tuple[int, int, int, int]:
-        width, height = img.size
+        width, height = TF.get_image_size(img)
         area = width * height * torch.empty(1).uniform_(scale[0], scale[1]).item()
         log_ratio = torch.log(torch.tensor(ratio))
         aspect = torch.exp(torch.empty(1).uniform_(float(log_ratio[0]), float(log_ratio[1]))).item()
@@ -45,14 +50,41 @@ def repair_posterize(policy: Any) -> Any:
     return policy
 
 
-def tensor_and_normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD) -> list[Callable]:
-    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+class Colours:
+    """A step that changes colours of Pillow's images; those in tensors pass by, after the same random draws.
+
+    tensors: it can change tensors of three channels, too.
+    """
+
+    def __init__(self, step: Callable, tensors: bool = False):
+        self.step, self.tensors = step, tensors
+
+    def __call__(self, image: Any) -> Any:
+        if isinstance(image, Image.Image) or (self.tensors and len(image) == 3):
+            return self.step(image)
+        self.step(Image.new("RGB", (1, 1)))
+        return image
 
 
-def probe_transform(input_size: int = 224) -> transforms.Compose:
+def photos_only(step: Any, in_chans: int | None = None) -> Callable:
+    """A step that changes colours; with --in_chans, where images may be tensors, one that they pass by."""
+    if not in_chans:
+        return step
+    log(f"{type(step).__name__}: left out for images of other than three 8-bit channels")
+    return Colours(step)
+
+
+def tensor_and_normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD, in_chans: int | None = None) -> list[Callable]:
+    """in_chans: given where images may be tensors already."""
+    return [MaybeToTensor() if in_chans else transforms.ToTensor(), transforms.Normalize(mean, std)]
+
+
+def probe_transform(
+    input_size: int = 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, in_chans: int | None = None
+) -> transforms.Compose:
     """Training transform of linear probing: one-attempt crop of 8-100 % and a flip."""
     crop = RandomResizedCrop(input_size, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tensor_and_normalize()])
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *tensor_and_normalize(mean, std, in_chans)])
 
 
 def finetune_transform(
@@ -67,8 +99,17 @@ def finetune_transform(
     std=IMAGENET_STD,
     crop_min_size: float = 0.08,
     hflip: float = 0.5,
+    in_chans: int | None = None,
 ) -> Any:
-    """timm's training transform: crop, flip, RandAugment, normalise, random erasing."""
+    """timm's training transform: crop, flip, RandAugment, normalise, random erasing.
+
+    in_chans: given where images may be tensors, whose colours stay.
+    """
+    if in_chans and interpolation == "lanczos":
+        interpolation = "bicubic"  # the sharpest one of tensors
+    if (in_chans or 3) != 3 and (aa or color_jitter):
+        log("--aa and --color_jitter: left out, they are for three channels")
+        aa = color_jitter = None
     transform: Any = create_transform(
         input_size=input_size,
         is_training=True,
@@ -83,15 +124,21 @@ def finetune_transform(
         mean=mean,
         std=std,
     )
-    for step in transform.transforms:
+    for i, step in enumerate(transform.transforms):
         repair_posterize(step)
+        if type(step).__name__ in COLOUR_STEPS:
+            transform.transforms[i] = photos_only(step, in_chans)
     return transform
 
 
 def eval_transform(
-    input_size: int = 224, crop_pct: float | None = None, mean=IMAGENET_MEAN, std=IMAGENET_STD
+    input_size: int = 224,
+    crop_pct: float | None = None,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    in_chans: int | None = None,
 ) -> transforms.Compose:
     """Shorter side to input_size / crop_pct, centre crop, normalise. crop_pct: default 0.875, above 224 pixels 1."""
     shorter = int(input_size / (crop_pct or (224 / 256 if input_size <= 224 else 1)))
     resize = transforms.Resize(shorter, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(input_size), *tensor_and_normalize(mean, std)])
+    return transforms.Compose([resize, transforms.CenterCrop(input_size), *tensor_and_normalize(mean, std, in_chans)])

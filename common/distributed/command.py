@@ -23,7 +23,7 @@ Ranges = dict[str, tuple[float, float]]  # smallest and largest value by flag; N
 
 RANGES: Ranges = {  # of flags that several methods have
     **dict.fromkeys(["batch_size", "batch_size_per_gpu", "epochs", "accum_iter", "update_freq"], (1, math.inf)),
-    **dict.fromkeys(["input_size", "patch_size", "save_freq", "recount"], (1, math.inf)),
+    **dict.fromkeys(["input_size", "patch_size", "save_freq", "recount", "in_chans"], (1, math.inf)),
     **dict.fromkeys(("num_workers", "start_epoch", "warmup_epochs", "saveckp_freq"), (0, math.inf)),
     **dict.fromkeys(("lr", "blr", "min_lr", "weight_decay", "weight_decay_end", "mixup", "cutmix"), (0, 1e9)),
     **dict.fromkeys(("drop_path", "drop_path_rate"), (0, 1 - 1e-9)),

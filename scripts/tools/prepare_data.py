@@ -7,7 +7,10 @@ Usage: python scripts/tools/prepare_data.py digits|cifar10|cifar100|stl10|imagen
        python scripts/tools/prepare_data.py split OUT --source DIR --val 0.1
        python scripts/tools/prepare_data.py shapes OUT --images 200
        python scripts/tools/prepare_data.py shrink OUT --source DIR --side 256 [--most N]
+       python scripts/tools/prepare_data.py stats DIR [--in_chans N]
 
+`stats` prints mean and deviation of each channel of DIR's training images, and stores them in DIR, where training with
+--in_chans finds them.
 OUT appears only when it is complete: until then the images are in a hidden folder beside it.
 """
 
@@ -24,6 +27,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -32,11 +36,14 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, Imagenette
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from common.datasets import image_dataset, to_rgb
+from common.datasets import image_dataset, read_image, to_rgb
+from common.datasets.channels import STATS, read
 from common.datasets.files import Listing
 from common.distributed import Stopped, UserError, log, run
 from scripts.tools import shapes
@@ -80,6 +87,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with images")
     q.add_argument("--side", type=int, required=True, metavar="S", help="longest that the shorter side becomes, pixels")
     q.add_argument("--most", type=int, metavar="N", help="images, of every folder in turn; default: all")
+    q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
+    q = names.add_parser("stats", allow_abbrev=False, help="mean and deviation of each channel, for --in_chans")
+    q.add_argument("out", metavar="DIR", type=os.path.realpath, help="folder with images, as --data_path of training")
+    q.add_argument("--in_chans", type=int, metavar="N", help="channels; default: those of the first image")
+    q.add_argument("--most", default=10_000, type=int, metavar="N", help="images that are read, 10,000 if not given")
     q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
     return p
 
@@ -285,6 +297,56 @@ def shrink(args: argparse.Namespace, folder: Path) -> None:
         log(f"{bad[0]}; {len(bad)} such left out")
 
 
+def count(image: Any) -> int:
+    """Channels of an image of `read`."""
+    if isinstance(image, Image.Image):
+        return 3 if image.mode == "P" else len(image.getbands())
+    return min(image.shape[0], image.shape[2]) if image.ndim == 3 else 1
+
+
+def sums(args: argparse.Namespace, path: str) -> np.ndarray | str:
+    """Pixels, sum and sum of squares of each channel of an image, (3, N); a text if it cannot be read."""
+    try:
+        image = read_image(path, args.in_chans)
+        values = (image if isinstance(image, Tensor) else to_tensor(image)).flatten(1).double().numpy()
+    except Exception as error:  # of many types
+        return f"{path}: unreadable image ({error})"
+    return np.stack([np.full(len(values), values.shape[1]), values.sum(axis=1), np.square(values).sum(axis=1)])
+
+
+def stats(args: argparse.Namespace) -> None:
+    """Print mean and deviation of each channel over all pixels, and store them in the folder.
+
+    Raises:
+        UserError: there is no image that can be read.
+    """
+    positive(args, "in_chans", "most")
+    paths = [path for path, _ in image_dataset(args.out, True, labelled=False, in_chans=args.in_chans or 1).samples]
+    if args.in_chans is None:
+        try:
+            args.in_chans = count(read(Path(paths[0]).read_bytes(), paths[0], 0))
+        except Exception as error:  # of many types
+            raise UserError(f"{paths[0]}: unreadable image ({error}); give --in_chans, or take it out") from error
+    args.source = args.out
+    chosen = drawn(args, paths, args.most)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(tqdm(pool.map(partial(sums, args), chosen), "images", len(chosen)))
+    bad, good = [x for x in found if isinstance(x, str)], [x for x in found if not isinstance(x, str)]
+    if not good:
+        raise UserError(f"{bad[0]}; none of {len(bad)} images has --in_chans {args.in_chans}")
+    pixels, total, squares = np.sum(good, axis=0)
+    mean = total / pixels
+    deviation = np.sqrt((squares / pixels - mean**2).clip(0))
+    if not deviation.all():
+        log(f"WARNING: channel {1 + int(deviation.argmin())} has one value in all images; its deviation is stored as 1")
+    rounded = [[float(f"{x:.6g}") for x in values] for values in (mean, np.where(deviation > 0, deviation, 1))]
+    Path(args.out, STATS).write_text(json.dumps({"mean": rounded[0], "std": rounded[1], "images": len(good)}) + "\n")
+    left_out = f"; left out: {bad[0]}" + f" and {len(bad) - 1} more" * (len(bad) > 1) if bad else ""
+    log(f"{args.out}: {args.in_chans} channels of {len(good)} images{left_out}")
+    for flag, values in zip(("--mean", "--std"), rounded, strict=True):
+        print(flag, *values)
+
+
 DATA_SETS = {
     "digits": (digits, "1,797 greyscale digits of 8x8 pixels, part of scikit-learn: no download"),
     "cifar10": (arrays, "60,000 images of 32x32 pixels in 10 classes"),
@@ -305,7 +367,7 @@ def counts(out: Path) -> dict[str, int]:
     """Images of each split; of videos, all frames."""
     splits = [split for split in (*SPLITS, *shapes.FOLDERS) if (out / split).is_dir()]
     if not splits:  # of a folder without splits
-        return {"images": sum(len(files) for *_, files in os.walk(out)) - (out / MARKER).exists()}
+        return {"images": sum(name not in (MARKER, STATS) for *_, files in os.walk(out) for name in files)}
     return {split: sum(len(files) for *_, files in os.walk(out / split)) for split in splits}
 
 
@@ -347,6 +409,9 @@ def prepare(args: argparse.Namespace, out: Path, wanted: dict) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.name == "stats":
+        stats(args)
+        return
     out = Path(args.out)
     arguments = {key: value for key, value in vars(args).items() if key not in ("name", "out", "keep_download")}
     wanted = {"name": args.name, "arguments": arguments}
