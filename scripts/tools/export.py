@@ -36,6 +36,7 @@ from timm.data.transforms_factory import create_transform
 from timm.models import PretrainedCfg
 from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from common import distributed
 from common.distributed import Exit, UserError
@@ -203,9 +204,12 @@ class Disagreement(Exit):
     """What was written does not do what the checkpoint does."""
 
 
-def photographs() -> list[Any]:
-    """Pictures that scikit-learn brings along, as PIL images."""
-    return [Image.fromarray(image) for image in load_sample_images().images]
+def photographs(in_chans: int | None) -> list[Any]:
+    """Pictures that scikit-learn brings along, as PIL images; of other than three channels as tensors of these."""
+    images = [Image.fromarray(image) for image in load_sample_images().images]
+    if (in_chans or 3) == 3:
+        return images
+    return [to_tensor(image)[torch.arange(in_chans) % 3] for image in images]
 
 
 @torch.inference_mode()
@@ -246,8 +250,8 @@ def check_timm(folder: Path, backbone: Backbone) -> None:
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     own = encoders.eval_transform(backbone)
     other: Any = create_transform(**resolve_model_data_config(model), is_training=False)
-    views = [torch.stack([view(photo) for photo in photographs()]) for view in (own, other)]
-    noise = torch.randn(2, 3, backbone.input_size, backbone.input_size, generator=torch.Generator().manual_seed(0))
+    views = [torch.stack([view(photo) for photo in photographs(backbone.in_chans)]) for view in (own, other)]
+    noise = torch.randn(views[0].shape, generator=torch.Generator().manual_seed(0))
     report({"pixels": views[0]}, {"pixels": views[1]}, "timm's view of 2 photographs")
     ours, theirs = (torch.cat([view, noise]) for view in views)
     expected, found = outputs(backbone, ours), timm_outputs(model, theirs)
@@ -268,6 +272,7 @@ def check_safetensors(path: Path, method: str, backbone: Backbone) -> None:
         "patch_size",
         "embed_dim",
         "pool",
+        "in_chans",
         "mean",
         "std",
         "crop_pct",
@@ -276,7 +281,7 @@ def check_safetensors(path: Path, method: str, backbone: Backbone) -> None:
         own, found = getattr(backbone, name), getattr(again, name)
         if own != found:
             raise Disagreement(f"{name} of the written file is {found}, expected {own}")
-    imgs = torch.stack([encoders.eval_transform(again)(photo) for photo in photographs()])
+    imgs = torch.stack([encoders.eval_transform(again)(photo) for photo in photographs(backbone.in_chans)])
     imgs = torch.cat([imgs, torch.randn(imgs.shape, generator=torch.Generator().manual_seed(0))])
     expected, found = outputs(backbone, imgs), outputs(again, imgs)
     report(expected, found, "the written file")
@@ -376,14 +381,14 @@ def write_timm(
     size = backbone.input_size
     about = PretrainedCfg(
         architecture=form.architecture,
-        input_size=(3, size, size),
+        input_size=(backbone.in_chans or 3, size, size),
         fixed_input_size=known.fixed_input_size,
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
         mean=tuple(backbone.mean),
         std=tuple(backbone.std),
         num_classes=form.num_classes,
-        first_conv=known.first_conv,
+        first_conv=known.first_conv if (backbone.in_chans or 3) == 3 else None,  # of which timm would adapt channels
         classifier=known.classifier,
     )
     with distributed.user_errors(f"timm's {form.architecture}"):
@@ -392,7 +397,7 @@ def write_timm(
         )
         model.load_state_dict(form.weights)
     source = origin["source"]
-    config = {"global_pool": form.pool, WRITTEN: {"method": method, **source}}
+    config = {"global_pool": form.pool, WRITTEN: {"method": method, "in_chans": backbone.in_chans, **source}}
     if labels:
         config["label_names"] = labels
     save_for_hf(model, str(folder), model_config=config, model_args=form.model_args, safe_serialization=True)
@@ -415,7 +420,7 @@ def write_timm(
 
 def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[str, str]) -> None:
     """Write the method's own weights, with what `load_backbone` needs to know as JSON in the file's metadata."""
-    names = ("input_size", "patch_size", "pool", "mean", "std", "crop_pct", "interpolation")
+    names = ("input_size", "patch_size", "in_chans", "pool", "mean", "std", "crop_pct", "interpolation")
     known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in names}
     weights = {k: v.detach().clone().contiguous() for k, v in backbone.weights().items()}
     # One entry: several stand in random order, and equal exports are to be equal files.

@@ -39,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="FILE.npy, FILE.safetensors, or a folder/ for <split>.npy")
     p.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="of the features in the file")
     p.add_argument("--batch_size", default=64, type=int, help="images per process")
-    datasets.add_flags(p)
+    datasets.add_flags(p, channels=False)
     p.add_argument("--amp_dtype", default="fp32", choices=["auto", "bf16", "fp16", "fp32"], help="of the encoder")
     distributed.add_launch_flags(p)
     return p
@@ -210,14 +210,14 @@ def extract(backbone: encoders.Backbone, loader: datasets.Loader, rows: np.ndarr
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     path = out_file(args.out, args.split)
-    # ---- data
+    # ---- model and data
     train = args.split == "train"
     name = args.train_split if train else args.val_split
-    images = datasets.image_dataset(args.data_path, train, False, args.dataset, name)
+    backbone = encoders.from_flags(args).to(device)
+    images = datasets.image_dataset(args.data_path, train, False, args.dataset, name, in_chans=args.in_chans)
+    images.in_chans = args.in_chans
     if not args.dataset and not split_folder(Path(args.data_path), args.split).is_dir():
         log(f"{args.data_path} has no folder {args.split}/: all {len(images)} images below it are read")
-    # ---- model
-    backbone = encoders.from_flags(args).to(device)
     transform = encoders.eval_transform(backbone)
     loader = datasets.build_loader(args, Numbered(images), transform, device, train=False)
     log(
@@ -225,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
     )
     # ---- features
     about = {key: getattr(args, key) for key in ("method", "checkpoint", "key", "data_path", "dataset", "split")}
-    about |= {key: getattr(backbone, key) for key in ("model_name", "input_size", "pool")}
+    about |= {key: getattr(backbone, key) for key in ("model_name", "input_size", "pool", "in_chans", "mean", "std")}
     about["classes"] = [str(c) for c in getattr(images, "classes", None) or []]
     names = [os.path.relpath(p, args.data_path) for p, _ in getattr(images, "samples", ())] or None
     with shared_rows(path, (loader.images, backbone.embed_dim), args.dtype) as rows:

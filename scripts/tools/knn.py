@@ -34,7 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", default=0.07, type=float, help="of the votes' weights, exp(cosine / temperature)")
     p.add_argument("--json", action="store_true", help="end with a line of JSON")
     p.add_argument("--batch_size", default=128, type=int, help="images per process")
-    datasets.add_flags(p)
+    datasets.add_flags(p, channels=False)
     p.add_argument("--amp_dtype", default="fp32", choices=["auto", "bf16", "fp16", "fp32"], help="of the encoder")
     distributed.add_launch_flags(p)
     return p
@@ -42,10 +42,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def compute(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     """Unit-length features and labels of this process's training images, and of all validation images."""
-    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split)
-    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split)
-    datasets.check_classes(train, val, sys.maxsize)
     backbone = encoders.from_flags(args).to(device)
+    in_chans = args.in_chans
+    train = datasets.image_dataset(args.data_path, True, True, args.dataset, args.train_split, in_chans=in_chans)
+    val = datasets.image_dataset(args.data_path, False, True, args.dataset, args.val_split, in_chans=in_chans)
+    datasets.check_classes(train, val, sys.maxsize)
     transform = encoders.eval_transform(backbone)
     loaders = [datasets.build_loader(args, images, transform, device, train=False) for images in (train, val)]
     log(f"{backbone.model_name}, {backbone.input_size} pixels, {backbone.pool or 'own'} pooling")

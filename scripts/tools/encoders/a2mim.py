@@ -17,6 +17,7 @@ from common.distributed import UserError
 from scripts.tools.encoders.backbone import NO_NORM, Backbone, Source, dense_weights, grid_side, plain_norm
 from scripts.tools.encoders.timm_form import TimmForm, vit_form
 
+STEMS = ("conv1.weight", "downsample_layers.0.0.weight", "stem.0.weight")  # of ResNets and ConvNeXts
 FIRST = ("cls_token", "layer1.0.conv1.weight", "downsample_layers.0.0.weight", "stem.0.weight")  # of each family
 
 
@@ -136,6 +137,7 @@ def load_backbone(source: Source) -> Backbone:
         args=args,
         head=None if isinstance(network.head, nn.Identity) else network.head,
         notes=_notes(found),
+        **source.channels(),
         state_dict_of=openmixup.to_openmixup_state_dict,
     )
 
@@ -152,12 +154,13 @@ def _completed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _keywords(family: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Keywords of a backbone that its weights say."""
     if "cls_token" not in weights:
-        return {}
-    side = next(v.shape[-1] for k, v in weights.items() if k.startswith("patch_embed.") and k.endswith(".weight"))
+        first = next((w for k, w in weights.items() if k in STEMS), None)
+        return {} if first is None else {"in_chans": first.shape[1]}
+    _, chans, _, side = next(v for k, v in weights.items() if k.startswith("patch_embed.") and v.ndim == 4).shape
     if family is vit:
         scaled = any(k.endswith(".gamma_1") for k in weights)
-        return {"patch_size": side, "init_values": 0.1 if scaled else None}
-    return {"patch_size": side, "qkv_bias": any(k.endswith(".qkv.bias") for k in weights)}
+        return {"patch_size": side, "in_chans": chans, "init_values": 0.1 if scaled else None}
+    return {"patch_size": side, "in_chans": chans, "qkv_bias": any(k.endswith(".qkv.bias") for k in weights)}
 
 
 def _load(net: Classifier, weights: dict[str, Tensor], path: str, pool: str) -> None:

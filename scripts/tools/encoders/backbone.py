@@ -78,6 +78,18 @@ class Source:
         known = next((size for size in stored if isinstance(size, int)), 224 if "train_json" in self.args else 0)
         return self.input_size or known or patch_size * grid_side(weights) or 224
 
+    def channels(self, mean: tuple = datasets.IMAGENET_MEAN, std: tuple = datasets.IMAGENET_STD) -> dict[str, Any]:
+        """Keywords of `Backbone`: channels, mean and deviation of the run's flags; else, of three channels, the given.
+
+        Raises:
+            UserError: the flags do not say them for the file's channels.
+        """
+        in_chans, own = self.args.get("in_chans"), {name: self.args.get(name) for name in ("mean", "std")}
+        if (in_chans or 3) != 3 and not all(own.values()):
+            raise UserError(f"{self.path}: is of {in_chans} channels, and its flags say no mean and std")
+        mean, std = (tuple(own[name] or usual) for name, usual in (("mean", mean), ("std", std)))
+        return {"in_chans": in_chans, "mean": mean, "std": std}
+
     def log_loaded(self, name: str, network: nn.Module, missing: list[str], unexpected: list[str]) -> None:
         """Say how much of the checkpoint is in the network."""
         matched = len(network.state_dict()) - len(missing)
@@ -85,12 +97,13 @@ class Source:
 
 
 class Backbone(nn.Module):
-    """An encoder in eval mode: images (N, 3, H, W), normalised by mean and std, -> features (N, D).
+    """An encoder in eval mode: images (N, C, H, W), normalised by mean and std, -> features (N, D).
 
     Args:
         features: (network, images, pool) -> features (N, D), as the method's evaluations read them.
         head: features -> logits (N, K), where the checkpoint is a classifier of these features.
         crop_pct: share of the resized image's side that evaluations see. args: flags of the checkpoint's run.
+        in_chans: C, of images of any depth; None: three of 8 bits.
         notes: sentences on what the checkpoint holds and the encoder does not.
         state_dict_of: the network's weights under the names of the method's checkpoints.
     """
@@ -110,6 +123,7 @@ class Backbone(nn.Module):
         head: nn.Module | None = None,
         mean: tuple[float, ...] = datasets.IMAGENET_MEAN,
         std: tuple[float, ...] = datasets.IMAGENET_STD,
+        in_chans: int | None = None,
         interpolation: str = "bicubic",
         notes: Iterable[str] = (),
         state_dict_of: Callable[[Any], dict[str, Tensor]] = nn.Module.state_dict,
@@ -119,7 +133,7 @@ class Backbone(nn.Module):
         self.head, self.features, self.state_dict_of = head, features, state_dict_of
         self.model_name, self.pool, self.args, self.notes = model_name, pool, args, list(notes)
         self.input_size, self.patch_size, self.embed_dim, self.crop_pct = input_size, patch_size, embed_dim, crop_pct
-        self.mean, self.std, self.interpolation = mean, std, interpolation
+        self.mean, self.std, self.in_chans, self.interpolation = mean, std, in_chans, interpolation
         self.eval()
 
     def forward(self, imgs: Tensor) -> Tensor:

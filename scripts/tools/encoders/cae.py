@@ -48,6 +48,7 @@ def _keywords(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Constructor arguments that the weights say."""
     return {
         "patch_size": weights["patch_embed.proj.weight"].shape[-1],
+        "in_chans": weights["patch_embed.proj.weight"].shape[1],
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": float("blocks.0.gamma_1" in weights),
         "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
@@ -125,9 +126,8 @@ def load_backbone(source: Source) -> Backbone:
         crop_pct=args.get("crop_pct") or (224 / 256 if size < 384 and (tuned or size <= 224) else 1.0),
         args=args,
         head=head,
-        mean=tuple(args.get("mean", mean)),
-        std=tuple(args.get("std", std)),
         notes=notes,
+        **source.channels(mean, std),
     )
 
 

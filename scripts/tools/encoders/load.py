@@ -107,15 +107,25 @@ def load_backbone(
 
 def timm_form(method: str, backbone: Backbone) -> TimmForm:
     """An encoder as a network of timm's; raises UserError if timm has no such network."""
-    return _own(method).timm_form(backbone)
+    form = _own(method).timm_form(backbone)
+    if (backbone.in_chans or 3) != 3:
+        form.model_args["in_chans"] = backbone.in_chans
+    return form
 
 
 def from_flags(args: argparse.Namespace) -> Backbone:
     """The network of the flags, as `load_backbone` gives it; random weights are the same every time.
 
+    args.in_chans becomes that of the images that it takes.
     Raises:
         UserError: the checkpoint or a flag does not fit.
     """
+    backbone = _from_flags(args)
+    args.in_chans = backbone.in_chans
+    return backbone
+
+
+def _from_flags(args: argparse.Namespace) -> Backbone:
     if args.method == "timm" or Path(args.checkpoint).is_dir():
         given = [f"--{name}" for name in ("model", "key", "pool") if getattr(args, name)]
         if given:
@@ -135,4 +145,5 @@ def eval_transform(backbone: Backbone) -> transforms.Compose:
     size, mode = backbone.input_size, transforms.InterpolationMode(backbone.interpolation)
     resize = transforms.Resize(int(size / backbone.crop_pct), interpolation=mode)
     crop = transforms.CenterCrop(size)
-    return transforms.Compose([resize, crop, *datasets.tensor_and_normalize(backbone.mean, backbone.std)])
+    last = datasets.tensor_and_normalize(backbone.mean, backbone.std, backbone.in_chans)
+    return transforms.Compose([resize, crop, *last])

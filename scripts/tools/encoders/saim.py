@@ -45,7 +45,10 @@ def load_vit(
             f"{source.path}{kind}: holds no ViT; its weights: {', '.join(list(weights)[:4]) or 'none'}, ..."
         )
     name = source.name(models, aliases) or source.name_by_width(models, weights)
-    sizes = {"patch_size": weights["patch_embed.proj.weight"].shape[-1]} if weights else {}
+    channels, sizes = source.channels(), {}
+    if weights:
+        projection = weights["patch_embed.proj.weight"]
+        sizes = {"patch_size": projection.shape[-1], "in_chans": projection.shape[1]}
     size = source.image_side(weights, sizes.get("patch_size", 0))
     trained = "avg" if "fc_norm.weight" in weights else "token"
     pool = source.pool or trained
@@ -67,6 +70,7 @@ def load_vit(
         crop_pct=224 / 256 if size <= 224 else whole,
         args=source.args,
         head=head if pool == trained else None,
+        **channels,
     )
 
 

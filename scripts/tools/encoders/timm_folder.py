@@ -45,4 +45,5 @@ def load_folder(folder: str, input_size: int | None = None) -> Backbone:
             mean=tuple(about["mean"]),
             std=tuple(about["std"]),
             interpolation=about["interpolation"],
+            in_chans=config.get("exported_from", {}).get("in_chans") or sizes.get("in_chans"),
         )

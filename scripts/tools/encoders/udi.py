@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import datasets, distributed
+from common import distributed
 from common.distributed import UserError
 from scripts.tools.encoders.backbone import (
     NO_NORM,
@@ -104,10 +104,10 @@ def load_backbone(source: Source) -> Backbone:
         weights = models_finetune.read_weights(path, key or "teacher", key or "model|module", state=state)
     name = source.name(MODELS, ALIASES) or source.name_by_width(MODELS, weights)
     known: Any = MODELS[name]
-    width, depth = len(weights["patch_embed.proj.weight"]), len({k.split(".")[1] for k in weights if "blocks." in k})
+    (width, chans, _, patch), tokens = weights["patch_embed.proj.weight"].shape, weights["cls_token"].shape[1]
+    depth = len({k.split(".")[1] for k in weights if "blocks." in k})
     if (width, depth) != (known.keywords["embed_dim"], known.keywords["depth"]):
         raise UserError(f"{path}: --model {name}: the file has {depth} blocks of {width} channels")
-    patch, tokens = weights["patch_embed.proj.weight"].shape[-1], weights["cls_token"].shape[1]
     size = source.image_side(weights, patch)
     trained = "avg" if "fc_norm.weight" in weights or dense else "token"
     if dense and source.pool == "token":
@@ -117,11 +117,13 @@ def load_backbone(source: Source) -> Backbone:
     pool = source.pool or args.get("pool") or trained
     with distributed.user_errors(f"{path}: check --model, --input_size and --pool"):
         if source.fresh:
-            network = known(img_size=[size], patch_size=patch, num_class_token=tokens)
+            network = known(img_size=[size], patch_size=patch, num_class_token=tokens, in_chans=chans)
         elif is_finetuned or "pos_embed" not in weights:
-            network = _finetuned(source, name, weights, {"img_size": size, "patch_size": patch}, pool)
+            sizes = {"img_size": size, "patch_size": patch, "in_chans": chans}
+            network = _finetuned(source, name, weights, sizes, pool)
         elif trained == pool == "avg" and not dense:  # has a norm of its own
             sizes = {"img_size": [patch * grid_side(weights)], "patch_size": patch, "num_class_token": tokens}
+            sizes["in_chans"] = chans
             network = EvaluationViT(avgpool_patchtokens=1, **sizes, **known.keywords)
             network.load_state_dict({k: x for k, x in weights.items() if not k.startswith("head.")})
         else:
@@ -146,8 +148,7 @@ def _backbone(
         crop_pct=(args.get("crop_pct") or (224 / 256 if size < 384 else 1.0)) if tuned else 224 / 256,
         args=args,
         head=head,
-        mean=HALF if half else datasets.IMAGENET_MEAN,
-        std=HALF if half else datasets.IMAGENET_STD,
+        **source.channels(*((HALF, HALF) if half else ())),
         interpolation="bilinear" if tuned else "bicubic",
     )
 
