@@ -115,6 +115,18 @@ def named(files: list[str]) -> dict[str, str]:
     raise UserError(f"{' '.join(files)}: expected files, or NAME=FILE, of different names")
 
 
+def channels(paths: list[str]) -> int | None:
+    """--in_chans of the runs that wrote the files; raises UserError where they differ."""
+    found = {
+        path: distributed.flags_of(distributed.load(path)).get("in_chans") for path in paths if Path(path).is_file()
+    }
+    odd = next((path for path, number in found.items() if (number or 3) != (found[paths[0]] or 3)), "")
+    if odd:
+        numbers = f"{odd}: takes {found[odd] or 3} channels, {paths[0]} {found[paths[0]] or 3}"
+        raise UserError(f"{numbers}; both need the same images")
+    return next(iter(found.values()), None)
+
+
 def load_start(args: argparse.Namespace, path: str, seed: int = 0, fresh: bool = False) -> tuple[str, Any]:
     """Method and encoder of a file; raises UserError where it cannot be read or told."""
     if Path(path).is_dir():
@@ -174,6 +186,8 @@ def finetune_flags(start: Start, data: Path, out: Path, seed: int, images: int, 
     else:
         settings["model"] = net.model_name
     size["batch_size"] = min(int(settings["batch_size"]), 1 << (images.bit_length() - 1))  # a power of two
+    if net.in_chans:
+        settings |= {"in_chans": net.in_chans, "mean": list(net.mean), "std": list(net.std)}
     settings |= {**size, "epochs": epochs, "nb_classes": len(os.listdir(data / "train")), "seed": seed}
     settings |= {
         "data_path": data,
@@ -181,7 +195,9 @@ def finetune_flags(start: Start, data: Path, out: Path, seed: int, images: int, 
         plan["starts_from"]["finetune"]: start.path,
         "device": start.device,
     }
-    return recipe.flags({k: v if v is True or isinstance(v, list) else str(v) for k, v in settings.items()}, "")
+    return recipe.flags(
+        {k: v if v is True else list(map(str, v)) if isinstance(v, list) else str(v) for k, v in settings.items()}, ""
+    )
 
 
 def finetune(
@@ -294,7 +310,8 @@ def draw_neighbours(pictures: measures.Pictures, start: Start, path: Path) -> No
     labels = [str(pictures.classes[label]) for label in pictures.labels] if pictures.classes else []
     titles = labels or [path.name for path in paths]
     titles = [title if len(title) <= 20 else f"{title[:8]}...{title[-9:]}" for title in titles]
-    neighbours.draw(paths, titles, np.column_stack([queries, rows]).tolist(), cosines).savefig(path)
+    shown = np.column_stack([queries, rows]).tolist()
+    neighbours.draw(paths, titles, shown, cosines, pictures.base.in_chans).savefig(path)
 
 
 # ---- what is written
@@ -391,7 +408,7 @@ def main(args: argparse.Namespace) -> None:
     begun, device = time.perf_counter(), distributed.init(args.device)
     distributed.check_ranges(args, {"seeds": (1, 1000), "finetune": (1, math.inf)})
     # ---- images, features
-    pictures = measures.read_pictures(args.data_path)
+    pictures = measures.read_pictures(args.data_path, channels(list(named(args.files).values())))
     counts = label_counts(args.labels_per_class, pictures, args.seeds) if pictures.classes else []
     starts, out = read_starts(args, pictures, device), Path(args.output_dir)
     # ---- measures

@@ -56,16 +56,25 @@ class Pictures:
         return np.concatenate([mixed[self.labels[mixed] == c][: int(per_class)] for c in range(len(self.classes))])
 
 
-def read_pictures(folder: str) -> Pictures:
-    """Raises UserError: there are no images."""
+def read_pictures(folder: str, in_chans: int | None = None) -> Pictures:
+    """The images of a folder, labelled if it has classes.
+
+    Args:
+        in_chans: as an encoder takes them; None: 8-bit RGB.
+    Raises:
+        UserError: there are no images.
+    """
     for split in (True, False):
-        if Path(folder).is_dir() and (classes := quickstart.classes_of(Path(folder), split)):
-            sets = [datasets.image_dataset(folder, train, direct=not split) for train in (True, False)[: 1 + split]]
+        if Path(folder).is_dir() and (classes := quickstart.classes_of(Path(folder), split, in_chans)):
+            kind: dict[str, Any] = {"direct": not split, "in_chans": in_chans}
+            sets = [datasets.image_dataset(folder, train, **kind) for train in (True, False)[: 1 + split]]
             base = ImageFiles(Path(folder), [sample for images in sets for sample in images.samples], classes)
+            base.in_chans = in_chans
             numbers = np.arange(len(base))
             labels, first = np.array([label for _, label in base.samples]), len(sets[0])
             return Pictures(base, labels, numbers[:first], numbers[first:], classes)
-    base = datasets.image_dataset(folder, True, labelled=False)
+    base = datasets.image_dataset(folder, True, labelled=False, in_chans=in_chans)
+    base.in_chans = in_chans
     if len(base) < 2:
         raise UserError(f"{folder}: has {len(base)} image, expected at least 2")
     distributed.log(f"{folder}: {len(base)} images without labels (expected two or more folders, one per class)")
@@ -77,7 +86,7 @@ class Part:
     """Images of a data set by their numbers, in a given order."""
 
     def __init__(self, base: Any, numbers: list[int]):
-        self.base, self.numbers = base, numbers
+        self.base, self.numbers, self.in_chans = base, numbers, base.in_chans
         self.samples = [base.samples[i] for i in numbers]
 
     def __len__(self) -> int:

@@ -7,12 +7,15 @@ Similarity is the cosine of the features. An image is not its own neighbour.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from common import datasets, distributed
 from common.distributed import UserError
@@ -54,11 +57,22 @@ def spread(labels: np.ndarray, number: int) -> list[int]:
     return [int(order[i]) for i in np.linspace(0, len(labels) - 1, count).round().astype(int)]
 
 
-def draw(paths: list[Path], titles: list[str], rows: list[list[int]], cosines: np.ndarray) -> Figure:
+def read_picture(path: Path, in_chans: int | None) -> Any:
+    """An image to be shown: of other than three channels the first three, or the first."""
+    image = datasets.read_image(path, in_chans)
+    return (
+        to_pil_image(image[:3] if len(image) > 3 else image[:1]).convert("RGB") if isinstance(image, Tensor) else image
+    )
+
+
+def draw(
+    paths: list[Path], titles: list[str], rows: list[list[int]], cosines: np.ndarray, in_chans: int | None = None
+) -> Figure:
     """A row of pictures per query: itself, then its neighbours with their cosines.
 
     Args:
         paths, titles: of all images. rows: the query and its neighbours, by their numbers.
+        in_chans: of images of any depth; None: 8-bit RGB.
     """
     columns = len(rows[0])
     fig = Figure(figsize=(1.5 * columns, 1.75 * len(rows) + 0.3), layout="constrained", dpi=130)
@@ -66,8 +80,8 @@ def draw(paths: list[Path], titles: list[str], rows: list[list[int]], cosines: n
     for i, (line, row) in enumerate(zip(axes, rows, strict=True)):
         for j, (ax, index) in enumerate(zip(line, row, strict=True)):
             try:
-                image = ImageOps.contain(datasets.read_image(paths[index]), (SIDE, SIDE), Image.Resampling.BICUBIC)
-            except OSError as error:
+                image = ImageOps.contain(read_picture(paths[index], in_chans), (SIDE, SIDE), Image.Resampling.BICUBIC)
+            except (OSError, ValueError) as error:
                 raise UserError(f"{paths[index]}: unreadable image ({error})") from error
             ax.imshow(image)
             ax.set_xticks([])
@@ -96,7 +110,13 @@ def main(args: argparse.Namespace) -> None:
     classes = about.get("classes") or []
     titles = [classes[c] if 0 <= c < len(classes) else Path(n).name for c, n in zip(labels, names, strict=True)]
     titles = [title if len(title) <= 20 else f"{title[:8]}...{title[-9:]}" for title in titles]
-    figure = draw([root / name for name in names], titles, np.column_stack([queries, rows]).tolist(), cosines)
+    figure = draw(
+        [root / name for name in names],
+        titles,
+        np.column_stack([queries, rows]).tolist(),
+        cosines,
+        about.get("in_chans"),
+    )
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.out)

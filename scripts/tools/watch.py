@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +117,29 @@ def earlier(file: Path) -> list[dict[str, Any]]:
 # ---- one look
 
 
-@dataclass
 class Watch:
-    """What stays the same from look to look."""
+    """What stays the same from look to look: the images, which are read at the first one, and where things are."""
 
-    args: argparse.Namespace
-    folder: Path
     pictures: measures.Pictures
-    train: np.ndarray
+    train: np.ndarray  # numbers of images, of known classes; without labels there are none
     val: np.ndarray
-    device: torch.device
 
-    @classmethod
-    def of(cls, args: argparse.Namespace, device: torch.device) -> "Watch":
-        pictures = measures.read_pictures(args.data_path)
-        parts = pictures.split(0, 1) if pictures.classes else (pictures.train[:0], pictures.train)
-        train, val = (
-            part[measures.spread(pictures.labels[part].tolist(), args.images)] if len(part) else part for part in parts
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device, self.folder, self.is_open = args, device, folder_of(args.run), False
+        if not Path(args.data_path).is_dir():
+            raise UserError(f"--data_path {args.data_path}: no such folder")
+
+    def open(self, in_chans: int | None) -> None:
+        """Choose the images, of as many channels as the run's."""
+        if self.is_open:
+            return
+        self.pictures = measures.read_pictures(self.args.data_path, in_chans)
+        numbers, labels = self.pictures.train, self.pictures.labels
+        parts = self.pictures.split(0, 1) if self.pictures.classes else (numbers[:0], numbers)
+        self.train, self.val = (
+            part[measures.spread(labels[part].tolist(), self.args.images)] if len(part) else part for part in parts
         )
-        return cls(args, folder_of(args.run), pictures, train, val, device)
+        self.is_open = True
 
     def features(self, backbone: encoders.Backbone, rows: np.ndarray, zoom: float = 1.0) -> np.ndarray:
         part = measures.Part(self.pictures.base, rows.tolist())
@@ -162,6 +165,7 @@ class Watch:
         """
         state, found = read_whole(path)
         flags = distributed.flags_of(state)
+        self.open(flags.get("in_chans"))
         method = encoders.method_of(str(path), state)
         pool, lines = recipe.load(method, "laptop")["knn"].get("pool", ""), []
         if first:
@@ -287,7 +291,7 @@ def wait(seconds: float) -> None:
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     distributed.check_ranges(args, {"poll": (0.01, 1e6), "images": (2, 1e9)})
-    watch = Watch.of(args, device)
+    watch = Watch(args, device)
     distributed.catch_signals()
     lines = earlier(watch.folder / "watch.jsonl")
     seen = lines[-1].get("stamp") if lines else None

@@ -85,6 +85,57 @@ def test_contact_sheet(tmp_path):
     assert min(Image.open(tmp_path / "sheet.png").size) > 300
 
 
+# ---- images of five bands
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory) -> tuple[str, str]:
+    """A folder of .npy files in two classes, which the last band tells apart, and an encoder of five channels."""
+    root, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for label in "ab":
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(0, 20_000, (12, 12, 5), np.uint16)
+                image[..., 4] += 40_000 * (label == "b")
+                np.save(root / split / label / f"{i}.npy", image)
+    torch.manual_seed(5)
+    model = MODELS["vit_nano_patch16"](img_size=16, patch_size=8, num_classes=0, in_chans=5)
+    args = {
+        "model": "saim_nano",
+        "input_size": 16,
+        "order": "random",
+        "in_chans": 5,
+        "mean": [0.2] * 5,
+        "std": [0.1] * 5,
+    }
+    torch.save({"model": model.state_dict(), "args": args}, root / "checkpoint.pth")
+    return str(root), str(root / "checkpoint.pth")
+
+
+def test_five_bands(bands, tmp_path, sheets):
+    flags = ["--scratch", "--labels_per_class", "all", "--output_dir", str(tmp_path), *SMALL]
+    run_main(compare, bands[0], f"five={bands[1]}", *flags)
+    found = json.loads((tmp_path / "compare.json").read_text())["accuracy"]["linear probe"]["all"]
+    assert found == {"five": [100, 100], "from scratch": [100, 100]}  # no three bands tell them apart
+
+
+def test_five_bands__fine_tuned_and_drawn(bands, tmp_path):
+    pictures = measures.read_pictures(bands[0], in_chans=5)
+    start = compare.Start("x", bands[1], "saim", False, encoders.load_backbone("saim", bands[1]), [])
+    rows, val = pictures.split(0, 2)
+    assert 0 <= compare.finetune(start, pictures, rows, val, seed=0, seen=20) <= 100
+    pictures = measures.read_pictures(f"{bands[0]}/val/a", in_chans=5)
+    start.features = [np.eye(2)]
+    compare.draw_neighbours(pictures, start, tmp_path / "sheet.png")
+    assert min(Image.open(tmp_path / "sheet.png").size) > 200
+
+
+def test_files_of_other_channels__raises(bands, files, capsys):
+    error = mistake(compare, *SMALL, bands[0], files[0], f"five={bands[1]}", capsys=capsys)
+    assert "checkpoint.pth: takes 5 channels, " in error and "checkpoint.pth 3; both need the same images" in error
+
+
 # ---- the test of pairs
 
 
@@ -137,7 +188,7 @@ def test_finetune__by_the_methods_own_program(method, digits, tmp_path):
     ],
 )
 def test_finetune_flags__are_understood(method, model, digits, tmp_path):
-    backbone: Any = SimpleNamespace(model_name=model, input_size=32, patch_size=8)
+    backbone: Any = SimpleNamespace(model_name=model, input_size=32, patch_size=8, in_chans=None)
     start = compare.Start("x", "file", method, False, backbone, [])
     words = compare.finetune_flags(start, Path(digits), tmp_path, seed=3, images=20, epochs=2)
     args = vars(arguments(importlib.import_module(f"{method}.main_finetune"), *words))

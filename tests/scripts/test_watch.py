@@ -101,7 +101,9 @@ def test_a_picture_that_cannot_be_drawn__is_a_line(copy, digits, capsys):
     """As CAE's on a machine without its tokenizer."""
     flags = watch.get_args_parser().parse_args([str(copy), "--data_path", digits, *SMALL])
     path = checkpoint("cae", copy)
-    assert watch.Watch.of(flags, CPU).picture("cae", path, distributed.flags_of(distributed.load(path)), 1) == ""
+    looks = watch.Watch(flags, CPU)
+    looks.open(None)
+    assert looks.picture("cae", path, distributed.flags_of(distributed.load(path)), 1) == ""
     assert "no picture: --discrete_vae_type dall-e: name the folder" in capsys.readouterr().out
 
 
