@@ -121,7 +121,8 @@ def a2mim_features(path: str, images: Tensor) -> Tensor:
 
 
 def udi_features(path: str, images: Tensor) -> Tensor:
-    model = models_udi.VisionTransformer(**SIZES | {"img_size": [16]}, qkv_bias=True).eval()
+    sizes: dict[str, Any] = {**SIZES, "img_size": [16]}
+    model = models_udi.VisionTransformer(**sizes, qkv_bias=True).eval()
     weights.restore(model, load_backbone(path), path, "model")
     return model(images)[:, 0]
 
