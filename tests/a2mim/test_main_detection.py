@@ -110,6 +110,7 @@ def test_statistics_are_means_over_batches(data):
         loader, *_ = main_detection.detection.detection_loaders(
             args, device, views, main_detection.EvalTransform(64, 96)
         )
+    assert loader is not None
     seen: list[torch.Tensor] = []
     model: Any = mask_rcnn_resnet_nano(num_classes=6)
     model.backbone.conv1.register_forward_hook(lambda _module, _inputs, out: seen.append(out.mean(dim=(0, 2, 3))))
