@@ -102,11 +102,12 @@ class PretrainAugmentation:
         for step in self.before.transforms:
             own = isinstance(step, transforms.ColorJitter)
             img = (datasets.Colours(step, tensors=True) if own else step)(img)
-        box = crop_box(*TF.get_image_size(img), self.scale)
+        width, height = TF.get_image_size(img)
+        top, left, height, width = crop_box(width, height, self.scale)
         views = []  # (C, s, s) each, in [0, 1]
         for size, name in self.sizes:
             mode = of_tensors(interpolation_of(name)) if isinstance(img, Tensor) else interpolation_of(name)
-            view = TF.resized_crop(img, *box, [size, size], mode)
+            view = TF.resized_crop(img, top, left, height, width, [size, size], mode)
             views.append(view if isinstance(view, Tensor) else TF.to_tensor(view))
         mask = torch.from_numpy(self.masking()).flatten().bool()  # (N,)
         return self.normalize(views[0]), self.tokenizer_view(views[1]), mask

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_tools_take_channels_from_the_checkpoint(method, chans, folders, tmp_pat
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["pretrained_cfg"]["input_size"][0] == config["model_args"]["in_chans"] == chans
     assert config["pretrained_cfg"]["mean"] == [0.25] * chans
-    network = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    network: Any = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     imgs = torch.rand(2, chans, 16, 16)
     backbone = encoders.load_backbone(method, path)
     with torch.no_grad():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps
+from PIL import ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as tf
@@ -44,7 +44,7 @@ class RandomCropCoord:
         self.size, self.scale, self.flip, self.fix_reference = size, scale, flip, fix_reference
 
     @staticmethod
-    def get_params(img: Image.Image, scale: Sequence[float], ratio: Sequence[float]) -> Box:
+    def get_params(img: Any, scale: Sequence[float], ratio: Sequence[float]) -> Box:
         """Draw a crop; Python's generator, rows first."""
         width, height = tf.get_image_size(img)
         log_ratio = math.log(ratio[0]), math.log(ratio[1])
@@ -64,7 +64,7 @@ class RandomCropCoord:
         return (height - h) // 2, (width - w) // 2, h, w, height, width
 
     def get_params_ref(
-        self, img: Image.Image, scale: Sequence[float], ratio: Sequence[float], ref_crop: Sequence[float] | Array
+        self, img: Any, scale: Sequence[float], ratio: Sequence[float], ref_crop: Sequence[float] | Array
     ) -> Box:
         """Draw a crop and move it until it overlaps the crop of coordinates ref_crop by half per axis."""
         i, j, h, w, height, width = self.get_params(img, scale, ratio)

@@ -91,6 +91,7 @@ class _Samples(Dataset):
 
     def _decode(self, index: int) -> tuple[Any, Any]:
         reader = getattr(self.base, "reader", None)  # timm's own ImageDataset hides unreadable files
+        image: Any
         image, target = self.base[index] if reader is None else reader[index]
         image = image if isinstance(image, Image.Image | Tensor) else Image.open(image)
         if self.turn and isinstance(image, Image.Image):

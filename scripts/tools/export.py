@@ -207,9 +207,8 @@ class Disagreement(Exit):
 def photographs(in_chans: int | None) -> list[Any]:
     """Pictures that scikit-learn brings along, as PIL images; of other than three channels as tensors of these."""
     images = [Image.fromarray(image) for image in load_sample_images().images]
-    if (in_chans or 3) == 3:
-        return images
-    return [to_tensor(image)[torch.arange(in_chans) % 3] for image in images]
+    chans = in_chans or 3
+    return images if chans == 3 else [to_tensor(image)[torch.arange(chans) % 3] for image in images]
 
 
 @torch.inference_mode()
