@@ -22,6 +22,11 @@ RASampler = RepeatAugSampler  # upstream's name of repeated augmentation
 class RepeatSampler(RepeatAugSampler):
     """Repeated augmentation (arXiv 1901.09335): yields (index, number of the copy)."""
 
+    def __init__(self, dataset: Any, num_replicas: int, rank: int, num_repeats: int = 3):
+        # Whole rounds of 256 images, as upstream; fewer images, of which timm 1.0.26 takes none, are all one round.
+        rounds = 256 if len(dataset) >= 256 else 0
+        super().__init__(dataset, num_replicas, rank, num_repeats=num_repeats, selected_round=rounds)
+
     def __iter__(self):
         positions = range(self.rank, self.total_size, self.num_replicas)
         for index, position in zip(super().__iter__(), positions, strict=False):

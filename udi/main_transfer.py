@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     def sampler():
         if not args.repeated_aug:
             return None
-        return data.RepeatSampler(train, distributed.world_size(), distributed.rank(), shuffle=True)
+        return data.RepeatSampler(train, distributed.world_size(), distributed.rank())
 
     files = engine_deit.DeitFiles(latest="checkpoint_bak.pth")
     engine_deit.run(args, device, results_folder(args), add_head, (train, val), files, sampler)

@@ -25,7 +25,7 @@ def test_repeated_augmentation(path):
     ref = load_golden(path)
     for i, (images, replicas, rank, epoch) in enumerate(ref.meta["ra"]):
         for kind in (data.RASampler, data.RepeatSampler):
-            sampler = kind(range(images), replicas, rank, True)
+            sampler = kind(range(images), replicas, rank)
             sampler.set_epoch(epoch)
             found = list(sampler)
             assert len(sampler) == len(found)
@@ -36,7 +36,7 @@ def test_copies_are_numbered():
     """Over all processes an image has copies 0, 1 and 2, so that each is augmented in its own way."""
     pairs: list[Any] = []
     for rank in range(2):
-        sampler = data.RepeatSampler(range(300), 2, rank, True)
+        sampler = data.RepeatSampler(range(300), 2, rank)  # type: ignore[arg-type]
         pairs += list(sampler)
     copies: dict[int, set[int]] = {}
     for index, copy in pairs:
