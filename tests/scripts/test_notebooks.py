@@ -12,7 +12,7 @@ import pytest
 from tests.support.helpers import ROOT
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-QUICK = {"EPOCHS = 32, 4, 10": "EPOCHS = 16, 4, 1", "runs/first_look": "{folder}/first_look"}  # sizes of a test
+QUICK = {"EPOCHS = 16, 4, 3": "EPOCHS = 16, 4, 1", "runs/first_look": "{folder}/first_look"}  # sizes of a test
 
 
 def code(path: Path) -> list[dict[str, Any]]:
