@@ -11,7 +11,7 @@ def check_wandb(project: str) -> None:
     """Raise UserError if a project is named and the package is missing."""
     if project:
         try:
-            import wandb  # noqa: F401 - takes a second to import
+            import wandb  # type: ignore[reportMissingImports]  # noqa: F401 - takes a second to import
         except ImportError as error:
             raise UserError(f"--wandb {project}: is not installed ({error}): pip install wandb") from error
 
@@ -37,7 +37,7 @@ class Scalars:
         except ImportError as error:
             log(f"WARNING: TensorBoard cannot be imported ({error}); no events are written")
         if project := flags.get("wandb"):
-            import wandb
+            import wandb  # type: ignore[reportMissingImports]
 
             file = Path(folder) / "wandb.id"
             known = file.read_text() if start and file.exists() else None

@@ -48,8 +48,8 @@ def read(folder: Path) -> dict[str, dict[str, float]]:
             if not stage.is_finished:
                 continue
             values = table.setdefault(row, {"seconds": 0})
-            if stage.accuracy is not None:
-                values[column] = stage.accuracy
+            if accuracies := stage.scores.get("top-1"):
+                values[column] = accuracies[-1]
             seconds = sum(start["seconds"] for start in stage.starts)
             if column == "k-NN":
                 seconds = json.loads((folder / name / "knn.json").read_text())["seconds"]

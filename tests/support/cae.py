@@ -48,7 +48,7 @@ class Tokens:
 def tokenizer_file(folder: Path) -> str:
     """A discrete VAE for 16 x 16 pixels whose tokens are 4 x 4 of 12, as `main_tokenizer.py` writes it."""
     torch.manual_seed(0)
-    sizes = {"num_tokens": CODES, "codebook_dim": 4, "num_layers": 2, "hidden_dim": 8}
+    sizes: dict[str, Any] = {"num_tokens": CODES, "codebook_dim": 4, "num_layers": 2, "hidden_dim": 8}
     path = folder / "tokenizer.pth"
     torch.save({"model": DiscreteVAE(16, **sizes).state_dict(), "args": sizes}, path)
     return str(path)
