@@ -1,11 +1,11 @@
 """Write a data set as image folders, OUT/{train,val}/<class>/<image>, or link or shrink existing ones.
 
-`shapes` draws a small one for segmentation, detection and video, in OUT/{ade20k,coco,davis}.
+`shapes` draws a small one for segmentation, detection and video, in OUT/{ade20k,coco,davis}; `fields` one of 5 bands.
 
 Usage: python scripts/tools/prepare_data.py digits|cifar10|cifar100|stl10|imagenette OUT
        python scripts/tools/prepare_data.py subset OUT --source DIR (--per_class N | --percent P) [--val_per_class N]
        python scripts/tools/prepare_data.py split OUT --source DIR --val 0.1
-       python scripts/tools/prepare_data.py shapes OUT --images 200
+       python scripts/tools/prepare_data.py shapes|fields OUT --images 200
        python scripts/tools/prepare_data.py shrink OUT --source DIR --side 256 [--most N]
        python scripts/tools/prepare_data.py stats DIR [--in_chans N]
 
@@ -79,10 +79,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--val", default=0.1, type=float, metavar="SHARE", help="share of each class for val/, 0.1 if not given"
     )
     q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
-    q = parsers["shapes"]
-    q.add_argument("--images", default=200, type=int, metavar="N", help="pictures, a fifth of them for validation")
-    q.add_argument("--size", default=128, type=int, metavar="PIXELS", help="short side of the pictures and videos")
-    q.add_argument("--seed", default=0, type=int, help="the same seed draws the same pictures")
+    for name, number, side in (("shapes", 200, 128), ("fields", 600, 32)):
+        q = parsers[name]
+        text = f"pictures, a fifth of them for validation, {number} if not given"
+        q.add_argument("--images", default=number, type=int, metavar="N", help=text)
+        text = f"short side of the pictures (and videos), {side} if not given"
+        q.add_argument("--size", default=side, type=int, metavar="PIXELS", help=text)
+        q.add_argument("--seed", default=0, type=int, help="the same seed draws the same pictures")
     q = parsers["shrink"]
     q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with images")
     q.add_argument("--side", type=int, required=True, metavar="S", help="longest that the shorter side becomes, pixels")
@@ -245,16 +248,20 @@ def halves(args: argparse.Namespace, folder: Path) -> None:
         link(args, folder, paths, split)
 
 
-def drawn_shapes(args: argparse.Namespace, folder: Path) -> None:
-    """Shapes on textures as ADE20K, COCO and DAVIS.
+def drawn_images(args: argparse.Namespace, folder: Path) -> None:
+    """Shapes on textures as ADE20K, COCO and DAVIS, or fields of five bands in classes.
 
     Raises:
         UserError: a number cannot be used.
     """
-    if args.images < 2 or args.size < 32 or args.seed < 0:
+    least, smallest, write_all = {"shapes": (2, 32, shapes.write_shapes), "fields": (30, 8, shapes.write_fields)}[
+        args.name
+    ]
+    if args.images < least or args.size < smallest or args.seed < 0:
         given = f"--images {args.images} --size {args.size} --seed {args.seed}"
-        raise UserError(f"{given}: expected at least 2 images of at least 32 pixels, and no negative seed")
-    shapes.write_shapes(folder, args.images, args.size, args.seed)
+        expected = f"at least {least} images of at least {smallest} pixels, and no negative seed"
+        raise UserError(f"{given}: expected {expected}")
+    write_all(folder, args.images, args.size, args.seed)
 
 
 def shrink(args: argparse.Namespace, folder: Path) -> None:
@@ -354,7 +361,8 @@ DATA_SETS = {
     "stl10": (arrays, "13,000 images of 96x96 pixels in 10 classes, and 100,000 without labels"),
     "imagenette": (imagenette, "13,394 images of 10 ImageNet classes"),
     "subset": (subset, "few labels: links to some images of each class of another folder"),
-    "shapes": (drawn_shapes, "drawn shapes for segmentation, detection and video: no download"),
+    "shapes": (drawn_images, "drawn shapes for segmentation, detection and video: no download"),
+    "fields": (drawn_images, "drawn fields of five bands in six classes: no download"),
     "split": (halves, "links to class folders without train/ and val/, a share of each class in val/"),
     "shrink": (shrink, "small copies of large images, which are read faster"),
 }

@@ -1,7 +1,9 @@
-"""A drawn data set for dense tasks: shapes on photographs and clouds, with masks, boxes and tracks.
+"""Drawn data sets.
 
-Classes differ by outline and by pattern (stripes, dots, ...); colours, sizes and directions of both are random.
-Written in three layouts: OUT/ade20k (index masks), OUT/coco (json of polygons and run lengths), OUT/davis (videos).
+For dense tasks: shapes on photographs and clouds, with masks, boxes and tracks. Classes differ by outline and by
+pattern (stripes, dots, ...); colours, sizes and directions of both are random. Written in three layouts: OUT/ade20k
+(index masks), OUT/coco (json of polygons and run lengths), OUT/davis (videos). And fields in five bands, whose classes
+are outline and material.
 """
 
 import json
@@ -297,3 +299,35 @@ def write_shapes(out: Path, images: int, size: int, seed: int) -> None:
         listing = out / "davis/ImageSets/2017" / f"{split}.txt"
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(names) + "\n")
+
+
+# ---- fields as a satellite sees them, five bands
+
+# Reflected shares of blue, green, red, near infrared and short-wave infrared; lawns differ in the last two alone.
+MATERIALS = {"grass": (0.06, 0.20, 0.08, 0.55, 0.20), "turf": (0.06, 0.20, 0.08, 0.12, 0.45)}
+SOIL = (0.14, 0.18, 0.24, 0.30, 0.36)
+FIELDS = ("disc", "square", "triangle")
+
+
+def field(rng: np.random.Generator, outline: str, material: str, size: int) -> np.ndarray:
+    """(size, size, 5) uint16: a field of one material on uneven soil, in changing light."""
+    radius = rng.uniform(0.2, 0.35) * size
+    shape = Shape(
+        outline, tuple(rng.uniform(radius, size - radius, 2)), radius, rng.uniform(0, 2 * math.pi), np.empty(0)
+    )
+    covered = coverage(shape, size, size)[..., None]
+    uneven = 0.6 + 0.8 * clouds(rng, size).mean(axis=2, keepdims=True) / 255
+    shares = uneven * (covered * np.array(MATERIALS[material]) + (1 - covered) * np.array(SOIL))
+    light = rng.uniform(0.7, 1.3) * shares + rng.normal(0, 0.02, shares.shape)
+    return (light.clip(0, 1) * 65535).round().astype(np.uint16)
+
+
+def write_fields(out: Path, images: int, size: int, seed: int) -> None:
+    """Draw .npy files in six classes, outline and material, in turn; every fifth of a class is for validation."""
+    classes = [(outline, material) for outline in FIELDS for material in MATERIALS]
+    for i in tqdm(range(images), "fields"):
+        outline, material = classes[i % len(classes)]
+        split = "val" if i // len(classes) % 5 == 4 else "train"
+        path = out / split / f"{material}_{outline}" / f"{i:05d}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, field(np.random.default_rng([seed, i]), outline, material, size))

@@ -529,3 +529,23 @@ def test_shrink__raises_where_no_image_can_be_read(tmp_path):
     with pytest.raises(UserError, match=r"has no image that can be read \(a.jpg: unreadable image"):
         prepare("shrink", tmp_path / "out", "--source", tmp_path / "photos", "--side", 64)
     assert not (tmp_path / "out").exists()
+
+
+# ---- drawn fields
+
+
+def test_fields__lawns_differ_in_the_infrared_alone(tmp_path):
+    prepare("fields", tmp_path / "out", "--images", 60, "--size", 16)
+    files = sorted((tmp_path / "out").rglob("*.npy"))
+    assert len(files) == 60 and len([path for path in files if "val" in path.parts]) == 12
+    pixels = {name: [] for name in shapes.MATERIALS}
+    for path in files:
+        image = np.load(path)
+        assert (image.shape, image.dtype) == ((16, 16, 5), np.uint16)
+        pixels[path.parent.name.split("_")[0]].append(image.mean((0, 1)) / 65535)
+    grass, turf = (np.mean(values, axis=0) for values in pixels.values())
+    np.testing.assert_allclose(grass[:3], turf[:3], atol=0.03)
+    assert grass[3] > turf[3] + 0.05 and grass[4] < turf[4] - 0.03
+    prepare("fields", tmp_path / "again", "--images", 60, "--size", 16)
+    again = [tmp_path / "again" / path.relative_to(tmp_path / "out") for path in files]
+    assert all(np.array_equal(np.load(a), np.load(b)) for a, b in zip(again, files, strict=True))
