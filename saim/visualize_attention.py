@@ -52,6 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.output.add_argument("--columns", default=3, type=int, help="images side by side in the overview")
     figures.add_flags(p)
     g.data.add_argument("--seed", default=0, type=int, help="seed of the choice of images")
+    p.set_defaults(in_chans=None, mean=None, std=None)  # the checkpoint's (`fill_sizes`)
     return p
 
 

@@ -133,7 +133,7 @@ def test_timm_data_sets(checkpoint, digits, tmp_path, monkeypatch):
 
     images: Any = ImageFolder(f"{digits}/val")
     indexed: Any = type("Indexed", (), {"reader": Reader(images), "__len__": lambda self: len(images)})()
-    monkeypatch.setattr(extract_features.datasets, "image_dataset", lambda *_: indexed)
+    monkeypatch.setattr(extract_features.datasets, "image_dataset", lambda *_, **__: indexed)
     extract("saim", checkpoint, "--dataset", "hfds/x", "--out", tmp_path / "a.npy")
     features, labels, about = read(str(tmp_path / "a.npy"))
     assert about["names"] == [str(i) for i in range(20)]
@@ -226,13 +226,15 @@ def test_mistakes_are_one_line(flags, words, checkpoint, digits, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_checkpoints_and_other_methods_are_refused(checkpoint, digits, tmp_path, capsys):
+def test_damaged_checkpoints_and_other_networks_are_refused(checkpoint, digits, tmp_path, capsys):
     (tmp_path / "a.pth").write_bytes(Path(checkpoint).read_bytes()[:1000])
     Image.new("RGB", (8, 8)).save(tmp_path / "b.pth", "png")
     own = ["--data_path", digits, "--out", str(tmp_path / "a.npy"), *SMALL]
     for name in ("a.pth", "b.pth"):
         assert f"{name}: " in mistake(extract_features, "saim", str(tmp_path / name), *own, capsys=capsys)
-    assert "check METHOD, --model" in mistake(extract_features, "semaim", checkpoint, *own, capsys=capsys)
+    assert "A2MIM has no ViT of the file's width and blocks" in mistake(
+        extract_features, "a2mim", checkpoint, *own, capsys=capsys
+    )
 
 
 def test_damaged_files_are_refused(checkpoint, digits, tmp_path):

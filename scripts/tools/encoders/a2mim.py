@@ -79,7 +79,8 @@ def _name_by_shapes(weights: dict[str, Tensor]) -> str:
     shape = _shape_of(weights)
     found = next((name for name, own in _shape_by_name().items() if own == shape), "")
     if not found:
-        raise ValueError(f"its {shape[0].__name__} is of no known size")
+        kind = {vit: "ViT", plain_vit: "ViT", resnet: "ResNet"}.get(shape[0], "ConvNeXt")
+        raise ValueError(f"A2MIM has no {kind} of the file's width and blocks")
     return found
 
 

@@ -234,7 +234,10 @@ def test_mistakes(tmp_path):
         ({"checkpoint": str(tmp_path / "other.pth")}, "holds no ViT, ResNet or ConvNeXt; its keys: w"),
         ({"checkpoint": str(tmp_path / "lacking.pth")}, "lacking.pth: has no final norm"),
         ({"checkpoint": str(tmp_path / "token.pth")}, "token.pth: check --model and --input_size: .*layers.0.ffn"),
-        ({"checkpoint": str(tmp_path / "part.pth")}, "part.pth: check --model and --input_size: its resnet is of no"),
+        (
+            {"checkpoint": str(tmp_path / "part.pth")},
+            "part.pth: check --model and --input_size: A2MIM has no ResNet of",
+        ),
         ({"checkpoint": str(tmp_path / "damaged.pth")}, "truncated or not a checkpoint"),
         ({"checkpoint": str(tmp_path / "none.pth")}, "no such checkpoint file"),
         ({"checkpoint": ""}, "--model: expected one of"),
