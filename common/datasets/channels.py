@@ -78,7 +78,7 @@ def scaled(values: np.ndarray) -> Tensor:
 
 def _dicom(data: bytes) -> Tensor:
     """Grey through its window, without one by the bits that are stored; colours by their type."""
-    import pydicom  # optional
+    import pydicom  # type: ignore[reportMissingImports]  # optional
 
     file = pydicom.dcmread(io.BytesIO(data))
     if file.get("SamplesPerPixel", 1) > 1:
@@ -115,7 +115,7 @@ def read(data: bytes, name: str, chans: int) -> Any:
             raise
     bands, tags = len(image.getbands()) if image else 0, getattr(image, "tag_v2", {})
     if not image or (tags.get(277, 1) > 1 and (tags[258][0] > 8 or tags[277] != bands)):
-        import tifffile  # optional: Pillow reads no such TIFF, or not all of it
+        import tifffile  # type: ignore[reportMissingImports]  # optional: Pillow reads no such TIFF, or not all of it
 
         return scaled(tifffile.imread(io.BytesIO(data)))
     if image.format == "TIFF" and bands == 1 and getattr(image, "n_frames", 1) > 1:  # its pages are channels
