@@ -57,6 +57,8 @@ def test_kill_at_random_instants(tmp_path, digits, reference, processes):
         wait_for(process, log, f"Epoch: [{10 * attempt + 3}]")
         time.sleep(random.random() / 5)
         os.killpg(process.pid, signal.SIGKILL)
+        if processes > 1:  # the launcher's processes have groups of their own
+            subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])
         process.wait() if isinstance(process, subprocess.Popen) else process.join()
         assert distributed.load(str(tmp_path / "checkpoint.pth"))["epoch"] < 23
     train(tmp_path / "out", processes, *argv)
