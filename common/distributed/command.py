@@ -305,7 +305,7 @@ def add_flags(parser: argparse.ArgumentParser, counts_epochs: bool = True, pretr
     if pretrains:
         start = "weights to start a new run from: of a pre-training, or an encoder of any program (docs/own_domain.md)"
         g.process.add_argument("--initial_checkpoint", default="", help=start)
-        again = "save memory, at a third more time: the backward pass computes the insides of the blocks again"
+        again = "save memory: the backward pass computes the insides of the blocks again, which takes more time"
         g.process.add_argument("--use_checkpoint", action="store_true", help=again)
     g.process.add_argument("--force", action="store_true", help="train even if the memory is estimated to be too small")
     project = "project of Weights & Biases that gets TensorBoard's scalars, too; WANDB_MODE=offline needs no account"
