@@ -10,7 +10,6 @@ validation images, so that chance differs in everything but the training images 
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import math
@@ -35,7 +34,7 @@ from common.distributed import UserError
 from scripts.tools import measures, neighbours, probe, quickstart, recipe
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.timm_folder import load_folder
-from scripts.tools.flags import Parser
+from scripts.tools.flags import Parser, arguments, run_quietly
 
 SCRATCH = "from scratch"
 MEASURES = ("k-NN", "linear probe", "fine-tuned")
@@ -209,16 +208,13 @@ def finetune(
     """
     copies = math.ceil(seen / EPOCHS / len(rows))
     epochs = max(2, round(seen / (copies * len(rows))))
-    main: Any = importlib.import_module(f"{start.method}.main_finetune")
+    main = importlib.import_module(f"{start.method}.main_finetune")
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         data, out = Path(folder, "data"), Path(folder, "out")
         link(pictures, rows, data / "train", copies)
         link(pictures, val, data / "val")
         flags = finetune_flags(start, data, out, seed, copies * len(rows), epochs)
-        config, parser = getattr(main, "config", None), main.get_args_parser()
-        words = config.parse_args(parser, flags) if config else parser.parse_args(flags)
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-            main.main(words)
+        run_quietly(main, arguments(main, flags))
         return quickstart.accuracy(out)
 
 

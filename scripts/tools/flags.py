@@ -1,7 +1,10 @@
 """Command lines of the tools."""
 
 import argparse
-from typing import NoReturn
+import contextlib
+import os
+from types import ModuleType
+from typing import Any, NoReturn
 
 from common.distributed import UserError
 
@@ -14,3 +17,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def arguments(program: ModuleType, words: list[str]) -> Any:
+    """A program's flags as its command line reads them; a method with a `config` reads configuration files, too."""
+    parser, config = program.get_args_parser(), getattr(program, "config", None)
+    return config.parse_args(parser, words) if config else parser.parse_args(words)
+
+
+def run_quietly(program: ModuleType, args: Any) -> None:
+    """Run a program in this process, without what it prints."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        program.main(args)

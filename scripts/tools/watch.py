@@ -27,7 +27,7 @@ from common.distributed import Stopped, UserError, log
 from common.distributed.metrics import finite
 from scripts.tools import curves, measures, recipe
 from scripts.tools.encoders import load as encoders
-from scripts.tools.flags import Parser
+from scripts.tools.flags import Parser, arguments, run_quietly
 from scripts.tools.plot_log import Run, read_log
 from scripts.tools.report import LOGS, read_starts
 
@@ -219,9 +219,8 @@ def draw(method: str, path: str, flags: dict[str, Any], images: list[str], out: 
         "a2mim": ["main_visualize", "--resume", path, *files],
         "udi": ["visualize_attention", "--pretrained_weights", path, "--output_dir", str(out), "--image_path", *images],
     }[method]
-    main: Any = importlib.import_module(f"{method}.{words[0]}")
-    config, parser = getattr(main, "config", None), main.get_args_parser()
-    args = config.parse_args(parser, words[1:]) if config else parser.parse_args(words[1:])
+    main = importlib.import_module(f"{method}.{words[0]}")
+    args = arguments(main, words[1:])
     if method == "a2mim":  # takes the run's own flags
         kept = ("resume", "images", "output_dir", "num_images", "device")
         vars(args).update({k: v for k, v in flags.items() if k in vars(args) and k not in kept})
@@ -230,8 +229,7 @@ def draw(method: str, path: str, flags: dict[str, Any], images: list[str], out: 
         vars(args).update(arch=flags["arch"], patch_size=flags["patch_size"], image_size=[2 * size, 2 * size])
     if hasattr(args, "device"):
         args.device = "cpu"
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        main.main(args)
+    run_quietly(main, args)
 
 
 def alarms(line: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from common import distributed, lr_sched
 from common.datasets import Loader
+from scripts.tools import flags
 from tests.support.helpers import ROOT
 
 CPU = torch.device("cpu")
@@ -76,16 +77,15 @@ def kept_signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def arguments(module: ModuleType, *flags: str) -> Any:
-    """The parsed command line of a script; a method with a `config` reads configuration files, too."""
-    parser, config = module.get_args_parser(), getattr(module, "config", None)
-    return config.parse_args(parser, list(flags)) if config else parser.parse_args(flags)
+def arguments(module: ModuleType, *words: str) -> Any:
+    """The parsed command line of a script."""
+    return flags.arguments(module, list(words))
 
 
-def run_main(module: ModuleType, *flags: str) -> None:
+def run_main(module: ModuleType, *words: str) -> None:
     """Call the main of a script as its command line would."""
     with kept_signals():
-        distributed.run(module.main, lambda: arguments(module, *flags))
+        distributed.run(module.main, lambda: arguments(module, *words))
 
 
 def mistake(module: ModuleType, *flags: str, capsys: Any) -> str:
