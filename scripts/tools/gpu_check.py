@@ -115,14 +115,14 @@ def presets(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 # ---- what is measured and checked: each returns what it found; a failure is an exception
 
 
-def flags_of(args: argparse.Namespace, preset: str, *further: str) -> tuple[Any, argparse.Namespace]:
+def flags_of(args: argparse.Namespace, preset: str) -> tuple[Any, argparse.Namespace]:
     """The main_pretrain module of a preset, and its flags."""
     method, network = {**PAPER, **NANO}[preset]
     main = importlib.import_module(f"{method}.main_pretrain")
     workers = "0" if args.tiny else str(cores())
     words = [*bench.RECIPE[method].split(), *network.split(), "--num_workers", workers, "--device", args.device]
     words += ["--batch_size", "4"] * args.tiny
-    return main, main.get_args_parser().parse_args([*words, *further])
+    return main, main.get_args_parser().parse_args(words)
 
 
 def prepare(args: argparse.Namespace, preset: str, precision: str = "auto", compiled: bool = False, **overrides) -> Run:
