@@ -2,11 +2,9 @@
 
 from common.datasets.channels import add_channel_flags, follow_channels, statistics, stored_channels
 from common.datasets.files import ENDINGS, ImageFiles, ListedImages, read_image, to_rgb
-from common.datasets.images import check_classes, follow_classes, image_dataset
+from common.datasets.images import add_flags, add_loader_flags, check_classes, follow_classes, image_dataset
 from common.datasets.loader import (
     Loader,
-    add_flags,
-    add_loader_flags,
     build_loader,
     pretrain_loader,
     seeded,

@@ -7,11 +7,40 @@ from typing import Any
 from timm.data.dataset_factory import create_dataset
 
 from common.datasets import channels
+from common.datasets.channels import add_channel_flags
 from common.datasets.files import ENDINGS, ListedImages, read_folder, split_folder
 from common.datasets.tars import TarImages
-from common.distributed import UserError, flags_of, is_given, load, log, on_main_first
+from common.distributed import UserError, flag_groups, flags_of, is_given, load, log, on_main_first
 
 READERS = ("torch", "wds", "hfds")  # images by number; what timm only streams has no order that could be resumed
+
+
+def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True, channels: bool = True) -> None:
+    """Add the flags that say where images come from; channels: also those that a checkpoint cannot tell."""
+    group = flag_groups(parser).data
+    where = "folder with train/ and val/; pre-training takes any images"
+    group.add_argument("--data_path", default="../imagenet", type=str, help=where)
+    timm = "data set of timm's in --data_path (torch/cifar10, wds/... for tar files, hfds/...); default: folders"
+    group.add_argument("--dataset", default="", help=timm)
+    group.add_argument("--train_split", default="train", help="name of that data set's training split")
+    group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
+    turn = "turn images as their EXIF orientation says, which the authors' programs do not"
+    group.add_argument("--exif_transpose", action="store_true", help=turn)
+    if channels:
+        add_channel_flags(parser)
+    add_loader_flags(parser, pin_mem)
+
+
+def add_loader_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
+    """Add the flags that say how images are read."""
+    group = flag_groups(parser).data
+    unreadable = "what to do at an image that cannot be read"
+    group.add_argument("--bad_images", default="stop", choices=["stop", "skip"], help=unreadable)
+    group.add_argument("--num_workers", default=4, type=int, help="loader processes per training process")
+    group.add_argument("--pin_mem", action="store_true", help="copy images to the GPU through pinned memory")
+    if pin_mem:
+        group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not use pinned memory")
+    parser.set_defaults(pin_mem=pin_mem)
 
 
 def image_dataset(

@@ -21,41 +21,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from torchvision.transforms.functional import get_image_size
 
 from common import distributed
-from common.datasets.channels import add_channel_flags, to_channels
+from common.datasets.channels import to_channels
 from common.datasets.files import to_rgb
 from common.datasets.images import follow_classes, image_dataset
-from common.distributed import Position, Stopped, UserError, agree, flag_groups, log, rank, stop_signal, world_size
+from common.distributed import Position, Stopped, UserError, agree, log, rank, stop_signal, world_size
 
 THINNEST = 1000  # the longer side of an image over the shorter one, at most
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
-
-
-def add_flags(parser: argparse.ArgumentParser, pin_mem: bool = True, channels: bool = True) -> None:
-    """Add the flags that say where images come from; channels: also those that a checkpoint cannot tell."""
-    group = flag_groups(parser).data
-    where = "folder with train/ and val/; pre-training takes any images"
-    group.add_argument("--data_path", default="../imagenet", type=str, help=where)
-    timm = "data set of timm's in --data_path (torch/cifar10, wds/... for tar files, hfds/...); default: folders"
-    group.add_argument("--dataset", default="", help=timm)
-    group.add_argument("--train_split", default="train", help="name of that data set's training split")
-    group.add_argument("--val_split", default="validation", help="name of that data set's validation split")
-    turn = "turn images as their EXIF orientation says, which the authors' programs do not"
-    group.add_argument("--exif_transpose", action="store_true", help=turn)
-    if channels:
-        add_channel_flags(parser)
-    add_loader_flags(parser, pin_mem)
-
-
-def add_loader_flags(parser: argparse.ArgumentParser, pin_mem: bool = True) -> None:
-    """Add the flags that say how images are read."""
-    group = flag_groups(parser).data
-    unreadable = "what to do at an image that cannot be read"
-    group.add_argument("--bad_images", default="stop", choices=["stop", "skip"], help=unreadable)
-    group.add_argument("--num_workers", default=4, type=int, help="loader processes per training process")
-    group.add_argument("--pin_mem", action="store_true", help="copy images to the GPU through pinned memory")
-    if pin_mem:
-        group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not use pinned memory")
-    parser.set_defaults(pin_mem=pin_mem)
 
 
 @contextlib.contextmanager
