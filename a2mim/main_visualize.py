@@ -18,7 +18,6 @@ from a2mim.engine_pretrain import reconstruct
 from a2mim.openmixup import load_openmixup_state_dict
 from a2mim.pictures import save_reconstructions
 from common import datasets, distributed
-from common.datasets.channels import to_channels
 
 PER_PICTURE = 4  # images, as during pre-training
 
@@ -53,7 +52,7 @@ def chosen_images(args: argparse.Namespace) -> list[Any]:
     for name in names:
         try:
             image = read(name)
-            images.append(to_channels(image, args.in_chans) if args.in_chans else datasets.to_rgb(image))
+            images.append(datasets.to_channels(image, args.in_chans) if args.in_chans else datasets.to_rgb(image))
         except Exception as error:  # Pillow raises many types for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise distributed.UserError(f"{name}: unreadable image ({reason})") from error

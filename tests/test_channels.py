@@ -13,6 +13,7 @@ from PIL import Image
 import a2mim.main_visualize
 import cae.main_pretrain
 import cae.main_visualize
+import saim.main_finetune
 import saim.main_pretrain
 import saim.visualize_attention
 import saim.visualize_prediction
@@ -22,7 +23,7 @@ import semaim.main_visualize
 import udi.main_knn
 import udi.visualize_attention
 from common import distributed
-from scripts.tools import export, extract_features, knn, prepare_data
+from scripts.tools import doctor, export, extract_features, knn, prepare_data, probe
 from scripts.tools.encoders import load as encoders
 from tests.support.channels import RUNS, checkpoint_of, images, train, train_with_a_break, weights_of, write
 from tests.support.runs import mistake, run_main
@@ -168,6 +169,23 @@ def test_knn_of_a_method_takes_channels_from_the_checkpoint(method, folders, cap
     flags += ["--pretrained_weights", pretrained(method, 4), "--data_path", of(4), "--num_workers", "0"]
     run_main(main, *flags, "--device", "cpu")
     assert "3-NN" in capsys.readouterr().out
+
+
+def test_the_check_before_a_run_and_the_probe_of_pixels_read_them(folders, capsys):
+    of, _ = folders
+    for chans, said in ((13, "8 readable"), (4, "8 unreadable: "), (None, "")):
+        words = ["--data_path", of(13), *(["--in_chans", str(chans)] if chans else [])]
+        sets = doctor.image_sets(saim.main_finetune.get_args_parser().parse_args(words), labelled=True, count=0)
+        if chans:
+            doctor.check_images(doctor.Report(), sets["val"], "val", "all", 16, False)
+        out = capsys.readouterr().out
+        assert said in out
+        assert ("13 channels, expected --in_chans 4" in out) == (chans == 4)
+        assert bool(sets) == bool(chans)  # without the flag .npy files are no images
+    run_main(probe, "--pixels", "4", "--data_path", of(13), "--in_chans", "13")
+    assert "8 training images: nearest 100.0 %, logistic 100.0 % of 8 validation images" in capsys.readouterr().out
+    error = mistake(probe, "--pixels", "4", "--data_path", of(13), "--in_chans", "4", capsys=capsys)
+    assert ".npy: unreadable image (13 channels, expected --in_chans 4)" in error
 
 
 # ---- mistakes

@@ -1,6 +1,6 @@
 """Images and batches: channels (other than 8-bit RGB), files (of folders), images (data sets), transforms, loader."""
 
-from common.datasets.channels import add_channel_flags, follow_channels, statistics, stored_channels
+from common.datasets.channels import add_channel_flags, follow_channels, statistics, stored_channels, to_channels
 from common.datasets.files import ENDINGS, ImageFiles, ListedImages, read_image, to_rgb
 from common.datasets.images import add_flags, add_loader_flags, check_classes, follow_classes, image_dataset
 from common.datasets.loader import (

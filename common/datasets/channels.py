@@ -26,9 +26,9 @@ def add_channel_flags(parser: argparse.ArgumentParser) -> None:
     group = flag_groups(parser).data
     chans = "channels of images of any number and depth, in TIFF, PNG, .npy or DICOM files; default: 3 of 8 bits"
     group.add_argument("--in_chans", type=int, help=chans)
-    for flag, what in (("--mean", "mean"), ("--std", "standard deviation")):
-        text = f"{what} of each channel, 0 to 1; default: as prepare_data.py stats stored it, of 3 channels the usual"
-        group.add_argument(flag, type=float, nargs="+", help=text)
+    text = "of each channel, 0 to 1; default: as prepare_data.py stats stored it, of 3 channels the usual"
+    group.add_argument("--mean", type=float, nargs="+", help=f"mean {text}")
+    group.add_argument("--std", type=float, nargs="+", help=f"standard deviation {text}")
 
 
 def stored_channels(flags: Mapping[str, Any]) -> tuple[int | None, tuple, tuple]:
@@ -66,50 +66,69 @@ def statistics(args: argparse.Namespace, mean: tuple = IMAGENET_MEAN, std: tuple
 
 def scaled(values: np.ndarray) -> Tensor:
     """Integers by the range of their type, of 32 bits by its positive half; floats have to be 0 to 1 already."""
-    if values.dtype.kind not in "iu":
-        values = np.nan_to_num(values.astype(np.float32), posinf=1, neginf=0)
-        if values.min() < -1 or values.max() > 2:  # what overshoots a little is clipped
-            raise ValueError(f"floats from {values.min():g} to {values.max():g}, expected 0 to 1")
-        return torch.from_numpy(values.clip(0, 1))
-    about = np.iinfo(values.dtype)
-    low, kind = (0, np.float64) if about.bits > 16 else (about.min, np.float32)
-    return torch.from_numpy(((values.astype(kind) - low) / (about.max - low)).clip(0, 1).astype(np.float32))
+    if values.dtype.kind in "iu":
+        about = np.iinfo(values.dtype)
+        low, kind = (0, np.float64) if about.bits > 16 else (about.min, np.float32)
+        return torch.from_numpy(((values.astype(kind) - low) / (about.max - low)).clip(0, 1).astype(np.float32))
+    values = np.nan_to_num(values.astype(np.float32), posinf=1, neginf=0)
+    if values.min() < -1 or values.max() > 2:  # what overshoots a little is clipped
+        raise ValueError(f"floats from {values.min():g} to {values.max():g}, expected 0 to 1")
+    return torch.from_numpy(values.clip(0, 1))
 
 
-def _dicom(data: bytes) -> Tensor:
-    """Grey through its window, without one by the bits that are stored; colours by their type."""
+def arranged(values: np.ndarray, chans: int) -> Tensor:
+    """Stored values (H, W), (H, W, N) or (N, H, W) as (chans, H, W) from 0 to 1; chans 0: all channels that there are.
+
+    Grey is repeated for three channels, colours become grey by their luma.
+    Raises:
+        ValueError: it has another number of channels.
+    """
+    image = scaled(values)
+    if image.ndim == 2:
+        image = image[None]
+    elif image.shape[2] == chans or (image.shape[0] != chans and image.shape[2] < image.shape[0]):
+        image = image.permute(2, 0, 1)
+    if (len(image), chans) == (3, 1):
+        return TF.rgb_to_grayscale(image)
+    if chans and len(image) != chans and (len(image), chans) != (1, 3):
+        raise ValueError(f"{len(image)} channel{'s' * (len(image) > 1)}, expected --in_chans {chans}")
+    return image.expand(chans or -1, -1, -1).contiguous()
+
+
+def _dicom(file: io.BytesIO) -> np.ndarray:
+    """Grey from 0 to 1 through its window, without one by the bits that are stored; colours as they are stored."""
     import pydicom  # type: ignore[reportMissingImports]  # optional
 
-    file = pydicom.dcmread(io.BytesIO(data))
-    if file.get("SamplesPerPixel", 1) > 1:
-        return scaled(file.pixel_array)
-    values = file.pixel_array.astype(np.float32)
-    low, width = -(2 ** (file.BitsStored - 1)) * file.PixelRepresentation, 2**file.BitsStored - 1
-    if "WindowCenter" in file:
-        values = values * float(file.get("RescaleSlope", 1)) + float(file.get("RescaleIntercept", 0))
-        centre, width = (float(np.atleast_1d(file.get(name))[0]) for name in ("WindowCenter", "WindowWidth"))
+    about = pydicom.dcmread(file)
+    values = about.pixel_array
+    if about.get("SamplesPerPixel", 1) > 1:
+        return values
+    low, width = -(2 ** (about.BitsStored - 1)) * about.PixelRepresentation, 2**about.BitsStored - 1
+    if "WindowCenter" in about:
+        values = values * float(about.get("RescaleSlope", 1)) + float(about.get("RescaleIntercept", 0))
+        centre, width = (float(np.atleast_1d(about.get(name))[0]) for name in ("WindowCenter", "WindowWidth"))
         low = centre - width / 2
-    values = ((values - low) / width).clip(0, 1)
-    return torch.from_numpy(1 - values if file.PhotometricInterpretation == "MONOCHROME1" else values)
+    values = ((values.astype(np.float32) - low) / width).clip(0, 1)
+    return 1 - values if about.PhotometricInterpretation == "MONOCHROME1" else values
 
 
-def _deep(image: Image.Image) -> Tensor:
-    """Greyscale of Pillow, by the type that its file says."""
+def _values(image: Image.Image) -> np.ndarray:
+    """What an image of Pillow holds, deep greyscale in the type that its file says."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
-    if image.mode == "I":  # in 32 bits with a sign, whatever the file has
-        bits = tags.get(258, (16 if image.format in ("PPM", "PNG") else 32,))[0]
-        unsigned = tags.get(339, (1,))[0] == 1 if tags else bits == 16
-        values = values.astype(f"{'u' * unsigned}int{bits}")
-    return scaled(values)
+    if image.mode != "I":  # which is 32 bits with a sign, whatever the file has
+        return values
+    bits = tags.get(258, (16 if image.format in ("PPM", "PNG") else 32,))[0]
+    unsigned = tags.get(339, (1,))[0] == 1 if tags else bits == 16
+    return values.astype(f"{'u' * unsigned}int{bits}")
 
 
 def read(data: bytes, name: str, chans: int) -> Any:
-    """What a file holds, as `to_channels` takes it; raises what Pillow, NumPy, tifffile and pydicom raise."""
+    """A file as an 8-bit image of Pillow, else as `arranged`; raises what Pillow, NumPy, tifffile and pydicom raise."""
+    file, image = io.BytesIO(data), None
     if name.lower().endswith(ENDINGS):
-        return _dicom(data) if name.lower().endswith(".dcm") else scaled(np.load(io.BytesIO(data)))
-    image = None
+        return arranged(np.load(file) if name.lower().endswith(".npy") else _dicom(file), chans)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(file)
     except UnidentifiedImageError:
         if data[:2] not in (b"II", b"MM"):  # of TIFF
             raise
@@ -117,35 +136,21 @@ def read(data: bytes, name: str, chans: int) -> Any:
     if not image or (tags.get(277, 1) > 1 and (tags[258][0] > 8 or tags[277] != bands)):
         import tifffile  # type: ignore[reportMissingImports]  # optional: Pillow reads no such TIFF, or not all of it
 
-        return scaled(tifffile.imread(io.BytesIO(data)))
+        return arranged(tifffile.imread(io.BytesIO(data)), chans)
     if image.format == "TIFF" and bands == 1 and getattr(image, "n_frames", 1) > 1:  # its pages are channels
-        return torch.stack([_deep(page) for page in ImageSequence.Iterator(image)])
+        return arranged(np.stack([_values(page) for page in ImageSequence.Iterator(image)]), chans)
     if image.format == "PNG" and ";16" in str(image.tile):  # of colours Pillow would keep 8 bits
         mode = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}.get(chans, ImageReadMode.UNCHANGED)
-        return scaled(decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode).numpy())
+        return arranged(decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode).numpy(), chans)
     image.load()
     return image
 
 
 def to_channels(image: Any, chans: int) -> Any:
-    """An image of Pillow or `read` as (chans, H, W) from 0 to 1; three channels of 8 bits stay an RGB image of Pillow.
-
-    Grey is repeated for three channels. Colours become grey by their luma, as Pillow's; so do palettes and alpha.
-    Raises:
-        ValueError: it has another number of channels.
-    """
-    if isinstance(image, Image.Image) and image.mode[0] in "IF":
-        image = _deep(image)
-    if isinstance(image, Image.Image):
-        if chans == 3:
-            return image.convert("RGB")
-        image = scaled(np.asarray(image.convert("L") if chans == 1 else image))
-    if image.ndim == 2:
-        image = image[None]
-    elif image.shape[2] == chans or (image.shape[0] != chans and image.shape[2] < image.shape[0]):
-        image = image.permute(2, 0, 1)
-    if (len(image), chans) == (3, 1):
-        return TF.rgb_to_grayscale(image)
-    if len(image) != chans and (len(image), chans) != (1, 3):
-        raise ValueError(f"{len(image)} channel{'s' * (len(image) > 1)}, expected --in_chans {chans}")
-    return image.expand(chans, -1, -1).contiguous()
+    """What `read` gives, as `arranged`; three channels of 8 bits stay an RGB image of Pillow."""
+    if isinstance(image, Tensor):
+        return image
+    is_deep = image.mode[0] in "IF"
+    if chans == 3 and not is_deep:
+        return image.convert("RGB")
+    return arranged(_values(image.convert("L") if chans == 1 and not is_deep else image), chans)

@@ -64,7 +64,7 @@ def image_dataset(
         split: the factory's split, default train or validation; of wds/, see `TarImages`.
         lists: go by the files train.txt and val.txt of data_path where both exist.
         direct: data_path itself holds the class folders. skip: a folder that is not read, such as the run's output.
-        in_chans: of images of any depth, which may be .npy and .dcm, too.
+        in_chans: channels of the images, which may be of any depth, and .npy and .dcm files, too.
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """

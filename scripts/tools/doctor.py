@@ -37,6 +37,7 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from packaging.requirements import Requirement
+from torchvision.transforms.functional import get_image_size
 
 from common import datasets, distributed
 from common.dense_datasets.detection import DetectionImages, detection_images
@@ -315,7 +316,10 @@ def image_sets(args: argparse.Namespace, labelled: bool, count: int) -> dict[str
         path = args.data_path if train else getattr(args, "eval_data_path", None) or args.data_path
         split = getattr(args, "train_split" if train else "val_split", "")
         name, skip = getattr(args, "dataset", ""), getattr(args, "output_dir", "")
-        return datasets.image_dataset(path, train, labelled, name, split, skip=skip, **form)
+        chans = getattr(args, "in_chans", None)
+        images = datasets.image_dataset(path, train, labelled, name, split, skip=skip, in_chans=chans, **form)
+        images.in_chans = chans
+        return images
 
     for form in ({}, {"lists": True}, {"direct": True}):
         sets = {}
@@ -366,8 +370,10 @@ def check_images(report: Report, images: Any, name: str, how_many: str, size: in
 def size_of(images: Any, index: int) -> tuple[int, int] | str:
     """Width and height of an image, or why it cannot be read."""
     try:
-        return images[index][0].size
-    except Exception as error:  # Pillow raises many types for damaged files
+        image, chans = images[index][0], getattr(images, "in_chans", None)
+        width, height = get_image_size(datasets.to_channels(image, chans) if chans else image)
+        return width, height
+    except Exception as error:  # of many types
         return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -417,7 +423,7 @@ def check_layout(report: Report, args: argparse.Namespace, train: Any) -> None:
         report.warn_if(bool(nested), problem, f"--data_path {nested}")
     if not args.dataset:
         try:
-            val = len(datasets.image_dataset(args.data_path, train=False))
+            val = len(datasets.image_dataset(args.data_path, train=False, in_chans=args.in_chans))
             report.line("val", f"{val} images; pre-training does not use them")
         except distributed.UserError:
             report.line("val", f"none in {args.data_path}; fine-tuning and probes need them")

@@ -306,9 +306,9 @@ def shrink(args: argparse.Namespace, folder: Path) -> None:
 
 def count(image: Any) -> int:
     """Channels of an image of `read`."""
-    if isinstance(image, Image.Image):
-        return 3 if image.mode == "P" else len(image.getbands())
-    return min(image.shape[0], image.shape[2]) if image.ndim == 3 else 1
+    if isinstance(image, Tensor):
+        return len(image)
+    return 3 if image.mode == "P" else len(image.getbands())
 
 
 def sums(args: argparse.Namespace, path: str) -> np.ndarray | str:
