@@ -31,7 +31,7 @@ from scipy import stats
 
 from common import datasets, distributed
 from common.distributed import UserError
-from scripts.tools import measures, neighbours, probe, quickstart, recipe
+from scripts.tools import measures, neighbours, probe, recipe, runs
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.timm_folder import load_folder
 from scripts.tools.flags import Parser, arguments, run_quietly
@@ -215,7 +215,7 @@ def finetune(
         link(pictures, val, data / "val")
         flags = finetune_flags(start, data, out, seed, copies * len(rows), epochs)
         run_quietly(main, arguments(main, flags))
-        return quickstart.accuracy(out)
+        return runs.accuracy(out)
 
 
 def measure(args: argparse.Namespace, pictures: measures.Pictures, starts: list[Start], counts: list[str]) -> Results:

@@ -41,7 +41,7 @@ from torchvision.transforms.functional import to_tensor
 from common import distributed
 from common.distributed import Exit, UserError
 from common.distributed.checkpoint import ELSEWHERE
-from scripts.tools import report as runs
+from scripts.tools import runs
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.backbone import Backbone, dense_weights
 from scripts.tools.encoders.timm_form import TimmForm
@@ -298,14 +298,6 @@ def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if v not in ("", []) and k not in is_path}
 
 
-def epochs_done(state: dict[str, Any]) -> int | None:
-    """Finished epochs of a checkpoint, of which some authors' files hold the number and others the last one's index."""
-    meta = state.get("meta") if isinstance(state.get("meta"), dict) else {}
-    counted = "epoch" in meta or "state_dict" in state or "student" in state or "teacher" in state  # type: ignore
-    epoch = state.get("epoch", meta.get("epoch"))  # type: ignore[union-attr]
-    return None if not isinstance(epoch, int) else epoch if counted else epoch + 1
-
-
 def measured(checkpoint: str, done: int | None) -> list[str]:
     """What the log beside a checkpoint says of its epoch: "top-1 57.8" (percent), "loss in training 0.21"."""
     path = Path(checkpoint)
@@ -504,7 +496,7 @@ def main(args: argparse.Namespace) -> None:
         form = encoders.timm_form(args.method, backbone)
         labels = class_names(args.classes, backbone.args, form.num_classes)
         state = distributed.load(args.checkpoint)
-        done = epochs_done(state)
+        done = runs.epochs_done(state)
         name = args.push or out.absolute().name
         origin = {"done": done, "results": measured(args.checkpoint, done), "source": source}
         with appearing(out) as path:

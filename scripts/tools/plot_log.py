@@ -4,9 +4,6 @@ Losses of runs that evaluate a classifier are cross entropies; the methods' own 
 """
 
 import argparse
-import contextlib
-import json
-import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,11 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common import distributed
-from common.distributed.metrics import progress_name
 from scripts.tools.curves import Band
 from scripts.tools.flags import Parser
+from scripts.tools.runs import Run, read_log
 
-Run = dict[int, dict[str, float]]  # values by epoch and name
 SHARES = ("mlm_acc", "class_acc")  # accuracies that logs hold as shares; all others are percents
 LINES = ("-", "--", ":", "-.")  # one per value of a panel; colours distinguish runs
 
@@ -33,49 +29,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_log(path: str) -> Run:
-    """The finite numbers of a log.txt by epoch; torn lines are skipped, and of an epoch's lines the last one counts.
-
-    Raises:
-        UserError: the file cannot be read or has no line of a run.
-    """
-    file = Path(path)
-    if file.is_dir():
-        named = sorted(file.glob("*.log.txt"))  # SemAIM's are named after model and experiment
-        file = named[0] if len(named) == 1 and not (file / "log.txt").exists() else file / "log.txt"
-    try:
-        lines = file.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise distributed.UserError(f"{file}: cannot be read ({error.strerror})") from error
-    run: Run = {}
-    for line in lines:
-        try:
-            values = json.loads(line)
-            run[int(values["epoch"])] = {
-                k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # torn, or no object with an epoch
-    if not run:
-        raise distributed.UserError(f"{file}: has no line with an epoch, expected the log.txt of a run")
-    return dict(sorted(run.items()))
-
-
 def run_names(paths: list[str]) -> list[str]:
     """The folders' names; the paths as given if those do not differ."""
     files = [Path(path).resolve() for path in paths]
     names = [(file if file.is_dir() else file.parent).name for file in files]
     return names if len(set(names)) == len(names) else paths
-
-
-def read_progress(path: str) -> list[dict[str, float]]:
-    """The lines of the progress.jsonl beside a log.txt; none if it is missing, and torn lines are skipped."""
-    file, lines = Path(path).with_name(progress_name(Path(path).name)), []
-    for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            line = json.loads(text)
-            lines.append({"at": line["epoch"] + line["step"] / line["steps"], **line})
-    return lines
 
 
 def plot_progress(lines: list[dict[str, float]]) -> Figure:

@@ -33,8 +33,7 @@ from scripts.tools import recipe
 from scripts.tools.encoders.load import METHODS
 from scripts.tools.flags import Parser
 from scripts.tools.machine import cores
-from scripts.tools.plot_log import read_log
-from scripts.tools.report import METRICS
+from scripts.tools.runs import accuracy
 
 MOST = 2000  # images that are used
 LABELS = 10  # labelled images per class in the task with few labels
@@ -361,12 +360,6 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"Done in {time.perf_counter() - begun:.0f} s: pictures/, features/ and checkpoints in {out.relative_to(ROOT)}"
     )
-
-
-def accuracy(folder: Path) -> float:
-    """Last epoch's top-1 accuracy, percent."""
-    last = list(read_log(str(folder)).values())[-1]
-    return next(last[name] for name in METRICS if name in last)
 
 
 def report(out: Path, images: Images, digits: bool) -> None:

@@ -20,8 +20,7 @@ from common.distributed.metrics import hardware
 from scripts.tools import curves, quickstart
 from scripts.tools.encoders.load import METHODS
 from scripts.tools.flags import Parser
-from scripts.tools.plot_log import read_log
-from scripts.tools.report import read_starts
+from scripts.tools.runs import read_log, read_starts
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -25,27 +25,11 @@ from common.distributed import UserError
 from scripts.tools.curves import Band, band_of
 from scripts.tools.flags import Parser
 from scripts.tools.machine import duration
-from scripts.tools.plot_log import Run, plot, plot_progress, read_log, read_progress
+from scripts.tools.plot_log import plot, plot_progress
+from scripts.tools.runs import CHECKPOINTS, LOGS, METRICS, Run, read_log, read_progress, read_starts
 
 ROOT = Path(__file__).resolve().parents[2]
-LOGS = ("log.txt", "*.log.txt")
 KNOWN = (*LOGS, "run.json", "knn.json", "knn.log")  # files by which a stage's folder is known
-CHECKPOINTS = (
-    "checkpoint.pth",
-    "checkpoint_linear.pth",
-    "checkpoint_attentive.pth",
-    "latest.pth",
-    "checkpoint.pth.tar",
-    "*.temp.pth",
-    "*.linear.pth",
-)
-METRICS = {  # by their names in logs; those of one stage share its cells
-    **dict.fromkeys(("test_acc1", "val_head0_top1"), "top-1"),
-    "val_mIoU": "mIoU",
-    "test_box_AP": "box AP",
-    "test_mask_AP": "mask AP",
-    "test_J_and_F": "J&F",
-}
 PUBLISHED = {"mask AP": "mask"}  # metrics whose number in rows.json is not under the stage's name
 HEAD = ("run", "stage", "method", "model", "metric", "published", "measured", "difference", "loss", "epochs")
 HEAD += ("images per update", "hardware", "time", "checkpoint (SHA-256)")
@@ -163,15 +147,6 @@ def _begun(folder: Path) -> str:
         return str(starts[0].get("started", ""))
     oldest = min(path.stat().st_mtime for pattern in KNOWN for path in folder.glob(pattern))
     return f"{datetime.fromtimestamp(oldest).astimezone():%Y-%m-%dT%H:%M:%S}"
-
-
-def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts in a folder's run.json; none if it is missing or damaged."""
-    try:
-        starts = json.loads((folder / "run.json").read_text("utf-8"))["starts"]
-        return [start for start in starts if isinstance(start.get("seconds"), int | float)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
 
 
 def read_flags(folder: Path, starts: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:

@@ -28,8 +28,7 @@ from common.distributed.metrics import finite
 from scripts.tools import curves, measures, recipe
 from scripts.tools.encoders import load as encoders
 from scripts.tools.flags import Parser, arguments, run_quietly
-from scripts.tools.plot_log import Run, read_log
-from scripts.tools.report import LOGS, read_starts
+from scripts.tools.runs import LOGS, Run, read_log, read_starts
 
 LATEST = ("checkpoint.pth", "latest.pth", "*.temp.pth")  # a pre-training's newest checkpoint, as the methods name it
 FROM_0 = ("saim", "cae")  # whose files hold the number of the last epoch, counted from 0; the others' count from 1

@@ -28,7 +28,7 @@ from common import distributed
 from saim import main_linprobe as saim_linprobe
 from saim import models_saim
 from saim import models_vit as saim_vit
-from scripts.tools import export
+from scripts.tools import export, runs
 from scripts.tools.encoders import load as encoders
 from semaim import models_semaim
 from semaim import models_vit as semaim_vit
@@ -271,7 +271,7 @@ def test_card__has_results_but_no_flags_of_the_machine(tmp_path):
     ],
 )
 def test_finished_epochs(state, done):
-    assert export.epochs_done(state) == done
+    assert runs.epochs_done(state) == done
 
 
 class Hub:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common import distributed
 from scripts.tools import plot_log
+from scripts.tools.runs import read_log, read_progress
 
 
 @pytest.fixture
@@ -34,19 +35,19 @@ def test_read_log__skips_nulls_and_torn_lines(tmp_path):
     ]
     (tmp_path / "log.txt").write_text("\n".join(lines))
     expected = {0: {"train_loss": 2.0, "epoch": 0}, 1: {"train_loss": 1.0, "epoch": 1}}
-    assert plot_log.read_log(str(tmp_path)) == plot_log.read_log(str(tmp_path / "log.txt")) == expected
+    assert read_log(str(tmp_path)) == read_log(str(tmp_path / "log.txt")) == expected
 
 
 def test_read_log__finds_a_log_of_another_name_if_there_is_one(tmp_path):
     (tmp_path / "aim_nano.exp.log.txt").write_text('{"train_loss": 2.0, "epoch": 0}\n')
-    assert plot_log.read_log(str(tmp_path)) == {0: {"train_loss": 2.0, "epoch": 0}}
+    assert read_log(str(tmp_path)) == {0: {"train_loss": 2.0, "epoch": 0}}
     (tmp_path / "aim_nano.exp2.log.txt").write_text("")
     with pytest.raises(distributed.UserError, match=r"/log.txt: cannot be read"):
-        plot_log.read_log(str(tmp_path))
+        read_log(str(tmp_path))
 
 
 def test_plot__panels_and_legends(runs):
-    read = {name: plot_log.read_log(path) for name, path in sorted(runs.items())}
+    read = {name: read_log(path) for name, path in sorted(runs.items())}
     own, loss, accuracy, rate = plot_log.plot(read).axes
     assert (own.get_ylabel(), loss.get_ylabel()) == ("method's own loss", "cross entropy")
     assert [line.get_label() for line in own.lines] == ["pretrain"]
@@ -107,8 +108,8 @@ def test_plot_progress__a_point_per_line(tmp_path):
         for e, s in ((0, 1), (0, 2), (1, 1))
     ]
     (tmp_path / "x.progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
-    read = plot_log.read_progress(str(tmp_path / "x.log.txt"))
+    read = read_progress(str(tmp_path / "x.log.txt"))
     axes = plot_log.plot_progress(read).axes
     assert [ax.get_ylabel() for ax in axes] == ["loss", "images/s", "wait for\nimages (s)", "memory (GB)"]
     np.testing.assert_array_equal(axes[3].lines[0].get_xydata(), [[0.5, 2], [1, 2], [1.5, 2]])
-    assert plot_log.read_progress(str(tmp_path / "log.txt")) == []
+    assert read_progress(str(tmp_path / "log.txt")) == []
