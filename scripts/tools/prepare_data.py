@@ -66,19 +66,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     parsers["imagenette"].add_argument(
         "--size", default="full", choices=["full", "320px", "160px"], help="which of its archives to download"
     )
+    stats = names.add_parser("stats", allow_abbrev=False, help="mean and deviation of each channel, for --in_chans")
+    stats.add_argument("out", metavar="DIR", type=os.path.realpath, help="folder with images, as --data_path")
+    for name, source in (("subset", "train/ and val/"), ("split", "<class>/<image>"), ("shrink", "images")):
+        text = f"folder with {source}"
+        parsers[name].add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help=text)
+    for q in (parsers["subset"], parsers["split"], parsers["shrink"], stats):
+        text = "seed of the choice, 0 if not given; a larger choice contains a smaller one"
+        q.add_argument("--seed", default=0, type=int, help=text)
     q = parsers["subset"]
-    q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with train/ and val/")
     number = q.add_mutually_exclusive_group(required=True)
     number.add_argument("--per_class", type=int, metavar="N", help="training images of each class")
     number.add_argument("--percent", type=float, metavar="P", help="share of each class, at least one image")
     q.add_argument("--val_per_class", type=int, metavar="N", help="validation images of each class; default: all")
-    q.add_argument("--seed", default=0, type=int, help="seed of the choice; a larger subset contains a smaller one")
-    q = parsers["split"]
-    q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with <class>/<image>")
-    q.add_argument(
-        "--val", default=0.1, type=float, metavar="SHARE", help="share of each class for val/, 0.1 if not given"
-    )
-    q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
+    text = "share of each class for val/, 0.1 if not given"
+    parsers["split"].add_argument("--val", default=0.1, type=float, metavar="SHARE", help=text)
     for name, number, side in (("shapes", 200, 128), ("fields", 600, 32)):
         q = parsers[name]
         text = f"pictures, a fifth of them for validation, {number} if not given"
@@ -87,15 +89,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         q.add_argument("--size", default=side, type=int, metavar="PIXELS", help=text)
         q.add_argument("--seed", default=0, type=int, help="the same seed draws the same pictures")
     q = parsers["shrink"]
-    q.add_argument("--source", type=os.path.realpath, required=True, metavar="DIR", help="folder with images")
     q.add_argument("--side", type=int, required=True, metavar="S", help="longest that the shorter side becomes, pixels")
     q.add_argument("--most", type=int, metavar="N", help="images, of every folder in turn; default: all")
-    q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
-    q = names.add_parser("stats", allow_abbrev=False, help="mean and deviation of each channel, for --in_chans")
-    q.add_argument("out", metavar="DIR", type=os.path.realpath, help="folder with images, as --data_path of training")
-    q.add_argument("--in_chans", type=int, metavar="N", help="channels; default: those of the first image")
-    q.add_argument("--most", default=10_000, type=int, metavar="N", help="images that are read, 10,000 if not given")
-    q.add_argument("--seed", default=0, type=int, help="seed of the choice, 0 if not given")
+    stats.add_argument("--in_chans", type=int, metavar="N", help="channels; default: those of the first image")
+    text = "images that are read, 10,000 if not given"
+    stats.add_argument("--most", default=10_000, type=int, metavar="N", help=text)
     return p
 
 
