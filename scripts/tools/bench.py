@@ -22,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,15 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
-from common.distributed.metrics import resident_bytes
+from common.distributed.metrics import peak_memory, resident_bytes
 from scripts.tools import bench_data, bench_dense
-from scripts.tools.doctor import NETWORK
-from scripts.tools.flags import Parser
-from scripts.tools.machine import amount, memory_available
+from scripts.tools.flags import METHODS, NETWORK, Parser, network_of
+from scripts.tools.machine import memory_available
+from scripts.tools.texts import amount
 
 # The authors' formulation as keyword arguments of build_model(args, ...): what a method's speed-up is measured against.
 REFERENCE: dict[str, dict[str, Any]] = {"saim": {"attn_impl": "mask"}, "semaim": {"attn_impl": "authors"}}
@@ -53,7 +55,6 @@ RECIPE = {
     "a2mim": "--batch_size 8 --mask_layer 3 --mask_init 1e-6 --loss focal_l1 --fft_weight 0.5 --fft_unmask_weight 1e-3",
     "udi": "--batch_size 4 --local_crops_number 10 --norm_last_layer false",
 }
-METHODS = sorted(p.parent.name for p in Path(__file__).resolve().parents[2].glob("*/main_pretrain.py"))
 PHASES = ("data", "forward", "backward", "optimizer")
 # Images per step of a network in the table of all: on a CPU such that a step takes seconds, and on a GPU.
 BATCHES = {
@@ -184,6 +185,53 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
+class Training:
+    """A method's network in training: the steps of its pre-training, without their checks and logs.
+
+    Args:
+        main: the method's main_pretrain. context: of `batch_loss`. overrides: keywords of `build_model`.
+    Raises:
+        UserError: the device has too little memory.
+    """
+
+    def __init__(
+        self,
+        main: Any,
+        flags: argparse.Namespace,
+        device: torch.device,
+        context: dict,
+        precision: str,
+        **overrides: Any,
+    ):
+        self.flags, self.device = flags, device
+        self.loss_of = partial(importlib.import_module(main.__name__.replace("main", "engine")).batch_loss, **context)
+        self.model = main.build_model(flags, **overrides).to(device)
+        if flags.use_checkpoint:
+            distributed.recompute_blocks(self.model)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        least = 16 * self.parameters  # weights, gradients and two moments in float32
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_available()[0]
+        if least - 4 * self.parameters > 0.9 * free:
+            raise distributed.UserError(f"needs more than {amount(least)} of memory")
+        self.net = distributed.wrap(self.model, device, flags.compile)
+        optimizer = main.build_optimizer(flags, self.model, 1e-4)
+        self.updater = distributed.Updater(optimizer, device, precision, clip_grad=flags.clip_grad or None)
+
+    def step(self, number: int, batch: Any, on_phase: Callable[[], None] = lambda: None) -> Tensor:
+        """One update; calls on_phase before it, between its three phases and after it. Returns the loss."""
+        distributed.seed_step(0, number)
+        on_phase()
+        with self.updater.forward(self.net, number):
+            loss = self.loss_of(self.net, batch)
+        on_phase()
+        loss.backward()
+        on_phase()
+        self.updater.optimizer.step()
+        self.updater.optimizer.zero_grad()
+        on_phase()
+        return loss.detach()
+
+
 def measure(
     variant: Variant,
     args: argparse.Namespace,
@@ -201,21 +249,11 @@ def measure(
         UserError: the device has too little memory.
     """
     main = importlib.import_module(f"{method}.main_pretrain")
-    engine = importlib.import_module(f"{method}.engine_pretrain")
     device = loader.device
     before = reset_peak(device)
     torch.manual_seed(args.seed)
-    model = main.build_model(args, **variant.overrides).to(device)
-    if args.use_checkpoint:
-        distributed.recompute_blocks(model)
-    variant.parameters = sum(p.numel() for p in model.parameters())
-    least = 16 * variant.parameters  # weights, gradients and two moments in float32
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_available()[0]
-    if least - 4 * variant.parameters > 0.9 * free:
-        raise distributed.UserError(f"needs more than {amount(least)} of memory")
-    net = distributed.wrap(model, device, args.compile)
-    optimizer = main.build_optimizer(args, model, 1e-4)
-    updater = distributed.Updater(optimizer, device, variant.precision, clip_grad=args.clip_grad)
+    training = Training(main, args, device, context, variant.precision, **variant.overrides)
+    variant.parameters = training.parameters
     batches = itertools.chain.from_iterable(map(loader.batches, itertools.count()))  # of one epoch after the other
     counter, begun = flop_counter(), sync(device)
     for step in range(steps + 1):
@@ -223,39 +261,24 @@ def measure(
             break
         times = [sync(device)]
         batch = next(batches)
-        times.append(sync(device))
         with contextlib.nullcontext() if step or variant.flops else counter:
-            with updater.forward(net, step):
-                loss = engine.batch_loss(net, batch, **context)
-            times.append(sync(device))
-            loss.backward()
-        times.append(sync(device))
-        updater.optimizer.step()
-        updater.optimizer.zero_grad()
-        times.append(sync(device))
+            training.step(step, batch, lambda times=times: times.append(sync(device)))
         if step:  # the first one warms up
             for phase, start, end in zip(PHASES, times, times[1:], strict=False):
                 variant.seconds[phase].append(end - start)
         else:
             begun = sync(device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes(peak=True)
-    variant.memory = max(variant.memory, peak - before)
+    variant.memory = max(variant.memory, peak_memory(device) - before)
     variant.flops = variant.flops or counter.get_total_flops() / args.batch_size
 
 
 def profile(args: argparse.Namespace, method: str, loader: datasets.Loader, context: dict, precision: str) -> str:
     """Table of the operators of one default step, most expensive first."""
     main = importlib.import_module(f"{method}.main_pretrain")
-    engine = importlib.import_module(f"{method}.engine_pretrain")
-    model = main.build_model(args).to(loader.device)
-    optimizer = main.build_optimizer(args, model, 1e-4)
-    updater = distributed.Updater(optimizer, loader.device, precision)
-    batch = next(loader.batches())
+    training, batch = Training(main, args, loader.device, context, precision), next(loader.batches())
     for step in range(2):
         with torch.profiler.profile() if step else torch.autograd.profiler.record_function("warm-up") as profiler:
-            with updater.forward(model, step):
-                loss = engine.batch_loss(model, batch, **context)
-            updater.backward(loss, step)
+            training.step(step, batch)
     key = f"self_{loader.device.type}_time_total"
     return profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)  # type: ignore[union-attr]
 
@@ -326,8 +349,7 @@ def variants_of(method: str, precision: str, same_precision: bool) -> list[Varia
 
 def describe(flags: argparse.Namespace) -> tuple[str, int]:
     """Name of the network and side of its images."""
-    network = next(v for k, v in vars(flags).items() if k in NETWORK)
-    return network, getattr(flags, "input_size", 0) or flags.global_size
+    return network_of(vars(flags)), getattr(flags, "input_size", 0) or flags.global_size
 
 
 def name_of(device: torch.device) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from common.distributed import UserError
 from scripts.tools import doctor, measured_run, shapes
+from scripts.tools.flags import network_of
 from scripts.tools.measured_run import Launch
 
 SIDE, IMAGES = 128, 32  # pixels of an image, and how many are drawn
@@ -58,11 +59,10 @@ def row(case: str, folder: Path, seconds: float, device: str) -> dict[str, str]:
     speed = measured_run.speed_of(run, 1)
     if speed is None:
         raise UserError((run.output.strip().splitlines() or [f"ended with status {run.status}"])[-1])
-    name = next(getattr(plan.args, flag) for flag in doctor.NETWORK if hasattr(plan.args, flag))
     parameters = re.search(r"([\d,]+) (?:trained )?parameters", run.output)
     memory = run.lines[-1]["memory"] if on_gpu else run.host
     return {
-        "network": f"{stage}, {name}",
+        "network": f"{stage}, {network_of(vars(plan.args))}",
         "px": f"{SIDE}",
         "batch": f"{run.images}",
         "param. M": f"{int(parameters[1].replace(',', '')) / 1e6:.1f}" if parameters else "",

@@ -34,7 +34,8 @@ from common.distributed import UserError
 from scripts.tools import measures, neighbours, probe, recipe, runs
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.timm_folder import load_folder
-from scripts.tools.flags import Parser, arguments, run_quietly
+from scripts.tools.flags import METHODS, Parser, arguments, run_quietly, writing
+from scripts.tools.texts import table
 
 SCRATCH = "from scratch"
 MEASURES = ("k-NN", "linear probe", "fine-tuned")
@@ -48,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p = Parser("Compare encoders", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("data_path", metavar="DATA", help="folder of images, best with train/<class>/ and val/<class>/")
     p.add_argument("files", nargs="+", metavar="FILE", help="checkpoint, folder of export.py, or NAME=FILE")
-    p.add_argument("--method", default="", choices=["", *encoders.METHODS], help="of files that do not say it")
+    p.add_argument("--method", default="", choices=["", *METHODS], help="of files that do not say it")
     p.add_argument("--pool", default="", choices=["", "token", "avg"], help="default: as the small recipes' k-NN")
     p.add_argument("--scratch", action="store_true", help="also the first FILE's network with random weights")
     p.add_argument("--labels_per_class", default="1,5,10,all", help="numbers of labelled images, separated by commas")
@@ -305,9 +306,7 @@ def draw_neighbours(pictures: measures.Pictures, start: Start, path: Path) -> No
     paths = [Path(path) for path, _ in pictures.base.samples]
     labels = [str(pictures.classes[label]) for label in pictures.labels] if pictures.classes else []
     titles = labels or [path.name for path in paths]
-    titles = [title if len(title) <= 20 else f"{title[:8]}...{title[-9:]}" for title in titles]
-    shown = np.column_stack([queries, rows]).tolist()
-    neighbours.draw(paths, titles, shown, cosines, pictures.base.in_chans).savefig(path)
+    neighbours.draw(paths, titles, queries, rows, cosines, pictures.base.in_chans).savefig(path)
 
 
 # ---- what is written
@@ -367,22 +366,20 @@ def markdown(record: dict[str, Any]) -> str:
         counts = record["labels_per_class"]
         heads = [f"{count} ({images} images)" for count, images in counts.items()]
         lines += ["", f"Percent correct, mean ± deviation over {record['seeds']} seeds, by labels per class:", ""]
-        lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-        for measure_, by_count in record["accuracy"].items():
-            for name in record["starts"]:
-                cells = [spread_text(by_count[count][name]) for count in counts]
-                lines.append(f"| {measure_}: {name} | {' | '.join(cells)} |")
-        lines += [
-            "",
-            f"Each seed has {record['validation_images']} validation images of its own. {power(record['seeds'])}",
-            "",
+        rows = [
+            [f"{measured}: {name}", *(spread_text(by_count[count][name]) for count in counts)]
+            for measured, by_count in record["accuracy"].items()
+            for name in record["starts"]
         ]
-        lines += ["![accuracy over labels per class](compare.png)"]
+        own = f"Each seed has {record['validation_images']} validation images of its own. {power(record['seeds'])}"
+        lines += [table(["", *heads], rows), "", own, "", "![accuracy over labels per class](compare.png)"]
     heads = ["", "network", "neighbour agreement (%)", "RankMe", "variance"]
-    lines += ["", "Without labels:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, about in record["starts"].items():
-        cells = [about["network"], *(f"{about[key]:.3g}" for key in ("agreement", "rankme", "variance"))]
-        lines.append(f"| [{name}]({about['neighbours']}) | {' | '.join(cells)} |")
+    numbers = ("agreement", "rankme", "variance")
+    rows = [
+        [f"[{name}]({about['neighbours']})", about["network"], *(f"{about[key]:.3g}" for key in numbers)]
+        for name, about in record["starts"].items()
+    ]
+    lines += ["", "Without labels:", "", table(heads, rows)]
     lines += ["", f"Features of {record['width']} numbers. The links lead to pictures of nearest neighbours.", ""]
     return "\n".join([*lines, "```", record["command"], "```", ""])
 
@@ -425,7 +422,7 @@ def main(args: argparse.Namespace) -> None:
         "starts": {},
     }
     # ---- files
-    try:
+    with writing(f"--output_dir {out}"):
         out.mkdir(parents=True, exist_ok=True)
         for i, start in enumerate(starts):
             sheet = f"neighbours-{i + 1}.png"
@@ -439,8 +436,6 @@ def main(args: argparse.Namespace) -> None:
         record["seconds"] = round(time.perf_counter() - begun, 1)
         (out / "compare.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         (out / "compare.md").write_text(markdown(record), "utf-8")
-    except OSError as error:
-        raise UserError(f"--output_dir {out}: cannot be written ({error.strerror or error})") from error
     distributed.log(f"wrote {out}/compare.md, compare.json and pictures in {record['seconds']:.0f} s")
     print(record["conclusion"])
 

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from common import distributed
 from common.distributed import UserError
 from scripts.tools import flags, sources
+from scripts.tools.flags import METHODS, network_of
 from scripts.tools.sources import NO_DEFAULT, NO_KEYWORD, Expression, Flag, Source, equal, shown
 
 TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parents[1]
-METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 SAME, MAPPED, PURPOSE, UNEXPECTED = "same", "mapped", "on purpose", "unexpected"
 SKIPPED, UNJUDGED = "not compared", "not judged"
 STATUSES = (SAME, MAPPED, PURPOSE, UNEXPECTED, SKIPPED, UNJUDGED)
@@ -532,7 +532,7 @@ def compare_checkpoint(record: Dict, path: str, given: str) -> list[Row]:
     state = distributed.load(path)
     kind, weights = recognise_checkpoint(record.get("checkpoints", []), state, path)
     args = network_flags(kind, state, weights, given)
-    network = ", ".join(filter(None, (kind["build"][0], network_name(args))))
+    network = ", ".join(filter(None, (kind["build"][0], network_of(vars(args)))))
     rows = [row("format", SAME, f"{kind['kind']}, {len(weights)} tensors", network)]
     model = our_network(kind, args, weights, path)
     part = model.get_submodule(kind.get("part", ""))
@@ -558,10 +558,6 @@ def compare_checkpoint(record: Dict, path: str, given: str) -> list[Row]:
     return rows + ([encoder_row(kind["encoder"], args, path)] if "encoder" in kind else [])
 
 
-def network_name(args: argparse.Namespace) -> str:
-    return next((str(getattr(args, name)) for name in ("model", "arch", "backbone") if getattr(args, name, "")), "")
-
-
 def encoder_row(encoder: Dict, args: argparse.Namespace, path: str) -> Row:
     """What fine-tuning loads of a pre-training checkpoint, by loading it."""
     wanted = function(encoder["flags"], "get_args_parser")().parse_args([])
@@ -569,7 +565,7 @@ def encoder_row(encoder: Dict, args: argparse.Namespace, path: str) -> Row:
     for name, flag in {**own, **encoder.get("set", {})}.items():
         setattr(wanted, name, getattr(args, flag))
     vars(wanted).update(encoder.get("fixed", {}))
-    models, name = encoder.get("models", {}), network_name(args)
+    models, name = encoder.get("models", {}), network_of(vars(args))
     if models and name not in models:
         return Row("checkpoint", path, "encoder", SKIPPED, name, "", f"no fine-tuning network goes with --model {name}")
     vars(wanted).update({"model": models[name]} if models else {})
@@ -583,7 +579,7 @@ def encoder_row(encoder: Dict, args: argparse.Namespace, path: str) -> Row:
     except (Exception, SystemExit) as error:
         return Row("checkpoint", path, "encoder", UNEXPECTED, str(error).partition("\n")[0], taker)
     said = next((line for line in reversed(out.getvalue().splitlines()) if ": " in line), "")
-    return Row("checkpoint", path, "encoder", SAME, said.split(": ", 1)[-1], f"{taker}, {network_name(wanted)}")
+    return Row("checkpoint", path, "encoder", SAME, said.split(": ", 1)[-1], f"{taker}, {network_of(vars(wanted))}")
 
 
 # ---- output

@@ -44,12 +44,12 @@ from common.dense_datasets.detection import DetectionImages, detection_images
 from common.dense_datasets.segmentation import SegmentationImages, class_names, segmentation_images
 from common.distributed.process import LAUNCHERS
 from scripts.tools import flags
-from scripts.tools.machine import amount, cores, duration, memory_available
+from scripts.tools.machine import cores, memory_available
 from scripts.tools.measured_run import Launch, Measurement, Plan, accumulated, batch_size, measure, speed_of
+from scripts.tools.texts import amount, duration
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchvision", "timm", "numpy")  # whose versions are shown; all requirements are compared
-NETWORK = ("model", "arch", "backbone")  # flags that name it
 SAVES = ("save_freq", "saveckp_freq", "save_ckpt_freq", "save_every")  # epochs between the numbered checkpoints
 NAMED_STAGES = ("segmentation", "detection")  # that a row's script runs only when they are named
 SMALLER = "halve --batch_size and double --accum_iter, which keeps the images per update"
@@ -75,8 +75,7 @@ ENDS = {  # by what a run's output and status say at its end: what that means, a
 def get_args_parser() -> argparse.ArgumentParser:
     p = flags.Parser("doctor")
     p.usage = "%(prog)s METHOD [--stage STAGE] [flags of METHOD/main_STAGE.py]"
-    methods = sorted(path.parent.name for path in ROOT.glob("*/main_pretrain.py"))
-    p.add_argument("method", choices=methods, help="folder of the method whose run is checked")
+    p.add_argument("method", choices=flags.METHODS, help="folder of the method whose run is checked")
     p.add_argument("--stage", default="pretrain", help="which program runs: main_<stage>.py of the method's folder")
     p.add_argument("--processes", type=int, help="processes of the planned run on all nodes; by default this launch's")
     p.add_argument("--check_images", default="200", help="how many images are read one by one: a number, or all")
@@ -145,7 +144,7 @@ def parsed(script: Path, words: list[str]) -> tuple[argparse.Namespace, dict[str
 
 def network(args: argparse.Namespace) -> str:
     """Name of the network; A2MIM's with its method."""
-    name = next((str(getattr(args, flag)) for flag in NETWORK if hasattr(args, flag)), "")
+    name = flags.network_of(vars(args))
     return f"{args.method} {name}" if hasattr(args, "method") else name
 
 

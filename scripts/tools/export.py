@@ -13,7 +13,6 @@ hub, of whose account `hf auth login` keeps the token; --dry_run only lists what
 import argparse
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -42,6 +41,7 @@ from common import distributed
 from common.distributed import Exit, UserError
 from common.distributed.checkpoint import ELSEWHERE
 from scripts.tools import runs
+from scripts.tools.diff_upstream import read_record
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.backbone import Backbone, dense_weights
 from scripts.tools.encoders.timm_form import TimmForm
@@ -49,46 +49,19 @@ from scripts.tools.flags import Parser
 
 TOLERANCE = 1e-5  # of features and logits, times the largest of them where that is above 1
 # Flags of the machine and its files, here and in the authors' programs, which a card does not repeat.
-MACHINE = ELSEWHERE | {
-    "config_file",
-    "force",
-    "rank",
-    "gpu",
-    "distributed",
-    "dist_on_itp",
-    "dist_backend",
-    "print_freq",
-}
+MACHINE = {*ELSEWHERE, "config_file", "force", "rank", "gpu", "distributed"}
+MACHINE |= {"dist_on_itp", "dist_backend", "print_freq"}
 WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
 
-# Paper, the authors' repository and its licence.
-SOURCES = {
-    "saim": (
-        "Exploring Stochastic Autoregressive Image Modeling for Visual Representation (AAAI 2023)",
-        "https://github.com/qiy20/SAIM",
-        "MIT",
-    ),
-    "semaim": (
-        "Semantic-Aware Autoregressive Image Modeling for Visual Representation Learning (AAAI 2024)",
-        "https://github.com/skyoux/SemAIM",
-        "MIT",
-    ),
-    "cae": (
-        "Context Autoencoder for Self-Supervised Representation Learning (arXiv 2202.03026)",
-        "https://github.com/Atten4Vis/CAE",
-        "none given",
-    ),
-    "a2mim": (
-        "Architecture-Agnostic Masked Image Modeling - From ViT back to CNN (ICML 2023)",
-        "https://github.com/Westlake-AI/A2MIM",
-        "Apache-2.0",
-    ),
-    "udi": (
-        "Unsqueeze [CLS] bottleneck to Learn Rich Representations (ECCV 2024)",
-        "https://github.com/ISL-CV/udi",
-        "Apache-2.0",
-    ),
+PAPERS = {
+    "saim": "Exploring Stochastic Autoregressive Image Modeling for Visual Representation (AAAI 2023)",
+    "semaim": "Semantic-Aware Autoregressive Image Modeling for Visual Representation Learning (AAAI 2024)",
+    "cae": "Context Autoencoder for Self-Supervised Representation Learning (arXiv 2202.03026)",
+    "a2mim": "Architecture-Agnostic Masked Image Modeling - From ViT back to CNN (ICML 2023)",
+    "udi": "Unsqueeze [CLS] bottleneck to Learn Rich Representations (ECCV 2024)",
 }
+# What a safetensors file keeps of an encoder beside its weights.
+STORED = ("input_size", "patch_size", "in_chans", "pool", "mean", "std", "crop_pct", "interpolation")
 POOLS = {"token": "the class token of the last block", "avg": "the mean over the last block's positions"}
 
 
@@ -169,14 +142,6 @@ def appearing(out: Path) -> Iterator[Path]:
         for path in (part, old, *made):
             with contextlib.suppress(OSError):  # what is not there, and of the folders made those that are not empty
                 path.unlink() if path.is_file() else path.rmdir() if path in made else shutil.rmtree(path)
-
-
-def sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def class_names(path: str, flags: dict[str, Any], classes: int) -> list[str]:
@@ -265,18 +230,7 @@ def check_timm(folder: Path, backbone: Backbone) -> None:
 def check_safetensors(path: Path, method: str, backbone: Backbone) -> None:
     """Compare the file's network, read anew, with the checkpoint's; raises Disagreement if any bit differs."""
     again = encoders.load_backbone(method, str(path))
-    for name in (
-        "model_name",
-        "input_size",
-        "patch_size",
-        "embed_dim",
-        "pool",
-        "in_chans",
-        "mean",
-        "std",
-        "crop_pct",
-        "interpolation",
-    ):
+    for name in ("model_name", "embed_dim", *STORED):
         own, found = getattr(backbone, name), getattr(again, name)
         if own != found:
             raise Disagreement(f"{name} of the written file is {found}, expected {own}")
@@ -303,7 +257,7 @@ def measured(checkpoint: str, done: int | None) -> list[str]:
     path = Path(checkpoint)
     found: list[str] = []
     with contextlib.suppress(UserError):  # not a run's folder
-        for file in [file for pattern in runs.LOGS for file in sorted(path.parent.glob(pattern))][: path.is_file()]:
+        for file in runs.logs_in(path.parent)[: path.is_file()]:
             log = runs.read_log(str(file))
             last = max((e for e in log if done is None or e < done + (min(log) == 1)), default=None)
             values = {} if last is None else log[last]
@@ -316,7 +270,7 @@ def details(
     method: str, backbone: Backbone, form: TimmForm, done: int | None, results: list[str], source: dict[str, str]
 ) -> dict[str, Any]:
     """The model card's facts, by their titles."""
-    paper, repository, licence = SOURCES[method]
+    authors = read_record(method)["repositories"][0]
     flags = plain_flags(backbone.args)
     count = sum(value.numel() for value in form.weights.values())
     data, planned = backbone.args.get("data_path"), flags.pop("epochs", None)
@@ -324,7 +278,7 @@ def details(
     images = flags.get("dataset") or (Path(data).name if isinstance(data, str) else "")
     unfinished = isinstance(planned, int) and done is not None and done < planned
     about = {
-        "Method": f"{method}: {paper}; authors' code: {repository}",
+        "Method": f"{method}: {PAPERS[method]}; authors' code: {authors['url']}",
         "Task": "image classification" if form.num_classes else "features of images",
         "Architecture": f"{backbone.model_name}; in timm {form.architecture}, of the sizes in config.json",
         "Weights": f"{count:,}",
@@ -337,7 +291,8 @@ def details(
         "Epochs": f"{done} of {planned}" if unfinished else done or planned or "the checkpoint does not tell",
         "Measured in that training": ", ".join(results) or "nothing is known",
         "Checkpoint": f"{source['file']}, sha256 `{source['sha256']}`",
-        "Licence": f"of these weights: that of whoever trained them, and of the images; authors' repository: {licence}",
+        "Licence": "of these weights: that of whoever trained them, and of the images; authors' repository: "
+        + authors["licence"],
     }
     if form.notes:
         about["Not as in the checkpoint"] = form.notes
@@ -397,7 +352,7 @@ def write_timm(
     where = f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
     beside = "" if "/" in name else "  # beside the folder"
     facts = details(method, backbone, form, **origin)
-    facts["File"] = f"model.safetensors, sha256 `{sha256(str(folder / 'model.safetensors'))}`"
+    facts["File"] = f"model.safetensors, sha256 `{runs.sha256(folder / 'model.safetensors')}`"
     card = {
         "tags": [task, "timm", method],
         "license": "other",
@@ -411,8 +366,7 @@ def write_timm(
 
 def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[str, str]) -> None:
     """Write the method's own weights, with what `load_backbone` needs to know as JSON in the file's metadata."""
-    names = ("input_size", "patch_size", "in_chans", "pool", "mean", "std", "crop_pct", "interpolation")
-    known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in names}
+    known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in STORED}
     weights = {k: v.detach().clone().contiguous() for k, v in backbone.weights().items()}
     # One entry: several stand in random order, and equal exports are to be equal files.
     save_file(weights, path, {"args": json.dumps(backbone.args | known | {WRITTEN: source}, default=str)})
@@ -485,7 +439,7 @@ def main(args: argparse.Namespace) -> None:
     check_target(out, args.format, args.overwrite)
     # ---- network
     backbone = encoders.from_flags(args)
-    source = {"file": Path(args.checkpoint).name, "sha256": sha256(distributed.local_file(args.checkpoint))}
+    source = {"file": Path(args.checkpoint).name, "sha256": runs.sha256(distributed.local_file(args.checkpoint))}
     # ---- files
     if args.format == "safetensors":
         with appearing(out) as path:

@@ -27,7 +27,7 @@ from common import datasets, distributed
 from common.datasets.files import split_folder
 from common.distributed import UserError, log
 from scripts.tools.encoders import load as encoders
-from scripts.tools.flags import Parser
+from scripts.tools.flags import Parser, writing
 
 CHUNK = 2**14  # rows that are copied at once
 
@@ -82,21 +82,12 @@ def part(path: Path, ending: str) -> Path:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what a full or forbidden disk causes into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror or error})") from error
-
-
-@contextlib.contextmanager
 def shared_rows(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[np.ndarray]:
     """An array in a temporary file beside `path`, that all processes write to; it is gone afterwards. Collective."""
     temporary = part(path, ".tmp.npy")
 
     def create() -> None:
-        with writing(path):
+        with writing(f"--out {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):  # claim the space: a full disk must not end a process by SIGBUS
@@ -133,7 +124,7 @@ def write(path: Path, rows: np.ndarray, targets: np.ndarray, about: dict[str, An
     numbers, labels = (np.ascontiguousarray(column) for column in targets.T)  # safetensors writes others wrongly
     read_names = [names[i] if names else str(i) for i in numbers]
     temporary = part(path, ".new.npy")
-    with writing(path):
+    with writing(f"--out {path}"):
         try:
             compact(rows, numbers, temporary)
             if path.suffix == ".safetensors":

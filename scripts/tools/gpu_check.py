@@ -24,8 +24,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,12 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import distributed
 from common.distributed.metrics import peak_memory
 from scripts.tools import bench
-from scripts.tools.flags import Parser
+from scripts.tools.flags import METHODS, Parser, writing
 from scripts.tools.machine import cores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,33 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "--compile": {},
     "--attn_impl flex": {"attn_impl": "flex"},
 }
-
-
-@dataclass
-class Run:
-    """A network in training on one batch."""
-
-    args: argparse.Namespace
-    device: torch.device
-    model: nn.Module
-    net: nn.Module
-    updater: distributed.Updater
-    batch: Any
-    loss_of: Callable[[nn.Module, Any], Tensor]
-
-    def step(self, number: int, on_phase: Callable[[], None] = lambda: None) -> Tensor:
-        """One update; calls on_phase before it, between its three phases and after it. Returns the loss."""
-        distributed.seed_step(0, number)
-        on_phase()
-        with self.updater.forward(self.net, number):
-            loss = self.loss_of(self.net, self.batch)
-        on_phase()
-        loss.backward()
-        on_phase()
-        self.updater.optimizer.step()
-        self.updater.optimizer.zero_grad()
-        on_phase()
-        return loss.detach()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -125,11 +96,12 @@ def flags_of(args: argparse.Namespace, preset: str) -> tuple[Any, argparse.Names
     return main, main.get_args_parser().parse_args(words)
 
 
-def prepare(args: argparse.Namespace, preset: str, precision: str = "auto", compiled: bool = False, **overrides) -> Run:
+def prepare(
+    args: argparse.Namespace, preset: str, precision: str = "auto", compiled: bool = False, **overrides: Any
+) -> tuple[bench.Training, Any]:
     """A network with its optimizer, and a batch of synthetic images on the device."""
     main, flags = flags_of(args, preset)
-    device = distributed.init(flags.device)
-    engine = importlib.import_module(main.__name__.replace("main", "engine"))
+    device, flags.compile = distributed.init(flags.device), compiled
     with tempfile.TemporaryDirectory() as folder:
         flags.data_path = bench.synthetic_images(Path(folder), flags.batch_size)
         flags.num_workers = 0
@@ -137,11 +109,7 @@ def prepare(args: argparse.Namespace, preset: str, precision: str = "auto", comp
         loader, context = main.build_data(flags, device)
         batch = next(loader.batches())
     torch.manual_seed(0)
-    model = main.build_model(flags, **overrides).to(device).train()
-    net = distributed.wrap(model, device, compiled)
-    optimizer = main.build_optimizer(flags, model, 1e-4)
-    updater = distributed.Updater(optimizer, device, precision, clip_grad=flags.clip_grad or None)
-    return Run(flags, device, model, net, updater, batch, partial(engine.batch_loss, **context))
+    return bench.Training(main, flags, device, context, precision, **overrides), batch
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,13 +146,13 @@ def speed(args: argparse.Namespace, preset: str, variant: str) -> dict[str, Any]
     method = presets(args)[preset][0]
     overrides = bench.REFERENCE[method] if variant.startswith("authors") else VARIANTS[variant]
     bench.reset_peak(distributed.init(args.device))
-    run = prepare(args, preset, "auto", variant == "--compile", **overrides)
+    run, batch = prepare(args, preset, "auto", variant == "--compile", **overrides)
     counter = bench.flop_counter()
     with counter if variant == "default" else contextlib.nullcontext():
-        run.step(0)
+        run.step(0, batch)
     warm, steps = (1, 3) if args.tiny else (20, 20)
     for number in range(warm):
-        run.step(number)
+        run.step(number, batch)
     marks: list[Any] = []
     if run.device.type == "cuda":
 
@@ -203,11 +171,11 @@ def speed(args: argparse.Namespace, preset: str, variant: str) -> dict[str, Any]
             return b - a
 
     for number in range(steps):
-        run.step(number, mark)
+        run.step(number, batch, mark)
     bench.sync(run.device)
     parts = [[seconds(*marks[4 * n + k : 4 * n + k + 2]) for n in range(steps)] for k in range(3)]
     whole = [seconds(marks[4 * n], marks[4 * n + 3]) for n in range(steps)]
-    step, images = statistics.median(whole), run.args.batch_size
+    step, images = statistics.median(whole), run.flags.batch_size
     found: dict[str, Any] = {"batch": images, "images/s": round(images / step, 1), "ms": round(1e3 * step, 2)}
     found |= {"min ms": round(1e3 * min(whole), 2), "max ms": round(1e3 * max(whole), 2)}
     names = ("forward ms", "backward ms", "optimizer ms")
@@ -224,7 +192,7 @@ def speed(args: argparse.Namespace, preset: str, variant: str) -> dict[str, Any]
 def files(args: argparse.Namespace, preset: str) -> dict[str, Any]:
     """Images per second when they come from JPEG files, by all cores, and the share of time that a step waits."""
     main, flags = flags_of(args, preset)
-    run = prepare(args, preset)
+    run, _ = prepare(args, preset)
     steps = 3 if args.tiny else 30
     with tempfile.TemporaryDirectory() as folder:
         flags.data_path = bench.synthetic_images(Path(folder), (steps + 10 * (not args.tiny)) * flags.batch_size)
@@ -235,8 +203,7 @@ def files(args: argparse.Namespace, preset: str) -> dict[str, Any]:
             if number == first:
                 begun, waited = bench.sync(run.device), 0.0
             waited += time.perf_counter() - asked
-            run.batch = batch
-            run.step(number)
+            run.step(number, batch)
             if run.device.type == "cuda" and number % 4 == 3:  # not further ahead of the device than a run
                 torch.cuda.synchronize(run.device)
             asked = time.perf_counter()
@@ -250,8 +217,8 @@ def agreement(args: argparse.Namespace, preset: str) -> dict[str, Any]:
     """Losses of 20 steps in bf16 and in fp32 from the same weights, images and draws: within 2 %."""
     losses = {}
     for precision in ("fp32", "bf16"):
-        run = prepare(args, preset, precision)
-        losses[precision] = torch.stack([run.step(n) for n in range(3 if args.tiny else 20)]).double().cpu()
+        run, batch = prepare(args, preset, precision)
+        losses[precision] = torch.stack([run.step(n, batch) for n in range(3 if args.tiny else 20)]).double().cpu()
         del run
     worst = float(((losses["bf16"] - losses["fp32"]) / losses["fp32"]).abs().max())
     if not worst < 0.02:
@@ -261,16 +228,16 @@ def agreement(args: argparse.Namespace, preset: str) -> dict[str, Any]:
 
 def guard(args: argparse.Namespace, preset: str) -> dict[str, Any]:
     """A loss that is not a number changes no weight, on the device, and the next report ends the run."""
-    run = prepare(args, preset)
+    run, batch = prepare(args, preset)
     run.updater.start_epoch()
-    log = distributed.EpochLog("", 4, run.args.batch_size, run.device, print_freq=2)
+    log = distributed.EpochLog("", 4, run.flags.batch_size, run.device, print_freq=2)
     before: dict[str, Tensor] = {}
     try:
         for step, _ in log.steps([None] * 4):
             if step == 1:
                 before = copy.deepcopy(run.model.state_dict())
             with run.updater.forward(run.net, step):
-                loss = run.loss_of(run.net, run.batch) * (math.nan if step else 1)
+                loss = run.loss_of(run.net, batch) * (math.nan if step else 1)
             log.update(step, loss=loss, norm=run.updater.backward(loss, step))
     except distributed.NonFinite as error:
         names = [name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])]
@@ -376,7 +343,7 @@ def items(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
         *((150, ["speed", name, "--compile"]) for name in networks if not args.tiny),
         *((90, ["files", name]) for name in networks),
         *((120, ["resume", name]) for name in NANO),
-        *((3600, ["recipe", name]) for name in bench.METHODS if args.data_path),
+        *((3600, ["recipe", name]) for name in METHODS if args.data_path),
     ]
 
 
@@ -416,11 +383,9 @@ def main(args: argparse.Namespace) -> None:
     deadline = time.perf_counter() + 60 * args.minutes
     lines: list[dict[str, Any]] = []
     path = Path(args.out, "gpu_check.jsonl")
-    try:
+    with writing(f"--out {args.out}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    except OSError as error:
-        raise distributed.UserError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     for limit, words in items(args):
         if args.only and words[0] != args.only:
             continue

@@ -15,6 +15,7 @@ from common import distributed
 from common.distributed import UserError
 from scripts.tools.flags import Parser
 from scripts.tools.report import ROOT, read_stage
+from scripts.tools.texts import table
 
 # Stages by row: whose seconds are summed, and where each column's accuracy is found.
 ROWS = {
@@ -76,12 +77,12 @@ def measured() -> str:
     places = [("random weights", "k-NN"), ("pre-trained", "k-NN"), ("random weights", "linear")]
     places += [("pre-trained", "linear"), ("supervised", "accuracy"), ("pre-trained, fine-tuned", "accuracy")]
     head = ["k-NN, random", "k-NN, pre-trained", "linear, random", "linear, pre-trained"]
-    lines = [f"| | {' | '.join([*head, 'supervised', 'fine-tuned', 'minutes'])} |", "|---" * 8 + "|"]
+    lines = []
     for name, rows in results.items():
         cells = [f"{rows[row][column]:.1f}" if column in rows.get(row, {}) else "–" for row, column in places]
         minutes = sum(values["cpu_seconds"] for values in rows.values()) / 60
-        lines.append(f"| {' | '.join([name, *cells, f'{minutes:.0f}'])} |")
-    return "\n".join(lines)
+        lines.append([name, *cells, f"{minutes:.0f}"])
+    return table(["", *head, "supervised", "fine-tuned", "minutes"], lines)
 
 
 def main(args: argparse.Namespace) -> None:

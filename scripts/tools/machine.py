@@ -1,21 +1,8 @@
-"""What this machine has, what processes use of it, and both in words."""
+"""What this machine has, and what processes use of it."""
 
 import contextlib
 import os
 from pathlib import Path
-
-
-def amount(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def memory_available() -> tuple[float, float]:

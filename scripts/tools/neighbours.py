@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from common import datasets, distributed
 from common.distributed import UserError
 from scripts.tools import extract_features
-from scripts.tools.flags import Parser
+from scripts.tools.flags import Parser, writing
 
 SIDE = 160  # pixels of a picture in the grid
 
@@ -66,14 +66,20 @@ def read_picture(path: Path, in_chans: int | None) -> Any:
 
 
 def draw(
-    paths: list[Path], titles: list[str], rows: list[list[int]], cosines: np.ndarray, in_chans: int | None = None
+    paths: list[Path],
+    titles: list[str],
+    queries: list[int],
+    found: np.ndarray,
+    cosines: np.ndarray,
+    in_chans: int | None = None,
 ) -> Figure:
     """A row of pictures per query: itself, then its neighbours with their cosines.
 
     Args:
-        paths, titles: of all images. rows: the query and its neighbours, by their numbers.
+        paths, titles: of all images. queries: q images by their numbers. found, cosines: (q, neighbours), `nearest`.
         in_chans: of images of any depth; None: 8-bit RGB.
     """
+    rows = np.column_stack([queries, found]).tolist()
     columns = len(rows[0])
     fig = Figure(figsize=(1.5 * columns, 1.75 * len(rows) + 0.3), layout="constrained", dpi=130)
     axes = fig.subplots(len(rows), columns, squeeze=False)
@@ -86,8 +92,9 @@ def draw(
             ax.imshow(image)
             ax.set_xticks([])
             ax.set_yticks([])
+            title = titles[index] if len(titles[index]) <= 20 else f"{titles[index][:8]}...{titles[index][-9:]}"
             similar = f"\ncosine {cosines[i, j - 1]:.3f}" if j else ""
-            ax.set_xlabel(titles[index] + similar, fontsize=7)
+            ax.set_xlabel(title + similar, fontsize=7)
             for spine in ax.spines.values():
                 spine.set_visible(j == 0)
                 spine.set_linewidth(2)
@@ -109,19 +116,10 @@ def main(args: argparse.Namespace) -> None:
     rows, cosines = nearest(features, queries, min(args.neighbours, len(features) - 1))
     classes = about.get("classes") or []
     titles = [classes[c] if 0 <= c < len(classes) else Path(n).name for c, n in zip(labels, names, strict=True)]
-    titles = [title if len(title) <= 20 else f"{title[:8]}...{title[-9:]}" for title in titles]
-    figure = draw(
-        [root / name for name in names],
-        titles,
-        np.column_stack([queries, rows]).tolist(),
-        cosines,
-        about.get("in_chans"),
-    )
-    try:
+    figure = draw([root / name for name in names], titles, queries, rows, cosines, about.get("in_chans"))
+    with writing(f"--out {args.out}", ValueError):  # of an unknown format
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.out)
-    except (OSError, ValueError) as error:  # ValueError: an unknown format
-        raise UserError(f"--out {args.out}: cannot be written ({error})") from error
     print(f"wrote {args.out}: {len(queries)} images and their {rows.shape[1]} nearest of {len(features)}")
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from common import distributed
 from scripts.tools.curves import Band
-from scripts.tools.flags import Parser
+from scripts.tools.flags import Parser, writing
 from scripts.tools.runs import Run, read_log
 
 SHARES = ("mlm_acc", "class_acc")  # accuracies that logs hold as shares; all others are percents
@@ -123,11 +123,9 @@ def plot(runs: dict[str, Run], band: Band | None = None) -> Figure:
 def main(args: argparse.Namespace) -> None:
     runs = dict(zip(run_names(args.logs), map(read_log, args.logs), strict=True))
     figure = plot(runs)
-    try:
+    with writing(f"--out {args.out}", ValueError):  # of an unknown format
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.out)
-    except (OSError, ValueError) as error:  # ValueError: an unknown format
-        raise distributed.UserError(f"--out {args.out}: cannot be written ({error})") from error
     print(f"wrote {args.out}")
 
 

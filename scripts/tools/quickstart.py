@@ -30,8 +30,7 @@ from PIL import Image
 from common import datasets, distributed
 from common.distributed import UserError
 from scripts.tools import recipe
-from scripts.tools.encoders.load import METHODS
-from scripts.tools.flags import Parser
+from scripts.tools.flags import METHODS, Parser
 from scripts.tools.machine import cores
 from scripts.tools.runs import accuracy
 
@@ -286,8 +285,8 @@ class Plan:
             Step(command(script, self.method, self.encoder, *pool, "--split", split, "--out", name, *common), name)
             for split, name in names.items()
         ]
-        picture = out / "pictures" / "neighbours.png"
-        steps.append(Step(command("scripts/tools/neighbours.py", names["train"], "--out", picture), picture))
+        sheet = out / "pictures" / "neighbours.png"
+        steps.append(Step(command("scripts/tools/neighbours.py", names["train"], "--out", sheet), sheet))
         if images.classes:
             words = ["--features", *names.values(), "--few", images.few, "--out", out / "probe.json"]
             steps.append(Step(command("scripts/tools/probe.py", *words), out / "probe.json"))
@@ -296,35 +295,25 @@ class Plan:
     def pixels(self) -> Step:
         """What classifiers of the raw pixels get."""
         words = ["--pixels", min(16, self.images.side), "--data_path", self.images.data, "--few", self.images.few]
-        return Step(
-            command("scripts/tools/probe.py", *words, "--out", self.out / "pixels.json"), self.out / "pixels.json"
-        )
+        out = self.out / "pixels.json"
+        return Step(command("scripts/tools/probe.py", *words, "--out", out), out)
 
     def pictures(self) -> list[Step]:
         """What the method's own programs draw of the pre-trained encoder."""
         images = datasets.image_dataset(str(self.images.data), train=not self.images.classes, labelled=False)
         paths = [path for path, _ in images.samples]
-        shown, method, out, settings = paths[:: max(1, len(paths) // 6)][:6], self.method, self.out, self.pretraining
-        files = ["--images", *shown, "--output_dir", out / "pictures"]
-        if method == "saim":
+        shown, out, settings = paths[:: max(1, len(paths) // 6)][:6], str(self.out / "pictures"), self.pretraining
+        program, *words = recipe.picture(self.method, str(self.encoder), shown, out)
+        further: list[str] = recipe.flags(settings, str(self.out)) if self.method == "a2mim" else []
+        if self.method == "udi":
+            further = ["--arch", settings["arch"], "--patch_size", settings["patch_size"]]
+        steps = [Step(command(f"{self.method}/{program}.py", *further, *words))]
+        if self.method == "saim":
             sizes_ = ["--input_size", settings["input_size"], "--patch_size", settings["patch_size"]]
             model = "vit_" + settings["model"].removeprefix("saim_") + "_patch16"
-            attention = ["--model", model, *sizes_, "--checkpoint", self.encoder, "--query", "mean"]
-            return [
-                Step(command("saim/visualize_prediction.py", "--checkpoint", self.encoder, *files)),
-                Step(command("saim/visualize_attention.py", *attention, "--names", "attention", *files)),
-            ]
-        if method == "semaim":
-            words = ["--semantic", self.encoder, "--images", *shown, "--output", out / "pictures" / "orders.png"]
-            return [Step(command("semaim/main_visualize.py", *words))]
-        if method == "cae":
-            return [Step(command("cae/main_visualize.py", "--checkpoint", self.encoder, *files))]
-        if method == "a2mim":
-            words = recipe.flags(settings, str(out))
-            return [Step(command("a2mim/main_visualize.py", *words, "--resume", self.encoder, *files))]
-        words = ["--arch", settings["arch"], "--patch_size", settings["patch_size"]]
-        words += ["--pretrained_weights", self.encoder, "--output_dir", out / "pictures"]
-        return [Step(command("udi/visualize_attention.py", *words, "--image_path", *shown))]
+            attention = ["--model", model, *sizes_, "--query", "mean", "--names", "attention", *words]
+            steps.append(Step(command("saim/visualize_attention.py", *attention)))
+        return steps
 
     def curves(self, *folders: str) -> Step:
         paths = [self.out / folder for folder in folders]

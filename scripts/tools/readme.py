@@ -19,8 +19,9 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
-from scripts.tools.diff_upstream import METHODS, ROOT, TOOLS, read_record, shared_differences
-from scripts.tools.flags import Parser
+from scripts.tools.diff_upstream import ROOT, TOOLS, read_record, shared_differences
+from scripts.tools.flags import METHODS, Parser
+from scripts.tools.texts import table
 
 REGION = re.compile(r"(<!-- (rows|differences|gpu) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 120
@@ -35,13 +36,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def paragraph(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, *rows)]
-    lines = ["".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in cells]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def differences(method: str) -> str:

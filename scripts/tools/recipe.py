@@ -47,6 +47,21 @@ def flags(settings: Settings, out: str) -> list[str]:
     return words
 
 
+def picture(method: str, encoder: str, images: list[str], out: str) -> list[str]:
+    """The method's program that draws what a pre-trained encoder predicts or attends to, and its flags.
+
+    The flags of A2MIM's and UDI's network are to be added.
+    """
+    files = ["--images", *images, "--output_dir", out]
+    return {
+        "saim": ["visualize_prediction", "--checkpoint", encoder, *files],
+        "semaim": ["main_visualize", "--semantic", encoder, "--images", *images, "--output", f"{out}/orders.png"],
+        "cae": ["main_visualize", "--checkpoint", encoder, *files],
+        "a2mim": ["main_visualize", "--resume", encoder, *files],
+        "udi": ["visualize_attention", "--pretrained_weights", encoder, "--output_dir", out, "--image_path", *images],
+    }[method]
+
+
 def stages(method: str, size: str, out: str) -> Iterator[list[str]]:
     """Words of imagenette.sh's functions: launch STAGE MAIN IMAGES_PER_UPDATE flags, neighbours STAGE SCRIPT flags."""
     recipe = load(method, size)

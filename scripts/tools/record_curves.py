@@ -18,8 +18,7 @@ import torch
 from common import distributed
 from common.distributed.metrics import hardware
 from scripts.tools import curves, quickstart
-from scripts.tools.encoders.load import METHODS
-from scripts.tools.flags import Parser
+from scripts.tools.flags import METHODS, Parser
 from scripts.tools.runs import read_log, read_starts
 
 

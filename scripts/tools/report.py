@@ -7,7 +7,6 @@ with such folders. Writes DIR/report.md, DIR/report.html (with everything inside
 import argparse
 import base64
 import contextlib
-import hashlib
 import html
 import json
 import re
@@ -23,10 +22,10 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
 from common import distributed
 from common.distributed import UserError
 from scripts.tools.curves import Band, band_of
-from scripts.tools.flags import Parser
-from scripts.tools.machine import duration
+from scripts.tools.flags import Parser, network_of, writing
 from scripts.tools.plot_log import plot, plot_progress
-from scripts.tools.runs import CHECKPOINTS, LOGS, METRICS, Run, read_log, read_progress, read_starts
+from scripts.tools.runs import CHECKPOINTS, LOGS, METRICS, Run, logs_in, read_log, read_progress, read_starts, sha256
+from scripts.tools.texts import duration, table
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = (*LOGS, "run.json", "knn.json", "knn.log")  # files by which a stage's folder is known
@@ -161,11 +160,7 @@ def read_flags(folder: Path, starts: list[dict[str, Any]]) -> tuple[dict[str, An
     except UserError as error:
         distributed.log(f"WARNING: {error}")
         return given, f"{path.name} is damaged"
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return flags if isinstance(flags, dict) else given, f"{path.name} {digest.hexdigest()[:12]}"
+    return flags if isinstance(flags, dict) else given, f"{path.name} {sha256(path)[:12]}"
 
 
 def read_neighbours(folder: Path) -> tuple[float, str]:
@@ -200,7 +195,7 @@ def read_stage(folder: Path) -> Stage:
         stage = Stage(folder.resolve().parents[1].name, "video", folder, trains=False)
     else:
         stage = Stage(row or folder.resolve().parent.name, folder.resolve().name, folder, starts=starts)
-    log = next((path for pattern in LOGS for path in sorted(folder.glob(pattern))), None)
+    log = next(iter(logs_in(folder)), None)
     if log is not None:
         stage.log, stage.progress = read_log(str(log)), read_progress(str(log))
     elif not starts:
@@ -214,7 +209,7 @@ def read_stage(folder: Path) -> Stage:
     flags, stage.checkpoint = read_flags(folder, starts)
     main = re.search(r"(\w+)[/.]main_(\w+)", str(starts[-1].get("command", ""))) if starts else None
     stage.method = main[1] if main else ""
-    stage.model = str(next((flags[name] for name in ("model", "arch", "backbone") if flags.get(name)), ""))
+    stage.model = network_of(flags)
     if main and not row and stage.name not in STAGES:  # a run of its own, wherever its folder is
         stage.run, stage.name = stage.name, main[2]
     stage.band = band_of(starts[-1].get("flags", {})) if starts else None
@@ -286,9 +281,7 @@ def title(i: int, stage: Stage) -> str:
 
 
 def markdown(stages: list[Stage], pictures: dict[int, list[str]]) -> str:
-    rows = [[cell.replace("|", r"\|") for cell in stage.cells()] for stage in stages]
-    lines = ["# Runs", "", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    lines = ["# Runs", "", table(HEAD, [stage.cells() for stage in stages])]
     for i, stage in enumerate(stages):
         lines += ["", f"## {title(i, stage)}"]
         lines += [line for warning in stage.warnings for line in ("", f"**Warning: {warning}**")]
@@ -361,13 +354,11 @@ def main(args: argparse.Namespace) -> None:
     if not stages:
         raise distributed.Exit("nothing to report")
     out = Path(args.out)
-    try:
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         pictures = draw(stages, out)
         (out / "report.md").write_text(markdown(stages, pictures), "utf-8")
         (out / "report.html").write_text(page(stages, pictures, out), "utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     unfinished = sum(not stage.is_finished for stage in stages)
     print(f"wrote {out}/report.md and report.html: {len(stages)} stages, {unfinished} of them unfinished")
 

@@ -1,6 +1,7 @@
 """What a run's folder holds: its log, progress, starts and checkpoints."""
 
 import contextlib
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -37,8 +38,8 @@ def read_log(path: str) -> Run:
     """
     file = Path(path)
     if file.is_dir():
-        named = sorted(file.glob("*.log.txt"))  # SemAIM's are named after model and experiment
-        file = named[0] if len(named) == 1 and not (file / "log.txt").exists() else file / "log.txt"
+        logs = logs_in(file)
+        file = logs[0] if len(logs) == 1 else file / "log.txt"
     try:
         lines = file.read_text(errors="replace").splitlines()
     except OSError as error:
@@ -55,6 +56,11 @@ def read_log(path: str) -> Run:
     if not run:
         raise distributed.UserError(f"{file}: has no line with an epoch, expected the log.txt of a run")
     return dict(sorted(run.items()))
+
+
+def logs_in(folder: Path) -> list[Path]:
+    """The logs in a run's folder; SemAIM's are named after model and experiment."""
+    return [path for pattern in LOGS for path in sorted(folder.glob(pattern))]
 
 
 def read_progress(path: str) -> list[dict[str, float]]:
@@ -74,6 +80,11 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
         return [start for start in starts if isinstance(start.get("seconds"), int | float)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def epochs_done(state: dict[str, Any]) -> int | None:

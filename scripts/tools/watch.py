@@ -27,11 +27,10 @@ from common.distributed import Stopped, UserError, log
 from common.distributed.metrics import finite
 from scripts.tools import curves, measures, recipe
 from scripts.tools.encoders import load as encoders
-from scripts.tools.flags import Parser, arguments, run_quietly
-from scripts.tools.runs import LOGS, Run, read_log, read_starts
+from scripts.tools.flags import Parser, arguments, run_quietly, writing
+from scripts.tools.runs import Run, epochs_done, logs_in, read_log, read_starts
 
 LATEST = ("checkpoint.pth", "latest.pth", "*.temp.pth")  # a pre-training's newest checkpoint, as the methods name it
-FROM_0 = ("saim", "cae")  # whose files hold the number of the last epoch, counted from 0; the others' count from 1
 COLLAPSED = {"rankme": 1.2, "variance": 1e-4}  # at most: features on a line, all images alike
 SHOWN = 4  # images of the method's picture
 
@@ -98,9 +97,8 @@ def read_whole(path: Path) -> tuple[dict[str, Any], list[int]]:
 
 def read_run(folder: Path) -> Run:
     """The epochs in a run's log; none before its first."""
-    path = next((path for pattern in LOGS for path in sorted(folder.glob(pattern))), None)
     with contextlib.suppress(UserError):
-        return read_log(str(path)) if path else {}
+        return read_log(str(next(iter(logs_in(folder)), folder)))
     return {}
 
 
@@ -172,14 +170,9 @@ class Watch:
             fresh = encoders.load_backbone(method, str(path), pool=pool, state=state, fresh=True)
             lines.append({"epochs": 0, "checkpoint": "", **self.measure(fresh)})
         backbone = encoders.load_backbone(method, str(path), pool=pool, state=state)
-        epochs = int(state.get("epoch", -1)) + (method in FROM_0)
-        line = {
-            "epochs": epochs,
-            "of": flags.get("epochs"),
-            "checkpoint": path.name,
-            "stamp": found,
-            **self.measure(backbone),
-        }
+        epochs = epochs_done(state) or 0
+        line = {"epochs": epochs, "of": flags.get("epochs"), "checkpoint": path.name, "stamp": found}
+        line |= self.measure(backbone)
         run = read_run(self.folder)
         losses = [values.get(curves.LOSS) for values in run.values()][:epochs]
         line |= {"loss": losses[-1]} if losses else {}
@@ -210,16 +203,9 @@ class Watch:
 
 def draw(method: str, path: str, flags: dict[str, Any], images: list[str], out: Path) -> None:
     """Call the method's program for pictures."""
-    files = ["--images", *images, "--output_dir", str(out)]
-    words = {
-        "saim": ["visualize_prediction", "--checkpoint", path, *files],
-        "semaim": ["main_visualize", "--semantic", path, "--images", *images, "--output", str(out / "orders.png")],
-        "cae": ["main_visualize", "--checkpoint", path, *files],
-        "a2mim": ["main_visualize", "--resume", path, *files],
-        "udi": ["visualize_attention", "--pretrained_weights", path, "--output_dir", str(out), "--image_path", *images],
-    }[method]
-    main = importlib.import_module(f"{method}.{words[0]}")
-    args = arguments(main, words[1:])
+    program, *words = recipe.picture(method, path, images, str(out))
+    main = importlib.import_module(f"{method}.{program}")
+    args = arguments(main, words)
     if method == "a2mim":  # takes the run's own flags
         kept = ("resume", "images", "output_dir", "num_images", "device")
         vars(args).update({k: v for k, v in flags.items() if k in vars(args) and k not in kept})
@@ -248,13 +234,11 @@ def write(watch: Watch, lines: list[dict[str, Any]]) -> None:
     """Append lines to watch.jsonl and TensorBoard; raises UserError if the folder cannot be written."""
     from torch.utils.tensorboard.writer import SummaryWriter  # takes a second to import
 
-    try:
+    with writing(str(watch.folder)):
         with open(watch.folder / "watch.jsonl", "a", encoding="utf-8") as file:
             for line in lines:
                 file.write(json.dumps(finite({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **line})) + "\n")
         writer = SummaryWriter(str(watch.folder / "watch"))
-    except OSError as error:
-        raise UserError(f"{error.filename or watch.folder}: cannot be written ({error.strerror})") from error
     for line in lines:
         for name in ("knn20", "agreement", "rankme", "variance"):
             if name in line:

@@ -232,9 +232,9 @@ def test_config_and_card(tmp_path, monkeypatch, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\ntags:\n- image-classification\n- timm\n- cae\n")
     assert "license: other" in card
-    assert export.sha256(path) in card
+    assert runs.sha256(path) in card
     assert "- **Trained on:** images\n- **Epochs:** 3\n" in card
-    assert export.sha256(str(tmp_path / "out" / "model.safetensors")) in card
+    assert runs.sha256(str(tmp_path / "out" / "model.safetensors")) in card
     assert str(tmp_path) not in card
     assert "/some" not in card
     Image.fromarray(np.zeros((50, 40, 3), np.uint8)).save(tmp_path / "photo.jpg")

@@ -36,7 +36,7 @@ def test_guard__ends_the_run_and_changes_no_weight():
 def test_agreement__of_bf16(monkeypatch):
     assert gpu_check.agreement(flags(), "a2mim resnet")["largest difference"] < 0.02
     steps = iter(torch.arange(1.0, 7.0))
-    monkeypatch.setattr(gpu_check.Run, "step", lambda *_: next(steps))
+    monkeypatch.setattr(gpu_check.bench.Training, "step", lambda *_: next(steps))
     with pytest.raises(UserError, match="bf16 and fp32 differ by 300.0% of the loss"):
         gpu_check.agreement(flags(), "a2mim resnet")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common import datasets, distributed
 from common.distributed import UserError
+from scripts.tools.flags import network_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Source:
         Raises:
             UserError: the name asked for is unknown, or random weights come without one.
         """
-        stored = next((self.args[flag] for flag in ("model", "arch", "backbone") if self.args.get(flag)), "")
+        stored = network_of(self.args)
         name = self.model or str(stored)
         name = aliases.get(name, name)
         if name in models:

@@ -16,8 +16,8 @@ from common.distributed import UserError
 from scripts.tools.encoders.backbone import Backbone, Source
 from scripts.tools.encoders.timm_folder import load_folder
 from scripts.tools.encoders.timm_form import TimmForm
+from scripts.tools.flags import METHODS
 
-METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
 # Flags that only one method's programs have, and what names of weights say where there are no flags.
 OWN_FLAGS = {"backbone": "a2mim", "arch": "udi", "class_tokens": "udi", "permutation_type": "semaim"}
 OWN_FLAGS |= {
