@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from common import distributed
 from common.distributed import UserError
 from scripts.tools import flags, sources
+from scripts.tools.encoders import load as encoders
 from scripts.tools.flags import METHODS, network_of
 from scripts.tools.sources import NO_DEFAULT, NO_KEYWORD, Expression, Flag, Source, equal, shown
 
@@ -70,46 +71,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 # ---- the recorded differences
 
-RECORD = {  # keys of each part of upstream/<method>.json: those that it must have, then others
-    "": "repositories differences : checkpoints values preface shared kept notes",
-    "repositories": "name url commit licence marks : files unparsable flags definitions configs like read unread",
-    "flags": " : here names more differs why",
-    "definitions": "here : differs read why",
-    "configs": "folders : absent differs",
-    "checkpoints": "kind marks flags build : weights without holds infer set fixed recipe prefix rename ignore part "
-    "names encoder",
-    "encoder": "flags build : loader models set fixed path",
-    "differences": "id topic upstream here : ",
-}
-
 
 def read_record(method: str) -> Dict:
-    """upstream/<method>.json, its repositories completed by those that they are like.
-
-    Raises:
-        UserError: it is missing or not of the form that upstream/README.md describes.
-    """
-    path = TOOLS / "upstream" / f"{method}.json"
-
-    def check(part: Any, kind: str, place: str) -> None:
-        required, optional = map(str.split, RECORD[kind].split(":"))
-        keys = part if isinstance(part, dict) else {}
-        wrong = [f"lacks {key}" for key in sorted(required) if key not in keys]
-        wrong += [f"has the unknown key {key}" for key in keys if key not in required + optional]
-        if keys is not part or wrong:
-            raise UserError(f"{path}: {place}{wrong[0] if keys is part else 'is no object'}")
-
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error})") from error
-    check(record, "", "")
-    for key in ("repositories", "checkpoints", "differences"):
-        for number, part in enumerate(record.get(key, [])):
-            check(part, key, f"{key}[{number}] ")
-            check(part.get("encoder", {"flags": "", "build": ""}), "encoder", f"{key}[{number}] encoder ")
+    """upstream/<method>.json, its repositories completed by those that they are like."""
+    record = json.loads((TOOLS / "upstream" / f"{method}.json").read_text("utf-8"))
     by_name: dict[str, Dict] = {}
     for repository in record["repositories"]:
         other = by_name.get(repository.get("like", ""), {})
@@ -117,14 +82,10 @@ def read_record(method: str) -> Dict:
         for key in ("files", "flags", "definitions", "configs"):
             repository[key] = {**other.get(key, {}), **repository.get(key, {})}
         for file, part in repository["flags"].items():
-            check(part, "flags", f"{file} ")
             if "more" in part:
                 part |= {**other["flags"][file], "names": other["flags"][file]["names"] + part["more"]}
-        for file, names in repository["definitions"].items():
+        for names in repository["definitions"].values():
             names |= {name: {"here": here} for name, here in names.items() if isinstance(here, str)}
-            for name, part in names.items():
-                check(part, "definitions", f"{file} {name} ")
-        check(repository["configs"] or {"folders": {}}, "configs", "configs ")
     return record
 
 
@@ -522,7 +483,7 @@ def our_network(kind: Dict, args: argparse.Namespace, weights: dict[str, Tensor]
     raise UserError(f"{path}: its flags make no network here: {why}; --flags overrides them")
 
 
-def compare_checkpoint(record: Dict, path: str, given: str) -> list[Row]:
+def compare_checkpoint(method: str, record: Dict, path: str, given: str) -> list[Row]:
     """What a checkpoint holds, and what our network and our loader take of it.
 
     Raises:
@@ -555,31 +516,21 @@ def compare_checkpoint(record: Dict, path: str, given: str) -> list[Row]:
         rows += [row(f"{len(keys)} {what}", UNEXPECTED, first, here)] if keys else []
     if whole and not unexpected and not shapes:
         rows.append(row("loads", SAME, "strictly", "a run continues from it with --resume"))
-    return rows + ([encoder_row(kind["encoder"], args, path)] if "encoder" in kind else [])
+    return rows + ([encoder_row(method, path)] if kind.get("encoder") else [])
 
 
-def encoder_row(encoder: Dict, args: argparse.Namespace, path: str) -> Row:
-    """What fine-tuning loads of a pre-training checkpoint, by loading it."""
-    wanted = function(encoder["flags"], "get_args_parser")().parse_args([])
-    own = {name: name for name in ("input_size", "patch_size") if hasattr(wanted, name) and hasattr(args, name)}
-    for name, flag in {**own, **encoder.get("set", {})}.items():
-        setattr(wanted, name, getattr(args, flag))
-    vars(wanted).update(encoder.get("fixed", {}))
-    models, name = encoder.get("models", {}), network_of(vars(args))
-    if models and name not in models:
-        return Row("checkpoint", path, "encoder", SKIPPED, name, "", f"no fine-tuning network goes with --model {name}")
-    vars(wanted).update({"model": models[name]} if models else {})
-    vars(wanted).update({encoder["path"]: path} if "path" in encoder else {})
-    taker = encoder.get("loader", encoder["build"][0])
+def encoder_row(method: str, path: str) -> Row:
+    """What fine-tuning, probes and tools take of a pre-training checkpoint, by loading it."""
+    row = functools.partial(Row, "checkpoint", path, "encoder")
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            model = build(encoder["build"], wanted)
-            if "loader" in encoder:
-                function(taker)(model, path)
-    except (Exception, SystemExit) as error:
-        return Row("checkpoint", path, "encoder", UNEXPECTED, str(error).partition("\n")[0], taker)
-    said = next((line for line in reversed(out.getvalue().splitlines()) if ": " in line), "")
-    return Row("checkpoint", path, "encoder", SAME, said.split(": ", 1)[-1], f"{taker}, {network_of(vars(wanted))}")
+            backbone = encoders.load_backbone(method, path)
+    except UserError as error:
+        return row(UNEXPECTED, str(error))
+    said = out.getvalue().strip().rpartition("\n")[2]
+    return row(
+        SAME, said.split(": ", 1)[-1], f"scripts/tools/encoders/{method}.py:load_backbone, {backbone.model_name}"
+    )
 
 
 # ---- output
@@ -651,7 +602,7 @@ def main(args: argparse.Namespace) -> None:
     edited = [name for name in git(root, "diff", "--name-only", "-z", "HEAD").split("\0") if name]
     repository, rows = compare_checkout(args.method, record, root, commit, edited)
     if args.checkpoint:
-        rows += compare_checkpoint(record, args.checkpoint, args.flags)
+        rows += compare_checkpoint(args.method, record, args.checkpoint, args.flags)
     elif args.flags:
         raise UserError(f"--flags {args.flags}: describe the network of a --checkpoint, which is not given")
     counts = Counter(row.status for row in rows)

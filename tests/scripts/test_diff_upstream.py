@@ -437,7 +437,7 @@ def written(
 
 
 def checkpoint_rows(method: str, path: str, flags: str = "") -> dict[str, diff.Row]:
-    return {row.name: row for row in diff.compare_checkpoint(diff.read_record(method), path, flags)}
+    return {row.name: row for row in diff.compare_checkpoint(method, diff.read_record(method), path, flags)}
 
 
 def test_checkpoint_of_pretraining(tmp_path):
@@ -449,7 +449,7 @@ def test_checkpoint_of_pretraining(tmp_path):
     assert rows["format"].here == "saim/main_pretrain.py:build_model, saim_nano"
     assert rows["loads"].upstream == "strictly"
     assert "missing: head" in rows["encoder"].upstream or "missing: " in rows["encoder"].upstream
-    assert rows["encoder"].here == "saim/models_vit.py:load_encoder, vit_nano_patch16"
+    assert rows["encoder"].here == "scripts/tools/encoders/saim.py:load_backbone, vit_nano_patch16"
 
 
 @pytest.mark.parametrize("pool", ["--global_pool", "--cls_token"])
