@@ -265,7 +265,6 @@ def main(args: argparse.Namespace) -> None:
 
     # The interval counts iterations of a run with --recon_iters_per_epoch; the epochs of this one may be longer.
     every = -(-args.save_recon_every * len(loader) // (args.recon_iters_per_epoch or len(loader)))
-
     channels = datasets.stored_channels(vars(args))
 
     def draw(iteration: int, out: dict[str, Any]) -> None:

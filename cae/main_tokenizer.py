@@ -177,12 +177,8 @@ def main(args: argparse.Namespace) -> None:
     )
     position = checkpoint.resume(distributed.find_checkpoint(args.output_dir, args.resume), args.start_epoch)
     stats: dict[str, float] = {}
-    for epoch, epoch_log in checkpoint.epochs(
-        loader,
-        position,
-        {name: name for name in ("loss", "error", "kl", "lr", "temperature", "code_error")},
-        ticks=1000,
-    ):
+    tags = {name: name for name in ("loss", "error", "kl", "lr", "temperature", "code_error")}
+    for epoch, epoch_log in checkpoint.epochs(loader, position, tags, ticks=1000):
         by_step = schedule, temperature, args.kl_weight
         with checkpoint.on_exit(epoch_log):
             stats = train_one_epoch(net, loader, updater, *by_step, usage, epoch_log, args.seed)

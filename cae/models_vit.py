@@ -291,9 +291,8 @@ def load_pretrained(
     state, own = encoder_weights(state), model.state_dict()
     rename_revision_a(state)
     if model.lin_probe and "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
-        state |= {
-            key: state.pop(f"fc_{key}") for key in ("norm.weight", "norm.bias")
-        }  # of a fine-tuned model that pools
+        # of a fine-tuned model that pools
+        state |= {key: state.pop(f"fc_{key}") for key in ("norm.weight", "norm.bias")}
     if "fc_norm.weight" in own and "norm.weight" in state:
         state |= {f"fc_{key}": state.pop(key) for key in ("norm.weight", "norm.bias")}
     elif not keep_norm and not model.lin_probe:
