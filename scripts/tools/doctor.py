@@ -14,12 +14,12 @@ import argparse
 import contextlib
 import datetime
 import functools
+import importlib
 import io
 import math
 import os
 import random
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -31,6 +31,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
@@ -118,28 +119,20 @@ class Refused(Exception):
     """The main itself refuses the run."""
 
 
-def parsed(script: Path, words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The flags as the main parses them, and the main's globals; raises Refused with its message."""
-    found: list[Any] = []
-
-    def take(_main: Any, args: Any) -> None:
-        found.append(args() if callable(args) else args)
-        distributed.check_ranges(found[0])
-
-    run, argv, errors = distributed.run, sys.argv, io.StringIO()
-    distributed.run, sys.argv = take, [str(script), *words]  # type: ignore[assignment]
+def parsed(method: str, stage: str, words: list[str]) -> tuple[argparse.Namespace, ModuleType]:
+    """The flags of a main as its command line reads them, and the main; raises Refused with its message."""
+    main, errors = importlib.import_module(f"{method}.main_{stage}"), io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            names = runpy.run_path(str(script), run_name="__main__")
-        return found[0], names
+            args = flags.arguments(main, words)
+        distributed.check_ranges(args)
+        return args, main
     except distributed.UserError as error:
-        raise Refused(f"{script.name}: {error}") from error
+        raise Refused(f"main_{stage}.py: {error}") from error
     except SystemExit as end:
         if not end.code:  # --help, --print_config
             raise
         raise Refused(errors.getvalue().strip().splitlines()[-1]) from end
-    finally:
-        distributed.run, sys.argv = run, argv
 
 
 def network(args: argparse.Namespace) -> str:
@@ -175,8 +168,8 @@ def paper_row(method: str, stage: str, args: argparse.Namespace) -> Row | None:
     main, rows = f"{method}/main_{stage}.py", []
     for script in (path for path in sorted((ROOT / "scripts").glob("*e.sh")) if f" {main} " in path.read_text()):
         commands = row_commands(script, *(name for name in NAMED_STAGES if name == stage))
-        found = (parsed(ROOT / main, words[2:])[0] for words in commands if words[1].endswith(main))
-        rows += [Row(script.name, flags) for flags in found]
+        found = (parsed(method, stage, words[2:])[0] for words in commands if words[1].endswith(main))
+        rows += [Row(script.name, theirs) for theirs in found]
 
     def likeness(row: Row) -> tuple[bool, int]:
         return network(row.args) == network(args), sum(getattr(args, k, None) == v for k, v in vars(row.args).items())
@@ -186,17 +179,16 @@ def paper_row(method: str, stage: str, args: argparse.Namespace) -> Row | None:
 
 def make_plan(own: argparse.Namespace, words: list[str]) -> Plan:
     """The plan of a command line; raises Refused where the main refuses it."""
-    script = ROOT / own.method / f"main_{own.stage}.py"
-    args, names = parsed(script, words)
+    args, main = parsed(own.method, own.stage, words)
     if not (hasattr(args, "epochs") or hasattr(args, "iters")):
         raise distributed.UserError(f"--stage {own.stage}: trains nothing")
-    if "default_folder" in names:
+    if hasattr(main, "default_folder"):
         with contextlib.redirect_stdout(io.StringIO()):
-            names["default_folder"](args, own.stage)
-    folder = names["output_dir"](args) if callable(names.get("output_dir")) else args.output_dir
-    if "results_folder" in names and not folder:  # UDI's evaluations write beside the weights unless told
-        folder = str(Path(args.finetune or args.pretrained_weights).parent / names["results_folder"](args))
-    return Plan(own, script, words, args, names["get_args_parser"](), folder)
+            main.default_folder(args, own.stage)
+    folder = main.output_dir(args) if hasattr(main, "output_dir") else args.output_dir
+    if hasattr(main, "results_folder") and not folder:  # UDI's evaluations write beside the weights unless told
+        folder = str(Path(args.finetune or args.pretrained_weights).parent / main.results_folder(args))
+    return Plan(own, ROOT / own.method / f"main_{own.stage}.py", words, args, main.get_args_parser(), folder)
 
 
 # ---- machine and launcher
@@ -390,7 +382,7 @@ def check_data(report: Report, plan: Plan, run: Measurement) -> None:
     if "train" not in sets:
         report.line("train", f"{run.said[0] or 'unknown'} images, not read one by one")
     elif pretrains:
-        check_layout(report, args, sets["train"])
+        check_layout(report, args, Path(getattr(sets["train"], "root", "")))
     check_batches(report, plan, run, run.said[0] or len(sets.get("train", ())))
     for problem in re.findall(r"\] (.*: unreadable image \(.*\)): skipped", run.output)[:3]:
         report.warn_if(True, problem, "delete or replace it")
@@ -412,17 +404,14 @@ def check_batches(report: Report, plan: Plan, run: Measurement, images: int) -> 
         report.warn_if(lost > 0.05, problem, f"a --batch_size that divides {images} better")
 
 
-def check_layout(report: Report, args: argparse.Namespace, train: Any) -> None:
-    """Images for pre-training need no classes; so folders may be taken for classes that are none."""
-    root = Path(getattr(train, "root", ""))
-    if getattr(train, "classes", None) and root.is_dir():
-        inside = sorted(path for name in ("train", "val") for path in root.glob(f"*/{name}") if path.is_dir())
-        nested = inside[0].parent if inside else ""
-        problem = f"{nested} is taken for a class, but holds train/ or val/"
-        report.warn_if(bool(nested), problem, f"--data_path {nested}")
+def check_layout(report: Report, args: argparse.Namespace, root: Path) -> None:
+    """Images for pre-training need no classes: all below the folder are read, another one's val/, too."""
+    if inside := sorted(path for name in ("train", "val") for path in root.glob(f"*/{name}") if path.is_dir()):
+        problem = f"{inside[0].parent} holds train/ or val/, and all images of both are read"
+        report.warn_if(True, problem, f"--data_path {inside[0].parent}")
     if not args.dataset:
         try:
-            val = len(datasets.image_dataset(args.data_path, train=False, in_chans=args.in_chans))
+            val = len(datasets.image_dataset(args.data_path, train=False))
             report.line("val", f"{val} images; pre-training does not use them")
         except distributed.UserError:
             report.line("val", f"none in {args.data_path}; fine-tuning and probes need them")

@@ -24,7 +24,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(program: ModuleType, words: list[str]) -> Any:
-    """A program's flags as its command line reads them; a method with a `config` reads configuration files, too."""
+    """A program's flags as its command line reads them; A2MIM's read configuration files and recipes, too."""
+    if hasattr(program, "parse_args"):
+        return program.parse_args(words)
     parser, config = program.get_args_parser(), getattr(program, "config", None)
     return config.parse_args(parser, words) if config else parser.parse_args(words)
 

@@ -248,15 +248,15 @@ def test_check_images__sampled_and_too_small(images, capsys):
     assert report.warnings == 1  # either damaged or enlarged
 
 
-def test_check_data__folders_that_are_no_classes(tmp_path, capsys):
+def test_check_data__a_folder_with_splits_among_the_images(tmp_path, capsys):
     for name in ("photos/train/a", "photos/val/a", "other"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
     args = argparse.Namespace(data_path=str(tmp_path), dataset="", batch_size=1)
-    doctor.check_layout(Report(), args, doctor.image_sets(args, False, 0)["train"])
+    doctor.check_layout(Report(), args, Path(doctor.image_sets(args, False, 0)["train"].root))
     nested = tmp_path / "photos"
     out = capsys.readouterr().out
-    assert f"WARNING: {nested} is taken for a class, but holds train/ or val/ -> --data_path {nested}" in out
+    assert f"WARNING: {nested} holds train/ or val/, and all images of both are read -> --data_path {nested}" in out
     assert "fine-tuning and probes need them" in out
 
 

@@ -54,7 +54,8 @@ def recorded(
 
 def test_changed__keeps_the_users_folders_and_brings_updates_soon(tmp_path):
     def changed(made: Plan, accum: int) -> argparse.Namespace:
-        return doctor.parsed(made.script, [*made.words, *measured_run.changed(made, accum, tmp_path)])[0]
+        words = [*made.words, *measured_run.changed(made, accum, tmp_path)]
+        return doctor.parsed(made.own.method, made.own.stage, words)[0]
 
     words = ["--accum_iter", "16", "--output_dir", "mine", "--log_dir", "mine", "--epochs", "9"]
     args = changed(plan("semaim", *words), 2)

@@ -63,14 +63,14 @@ class Source:
             raise UserError(f"--model{given}: expected one of {', '.join([*models, *aliases])}")
         return ""
 
-    def name_by_width(self, models: Mapping[str, Callable[..., Any]], weights: dict[str, Tensor]) -> str:
-        """The first of `models` that is as wide as the weights; raises UserError if none is."""
-        width = weights["patch_embed.proj.weight"].shape[0]
+    def name_by_sizes(self, models: Mapping[str, Callable[..., Any]], width: int, depth: int = 0) -> str:
+        """The first of `models` of this width and, unless it is 0, number of blocks; raises UserError if none is."""
         for name, build in models.items():
             with torch.device("meta"):
-                if build(depth=1).embed_dim == width:
+                if build(depth=1).embed_dim == width and depth in (0, len(build().blocks)):
                     return name
-        raise UserError(f"{self.path}: --model must be given, no known model has {width} channels")
+        blocks = f" and {depth} blocks" if depth else ""
+        raise UserError(f"{self.path}: --model must be given, no known model has {width} channels{blocks}")
 
     def image_side(self, weights: dict[str, Tensor], patch_size: int) -> int:
         """In pixels: what is asked for, else as the run's flags say, else as the positions do, else 224, which also

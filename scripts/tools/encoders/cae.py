@@ -1,10 +1,8 @@
 """CAE's encoders: the ViT of pre-training (both revisions), fine-tuning, probes, segmentation and detection."""
 
-import functools
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cae.augmentation import HALF
@@ -27,21 +25,6 @@ def features(network: Any, imgs: Tensor, pool: str) -> Tensor:
 VIT = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 VIT += ("blocks.0.attn.q_bias", "blocks.0.attn.v_bias")
 NEEDED = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
-
-
-@functools.cache
-def _name_of(width: int, depth: int) -> str:
-    """The first model of this width and number of blocks; raises ValueError if there is none."""
-    for name, build in MODELS.items():
-        with torch.device("meta"):
-            if build(depth=1).embed_dim == width and len(build().blocks) == depth:
-                return name
-    raise ValueError(f"width {width} and {depth} blocks are of no known model")
-
-
-def _name_by_sizes(weights: dict[str, Tensor]) -> str:
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    return _name_of(weights["cls_token"].shape[-1], len(blocks))
 
 
 def _keywords(weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -88,7 +71,8 @@ def load_backbone(source: Source) -> Backbone:
         if path and lacking:
             shown = ", ".join(list(weights)[:4]) or "none"
             raise UserError(f"{path}: holds no encoder of CAE, {lacking[0]} is missing; its keys: {shown}")
-        name = source.name(MODELS, ENCODERS) or _name_by_sizes(weights)
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        name = source.name(MODELS, ENCODERS) or source.name_by_sizes(MODELS, weights["cls_token"].shape[-1], depth)
         attentive = "query_token" in weights
         if attentive:
             notes.append("The attentive probe's query and head, which timm cannot express, are left out.")

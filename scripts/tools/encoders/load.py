@@ -19,13 +19,12 @@ from scripts.tools.encoders.timm_form import TimmForm
 from scripts.tools.flags import METHODS
 
 # Flags that only one method's programs have, and what names of weights say where there are no flags.
-OWN_FLAGS = {"backbone": "a2mim", "arch": "udi", "class_tokens": "udi", "permutation_type": "semaim"}
-OWN_FLAGS |= {
-    "experiment": "semaim",
-    "discrete_vae_type": "cae",
-    "sin_pos_emb": "cae",
-    "order": "saim",
-    "hflip": "saim",
+OWN_FLAGS = {
+    "a2mim": {"backbone"},
+    "udi": {"arch", "class_tokens"},
+    "semaim": {"permutation_type", "experiment"},
+    "cae": {"discrete_vae_type", "sin_pos_emb"},
+    "saim": {"order", "hflip"},
 }
 OWN_WEIGHTS = {
     r"(^|\.)layer1\.0\.|(^|\.)stages\.0\.|downsample_layers\.|layers\.\d+\.ln1\.": "a2mim",
@@ -67,7 +66,7 @@ def method_of(checkpoint: str, state: dict[str, Any]) -> str:
         if found:
             return found[1]
     flags = distributed.flags_of(state)
-    found = next((method for flag, method in OWN_FLAGS.items() if flag in flags), "")
+    found = next((method for method, own in OWN_FLAGS.items() if own & set(flags)), "")
     if not found:
         with contextlib.suppress(UserError):
             names = distributed.weights_of(state, checkpoint, bare=True)

@@ -44,7 +44,7 @@ def load_vit(
         raise UserError(
             f"{source.path}{kind}: holds no ViT; its weights: {', '.join(list(weights)[:4]) or 'none'}, ..."
         )
-    name = source.name(models, aliases) or source.name_by_width(models, weights)
+    name = source.name(models, aliases) or source.name_by_sizes(models, len(weights["patch_embed.proj.weight"]))
     channels, sizes = source.channels(), {}
     if weights:
         projection = weights["patch_embed.proj.weight"]

@@ -102,7 +102,7 @@ def load_backbone(source: Source) -> Backbone:
         weights |= plain_norm(width) | {"cls_token": torch.zeros(1, 0, width)}
     else:
         weights = models_finetune.read_weights(path, key or "teacher", key or "model|module", state=state)
-    name = source.name(MODELS, ALIASES) or source.name_by_width(MODELS, weights)
+    name = source.name(MODELS, ALIASES) or source.name_by_sizes(MODELS, len(weights["patch_embed.proj.weight"]))
     known: Any = MODELS[name]
     (width, chans, _, patch), tokens = weights["patch_embed.proj.weight"].shape, weights["cls_token"].shape[1]
     depth = len({k.split(".")[1] for k in weights if "blocks." in k})

@@ -246,7 +246,7 @@ def test_mistakes(tmp_path):
         ({"checkpoint": path, "input_size": 30}, "image size 30 is not a multiple"),
         ({"checkpoint": path, "pool": "max"}, "--pool max: expected token or avg"),
         ({"checkpoint": str(tmp_path / "other.pth")}, "holds no encoder of CAE, cls_token is missing; its keys: w"),
-        ({"checkpoint": str(tmp_path / "depth.pth")}, "width 96 and 3 blocks are of no known model"),
+        ({"checkpoint": str(tmp_path / "depth.pth")}, "no known model has 96 channels and 3 blocks"),
         ({"checkpoint": str(tmp_path / "damaged.pth")}, "truncated or not a checkpoint"),
         ({"checkpoint": str(tmp_path / "none.pth")}, "no such checkpoint file"),
         ({"checkpoint": ""}, "--model: expected one of"),
