@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- model
     g.model.add_argument("--model", default="mask_rcnn_vit_base", choices=[*MODELS], help="network")
     g.model.add_argument("--pretrained", default="", help="checkpoint with the encoder; '' starts from random weights")
-    skipped = "how often a ViT's last block is skipped; earlier ones less often"
+    skipped = "probability of skipping a ViT's last block in training; lower for earlier ones"
     g.augmentation.add_argument("--drop_path", default=0.2, type=float, help=skipped)
     recompute = "compute what is inside a ViT's blocks again in the backward pass"
     g.process.add_argument("--use_checkpoint", action="store_true", help=recompute)
@@ -82,7 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.optimizer.add_argument("--lr", default=3e-4, type=float, help="learning rate, for 16 images per update")
     decayed = "weight decay of all weights, as upstream: of biases, norms and positions, too"
     g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help=decayed)
-    drops = "epochs, counted from 0, from which on the learning rate is a tenth"
+    drops = "epochs, counted from 0, that begin with a tenth of the learning rate before them"
     g.optimizer.add_argument("--lr_drops", type=int, nargs="*", default=[9, 11], help=drops)
     g.optimizer.add_argument("--warmup_iters", default=500, type=int, help="updates in which the learning rate rises")
     # ---- evaluation, files, process
@@ -125,7 +125,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def refuse_mmdet(state: dict, *_) -> None:
-    """Raise ValueError for a training state of the authors' program, whose position is counted otherwise."""
+    """Raise ValueError for a training state of the authors' program, which counts its progress in another way."""
     if "epoch" not in state:
         raise ValueError("it is mmdet's; such a file can be evaluated, but not be continued")
 

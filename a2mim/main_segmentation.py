@@ -51,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.model.add_argument("--layer_scale_init_value", default=0.1, type=float, help=scale)
     share = "weight of the auxiliary head's loss"
     g.model.add_argument("--auxiliary_weight", default=0.4, type=float, help=share)
-    skipped = "how often the last block is skipped; earlier ones less often"
+    skipped = "probability of skipping the last block in training; lower for earlier ones"
     g.augmentation.add_argument("--drop_path", default=0.1, type=float, help=skipped)
     # ---- optimizer
     add_iteration_flags(p, iters=160000, eval_interval=16000)
@@ -101,7 +101,7 @@ def param_groups(model: SegmentationNetwork, weight_decay: float, layer_decay: f
 
 # same as cae/main_segmentation.py
 def refuse_mmseg(state: dict[str, Any], *_) -> None:
-    """Raise ValueError for a training state of the authors' program, whose position is counted otherwise."""
+    """Raise ValueError for a training state of the authors' program, which counts its progress in another way."""
     if "epoch" not in state:
         raise ValueError("it is mmseg's; such a file can be evaluated or give its encoder, but not be continued")
 

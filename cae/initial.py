@@ -9,8 +9,8 @@ from cae.blocks import sincos_pos_embed
 from cae.models_cae import ContextAutoencoderViT, name_today
 from common import distributed
 
-OWN = ("regresser.", "pretext_neck.")  # modules that tell a pre-training file of either revision
-COPIES = ("alignment_encoder.", "teacher.")  # of the encoder: they start as such
+OWN = ("regresser.", "pretext_neck.")  # names that only a pre-training file has, of either revision
+COPIES = ("alignment_encoder.", "teacher.")  # modules that start as copies of the encoder
 
 
 def start_from(model: ContextAutoencoderViT, weights: dict[str, Tensor], path: str) -> None:
@@ -42,7 +42,7 @@ def start_from(model: ContextAutoencoderViT, weights: dict[str, Tensor], path: s
         if f"fc_norm.{kind}" in others:
             encoder.setdefault(f"norm.{kind}", others.pop(f"fc_norm.{kind}"))
     found = {f"{copy}{name}": value for copy in ("encoder.", COPIES[0]) for name, value in encoder.items()}
-    if any(name.startswith(OWN) for name in others):  # else mask_token, say, is that of another network
+    if any(name.startswith(OWN) for name in others):  # another program's mask_token, for one, does not fit
         others = {name: value for name, value in others.items() if not name.startswith(COPIES)}
         found |= {name_today(name): others.pop(name) for name in list(others)}
     distributed.take_weights(

@@ -20,7 +20,8 @@ from common.dense_datasets.views import EvalTransform, TrainTransform
 from common.distributed import sync_bn
 
 LARGE = "--model mask_rcnn_cae_large --lr 2e-4 --layer_decay 0.85 --layer_scale_init_value 1e-5"
-ROWS = {  # by (size, epochs of pre-training; 0: unnamed) the flags of the authors' configuration, but for the defaults
+# By network and epochs of its pre-training (0: not said): flags of the authors' configuration beside our defaults.
+ROWS = {
     **{("base", epochs): "" for epochs in (0, 300, 800, 1600)},
     **{("large", epochs): LARGE for epochs in (0, 1600)},
 }
@@ -45,7 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.model.add_argument(
         "--layer_scale_init_value", default=0.1, type=float, help="initial layer scale (README, L: 1e-5)"
     )
-    g.augmentation.add_argument("--drop_path", default=0.2, type=float, help="how often the last block is skipped")
+    skipped = "probability of skipping the last block in training; lower for earlier ones"
+    g.augmentation.add_argument("--drop_path", default=0.2, type=float, help=skipped)
     recompute = "forget what is inside the encoder's blocks and compute it again in the backward pass"
     g.process.add_argument("--use_checkpoint", action=argparse.BooleanOptionalAction, default=True, help=recompute)
     # ---- optimizer
@@ -59,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     share = "a block's learning rate as a share of the next one's, towards the input (L: 0.85)"
     g.optimizer.add_argument("--layer_decay", default=0.75, type=float, help=share)
     g.optimizer.add_argument("--clip_grad", type=float, help="largest norm of the gradient; default: any norm")
-    drops = "epochs, counted from 0, from which on the learning rate is a tenth"
+    drops = "epochs, counted from 0, that begin with a tenth of the learning rate before them"
     g.optimizer.add_argument("--lr_drops", type=int, nargs="*", default=[9, 11], help=drops)
     g.optimizer.add_argument("--warmup_iters", default=500, type=int, help="updates in which the learning rate rises")
     g.optimizer.add_argument("--warmup_ratio", default=1e-3, type=float, help="share of the rate at the first update")

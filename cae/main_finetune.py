@@ -51,7 +51,7 @@ def add_model_flags(parser: argparse.ArgumentParser, drop_path: float) -> None:
         "--drop_path",
         default=drop_path,
         type=float,
-        help="how often the last block is skipped; earlier ones less often",
+        help="probability of skipping the last block in training; lower for earlier ones",
     )
     g.model.add_argument(
         "--init_scale", default=0.001, type=float, help="factor by which the head's initial weights are reduced"

@@ -63,7 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--drop_path",
         default=0,
         type=float,
-        help="how often the last block is skipped; earlier ones less often (README: 0.1)",
+        help="probability of skipping the last block in training; lower for earlier ones (README: 0.1)",
     )
     unknown = "positions are fixed sine and cosine"
     g.unused.add_argument("--sincos_pos_emb", action="store_true", help=unknown)

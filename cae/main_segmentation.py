@@ -26,7 +26,8 @@ from common.dense_datasets.transforms import EvalTransform, TrainTransform
 from common.distributed import sync_bn
 
 LARGE = "--model=upernet_cae_large --drop_path=0.15 --layer_scale_init_value=1e-5 --lr=4e-5 --layer_decay=0.95"
-ROWS = {  # by (size, epochs of pre-training; 0: unnamed) the flags of the authors' configuration, but for the defaults
+# By network and epochs of its pre-training (0: not said): flags of the authors' configuration beside our defaults.
+ROWS = {
     ("base", 300): "--lr=3e-4",
     ("base", 800): "",
     ("base", 1600): "--lr=1e-4",
@@ -56,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.model.add_argument("--layer_scale_init_value", default=0.1, type=float, help=scale)
     share = "weight of the auxiliary head's loss"
     g.model.add_argument("--auxiliary_weight", default=0.4, type=float, help=share)
-    skipped = "how often the last block is skipped; earlier ones less often (large: 0.15)"
+    skipped = "probability of skipping the last block in training; lower for earlier ones (large: 0.15)"
     g.augmentation.add_argument("--drop_path", default=0.1, type=float, help=skipped)
     # ---- optimizer
     add_iteration_flags(p, iters=160000, eval_interval=16000)
@@ -99,7 +100,7 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
 
 
 def refuse_mmseg(state: dict[str, Any], *_) -> None:
-    """Raise ValueError for a training state of the authors' program, whose position is counted otherwise."""
+    """Raise ValueError for a training state of the authors' program, which counts its progress in another way."""
     if "epoch" not in state:
         raise ValueError("it is mmseg's; such a file can be evaluated or give its encoder, but not be continued")
 

@@ -25,7 +25,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.model.add_argument("--input_size", default=224, type=int, help="side of the cropped images in pixels")
     g.model.add_argument("--patch_size", type=int, help="side of a patch in pixels; default: that in the model's name")
     g.augmentation.add_argument(
-        "--drop_path", default=0.1, type=float, help="how often the last block is skipped; earlier blocks less often"
+        "--drop_path", default=0.1, type=float, help="probability of skipping the last block; lower for earlier ones"
     )
     g.optimizer.add_argument("--clip_grad", type=float, help="largest norm of the gradient; default: any norm")
     g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help="weight decay of AdamW")

@@ -36,9 +36,7 @@ def limit(text: str) -> float | None:
 def add_checkpoint_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags that say which pre-trained backbone is evaluated."""
     group = distributed.flag_groups(p).model
-    group.add_argument(
-        "--patch_size", default=16, type=int, help="patch side in pixels; a checkpoint with another one decides"
-    )
+    group.add_argument("--patch_size", default=16, type=int, help="patch side in pixels; that of a checkpoint wins")
     group.add_argument(
         "--pretrained_weights", default="./checkpoint.pth", help="checkpoint of the backbone; '' has none"
     )

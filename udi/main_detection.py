@@ -24,7 +24,8 @@ from udi.engine_detection import batch_loss, evaluate, fit
 from udi.flags import ARCHS
 from udi.models_detection import HEADS, mask_rcnn
 
-ROWS = {"mask_rcnn_vit_small_12_p16_1x_coco": ""}  # by the authors' configuration the flags, but for the defaults
+# Flags of the authors' configuration that are not our defaults.
+ROWS = {"mask_rcnn_vit_small_12_p16_1x_coco": ""}
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("long_side", "test_short_side"), (32, math.inf)),
     **dict.fromkeys(("warmup_iters", "eval_interval", "save_pictures"), (0, math.inf)),
@@ -47,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.output.add_argument("--test_short_side", type=int, default=800, help="short side of images in evaluations")
     # ---- model
     g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
-    decides = "patch side in pixels, 8 or 16; a checkpoint with another one decides"
+    decides = "patch side in pixels, 8 or 16; that of a checkpoint wins"
     g.model.add_argument("--patch_size", default=16, type=int, help=decides)
     narrow = "width of pyramid and heads; narrow: for images of 128 pixels on a CPU"
     g.model.add_argument("--heads", default="wide", choices=[*HEADS], help=narrow)
@@ -55,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.model.add_argument("--pretrained_weights", default="", help=start)
     network = "network of the checkpoint: teacher or student"
     g.model.add_argument("--checkpoint_key", default="teacher", help=network)
-    skipped = "how often the last block is skipped; earlier ones less often"
+    skipped = "probability of skipping the last block in training; lower for earlier ones"
     g.augmentation.add_argument("--drop_path", default=0.05, type=float, help=skipped)
     # ---- optimizer
     g.optimizer.add_argument("--batch_size", default=1, type=int, help="images per process in one forward pass")
@@ -64,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.optimizer.add_argument("--lr", default=5e-5, type=float, help="learning rate, for 8 images per update")
     decayed = "weight decay of all but positions and the ViT's norms, as upstream: of biases and batch norms, too"
     g.optimizer.add_argument("--weight_decay", default=0.05, type=float, help=decayed)
-    drops = "epochs, counted from 0, from which on the learning rate is a tenth"
+    drops = "epochs, counted from 0, that begin with a tenth of the learning rate before them"
     g.optimizer.add_argument("--lr_drops", type=int, nargs="*", default=[8, 11], help=drops)
     g.optimizer.add_argument("--warmup_iters", default=1000, type=int, help="updates in which the learning rate rises")
     # ---- evaluation, files, process
@@ -106,7 +107,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def refuse_mmdet(state: dict, *_) -> None:
-    """Raise ValueError for a training state of the authors' program, whose position is counted otherwise."""
+    """Raise ValueError for a training state of the authors' program, which counts its progress in another way."""
     if "epoch" not in state:
         raise ValueError("it is mmdet's; such a file can be evaluated or give its encoder, but not be continued")
 
@@ -133,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
     loader, val_loader, images = detection.detection_loaders(args, device, views, whole)
     # ---- model
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
-    start = resume or args.pretrained_weights  # the patch size of either decides
+    start = resume or args.pretrained_weights  # its patch size wins over the flag
     if not start:
         distributed.log("WARNING: no --pretrained_weights, the backbone is random")
     model = build_model(args, load_patches(start, args.checkpoint_key) if start else None).to(device)

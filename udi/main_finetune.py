@@ -68,9 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--layer_scale_init_value", default=0.1, type=float, help="initial layer scale; 0 has none (README: 0)"
     )
     g.model.add_argument("--input_size", default=224, type=int, help="image side in pixels")
-    g.model.add_argument(
-        "--patch_size", default=16, type=int, help="patch side in pixels; a checkpoint with another one decides"
-    )
+    g.model.add_argument("--patch_size", default=16, type=int, help="patch side in pixels; that of a checkpoint wins")
     g.augmentation.add_argument("--drop", default=0.0, type=float, help="dropout of the layers' outputs")
     g.augmentation.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
     g.augmentation.add_argument(

@@ -26,7 +26,8 @@ from udi.engine_segmentation import batch_loss, evaluate, evaluate_checkpoint, f
 from udi.flags import ARCHS
 from udi.models_segmentation import SegmentationNetwork, semantic_fpn
 
-ROWS = {"semfpn_vit-s16_512x512_40k_ade20k": ""}  # by the authors' configuration the flags, but for the defaults
+# Flags of the authors' configuration that are not our defaults.
+ROWS = {"semfpn_vit-s16_512x512_40k_ade20k": ""}
 # same as cae/main_segmentation.py
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # ours, as is usual: the authors test one scale
 NARROW = {"vit_nano": {"fpn_channels": 64, "head_channels": 32}}  # ours, for a CPU
@@ -45,13 +46,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.data.add_argument("--scale", nargs=2, type=int, metavar=("LONG", "SHORT"), help=sides)
     # ---- model
     g.model.add_argument("--arch", default="vit_small", choices=ARCHS, help="backbone")
-    decides = "patch side in pixels; a checkpoint with another one decides"
+    decides = "patch side in pixels; that of a checkpoint wins"
     g.model.add_argument("--patch_size", default=16, type=int, help=decides)
     start = "checkpoint of the backbone; '' starts from random weights"
     g.model.add_argument("--pretrained_weights", default="", help=start)
     network = "network of the checkpoint: teacher or student"
     g.model.add_argument("--checkpoint_key", default="teacher", help=network)
-    skipped = "how often the last block is skipped; earlier ones less often"
+    skipped = "probability of skipping the last block in training; lower for earlier ones"
     g.augmentation.add_argument("--drop_path", default=0.1, type=float, help=skipped)
     # ---- optimizer
     add_iteration_flags(p, iters=40000, eval_interval=4000)
@@ -86,7 +87,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 # same as cae/main_segmentation.py
 def refuse_mmseg(state: dict[str, Any], *_) -> None:
-    """Raise ValueError for a training state of the authors' program, whose position is counted otherwise."""
+    """Raise ValueError for a training state of the authors' program, which counts its progress in another way."""
     if "epoch" not in state:
         raise ValueError("it is mmseg's; such a file can be evaluated or give its encoder, but not be continued")
 
@@ -118,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     loader, val_loader = segmentation_loaders(args, device, crops, whole)
     # ---- model
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
-    start = resume or args.pretrained_weights  # the patch size of either decides
+    start = resume or args.pretrained_weights  # its patch size wins over the flag
     if not start:
         distributed.log("WARNING: no --pretrained_weights, the backbone is random")
     model = build_model(args, load_patches(start, args.checkpoint_key) if start else None).to(device)

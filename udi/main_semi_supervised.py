@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--random_head", action="store_true", help="those layers start with fresh weights, as upstream"
     )
     g.model.add_argument(
-        "--out_dim", default=8192, type=int, help="prototypes of the head's last layer; a checkpoint's number decides"
+        "--out_dim", default=8192, type=int, help="prototypes of the head's last layer; the number of a checkpoint wins"
     )
     g.model.add_argument(
         "--class_num", default=1000, type=int, help="number of classes, the first of the class folders"

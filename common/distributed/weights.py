@@ -240,7 +240,7 @@ KINDS = {
 
 
 def kind_of(weights: Collection[str]) -> str:
-    """What kind of network weights are of, by their names: " (weights of a ResNet)"; '' if nothing tells."""
+    """What kind of network weights are of, by their names: " (weights of a ResNet)"; '' if they do not say it."""
     found = (kind for pattern, kind in KINDS.items() if any(re.search(pattern, name) for name in weights))
     kind = next(found, "")
     return f" (weights of {kind})" if kind else ""

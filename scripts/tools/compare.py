@@ -106,7 +106,7 @@ class Start:
 
 
 def named(files: list[str]) -> dict[str, str]:
-    """Paths by name: the given one, else the file's, its folder's, or the path, whichever first tells all apart."""
+    """Paths by name: the given one, else the first of file name, folder name and path that is different for all."""
     pairs = [file.split("=", 1) if "=" in file and not Path(file).exists() else ["", file] for file in files]
     for name in (lambda p: Path(p).stem, lambda p: Path(p).resolve().parent.name, str):
         names = [given or name(path) for given, path in pairs]
@@ -128,7 +128,7 @@ def channels(paths: list[str]) -> int | None:
 
 
 def load_start(args: argparse.Namespace, path: str, seed: int = 0, fresh: bool = False) -> tuple[str, Any]:
-    """Method and encoder of a file; raises UserError where it cannot be read or told."""
+    """Method and encoder of a file; raises UserError where it cannot be read or its method is unknown."""
     if Path(path).is_dir():
         if args.scratch or args.finetune:
             raise UserError(f"{path}: --scratch and --finetune need a checkpoint of a method, not a folder")
@@ -349,9 +349,9 @@ def spread_text(values: list[float]) -> str:
 
 
 def power(seeds: int) -> str:
-    """What so few pairs can tell."""
+    """How large a difference must be for so few pairs to show it."""
     if seeds < 2:
-        return "One seed tells nothing of chance."
+        return "One seed says nothing about chance."
     least = stats.t.ppf(1 - LEVEL / 2, seeds - 1) / seeds**0.5
     return (
         f"The test of {seeds} seeds has {seeds - 1} degrees of freedom: it sees a mean difference that is at least "

@@ -151,7 +151,7 @@ def compare_flags(file: str, part: Dict, source: Source, why: dict[str, str]) ->
     for options, flag in theirs.items():
         mine = next((f for f in ours if set(f.options) & set(options)), None)
         name = next((option for option in options if option in names), ", ".join(options))
-        # Flags of one destination have the default of the first, and it is told there.
+        # Flags of one destination have the default of the first, which is compared there.
         changes = flag.changes(mine, flag.dest in told) if mine else [NO_FLAG]
         told.add(flag.dest)
         if "why" in part:
@@ -364,7 +364,7 @@ def compare_checkout(
     why = {row["id"]: f"{row['topic']}: {row['here'] or 'not here'}" for row in differences(record)}
     configs = repository["configs"]
     pairs = config_pairs(configs.get("folders", {}), files)
-    rows = list(compare_files(repository, files, pairs))  # what is gone is told here, and not again below
+    rows = list(compare_files(repository, files, pairs))  # what is gone is a row here, and not again below
 
     @functools.cache
     def parsed(file: str) -> list[Source]:
@@ -417,7 +417,7 @@ def recognise_checkpoint(kinds: list[Dict], state: Dict, path: str) -> tuple[Dic
 
 
 def inferred(rule: Dict, weights: dict[str, Tensor]) -> Any:
-    """A flag's value read from the weights; None if they do not tell."""
+    """A flag's value read from the weights; None if they do not say it."""
     if "blocks" in rule:
         stack = rule["blocks"] + "."
         return len({k.removeprefix(stack).split(".")[0] for k in weights if k.startswith(stack)}) or None

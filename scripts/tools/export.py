@@ -51,7 +51,7 @@ TOLERANCE = 1e-5  # of features and logits, times the largest of them where that
 # Flags of the machine and its files, here and in the authors' programs, which a card does not repeat.
 MACHINE = {*ELSEWHERE, "config_file", "force", "rank", "gpu", "distributed"}
 MACHINE |= {"dist_on_itp", "dist_backend", "print_freq"}
-WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: tells that this script wrote it
+WRITTEN = "exported_from"  # key of config.json, or of the flags in a file: says that this script wrote it
 
 PAPERS = {
     "saim": "Exploring Stochastic Autoregressive Image Modeling for Visual Representation (AAAI 2023)",
@@ -274,7 +274,8 @@ def details(
     flags = plain_flags(backbone.args)
     count = sum(value.numel() for value in form.weights.values())
     data, planned = backbone.args.get("data_path"), flags.pop("epochs", None)
-    planned, done = (None, None) if "iters" in flags else (planned, done)  # updates are counted then, which flags tell
+    if "iters" in flags:  # such a run counts updates, and its flags say how many
+        planned = done = None
     images = flags.get("dataset") or (Path(data).name if isinstance(data, str) else "")
     unfinished = isinstance(planned, int) and done is not None and done < planned
     about = {
@@ -287,8 +288,8 @@ def details(
         "Images": f"{backbone.input_size} x {backbone.input_size} pixels, shorter side resized to "
         f"{int(backbone.input_size / backbone.crop_pct)} ({backbone.interpolation}), centre crop; "
         f"mean {backbone.mean}, std {backbone.std}",
-        "Trained on": images or "the checkpoint does not tell",
-        "Epochs": f"{done} of {planned}" if unfinished else done or planned or "the checkpoint does not tell",
+        "Trained on": images or "the checkpoint does not say it",
+        "Epochs": f"{done} of {planned}" if unfinished else done or planned or "the checkpoint does not say it",
         "Measured in that training": ", ".join(results) or "nothing is known",
         "Checkpoint": f"{source['file']}, sha256 `{source['sha256']}`",
         "Licence": "of these weights: that of whoever trained them, and of the images; authors' repository: "

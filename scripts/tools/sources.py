@@ -148,7 +148,7 @@ class Flag(NamedTuple):
         return tuple(name for name, value in self._asdict().items() if isinstance(value, Expression))
 
     def changes(self, ours: "Flag", told: bool = False) -> list[str]:
-        """What differs in our flag, where both are known; told: the default has been compared.
+        """What differs in our flag, where both are known; told: its default has been compared already.
 
         Not a difference: choices of ours that theirs has not, and a side without a list.
         """
@@ -325,7 +325,7 @@ def describe(source: Source, node: ast.AST, own: dict[str, Any], open_: bool, de
     named = [n.id for n in [call.func, *call.args[:1]] if isinstance(n, ast.Name)]
     target = next((name for name in named if name in classes), None)
     found = find_definition(source, target, depth + 1) if target else None
-    # What a factory passes on is compared; other numbers in it are not told.
+    # What a factory passes on is compared; other numbers in it are left out.
     return Definition({**own, **passed}, found.keywords if found else {}, open_ and (not found or found.open), [])
 
 

@@ -73,7 +73,7 @@ def method_of(checkpoint: str, state: dict[str, Any]) -> str:
             fits = (m for pattern, m in OWN_WEIGHTS.items() if any(re.search(pattern, name) for name in names))
             found = next(fits, "")
     if not found:
-        raise UserError(f"{checkpoint}: does not tell which method it is of; name it with --method")
+        raise UserError(f"{checkpoint}: does not say which method it is of; name it with --method")
     return found
 
 

@@ -62,7 +62,7 @@ def _finetuned(source: Source, name: str, weights: dict[str, Tensor], sizes: dic
     args = source.args
     positions: dict[str, Any] = dict(beit_positions(weights))
     if not args and not any(positions.values()):
-        raise UserError(f"{source.path}: has neither positions nor flags ('args') that tell of fixed ones")
+        raise UserError(f"{source.path}: has neither positions nor flags ('args') that say whether they are fixed")
     learned = positions.pop("use_abs_pos_emb")
     network = models_finetune.MODELS[name](
         **sizes,

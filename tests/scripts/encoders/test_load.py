@@ -48,5 +48,5 @@ def test_method_of__the_run_beside_wins(tmp_path):
 
 
 def test_method_of__raises_where_nothing_tells():
-    with pytest.raises(distributed.UserError, match="odd.pth: does not tell which method it is of; name it with"):
+    with pytest.raises(distributed.UserError, match="odd.pth: does not say which method it is of; name it with"):
         encoders.method_of("odd.pth", {"model": {"w": torch.zeros(1)}})
