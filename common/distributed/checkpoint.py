@@ -66,17 +66,8 @@ class Batches(Protocol):
 
 # Flags that say where, on what and how long a run goes on, not what it learns.
 ELSEWHERE = {"data_path", "eval_data_path", "output_dir", "log_dir", "resume", "auto_resume", "start_epoch", "device"}
-ELSEWHERE |= {
-    "num_workers",
-    "pin_mem",
-    "world_size",
-    "local_rank",
-    "dist_url",
-    "verbose",
-    "class_names",
-    "config",
-    "wandb",
-}
+ELSEWHERE |= {"num_workers", "pin_mem", "world_size", "local_rank", "dist_url", "verbose", "class_names", "config"}
+ELSEWHERE |= {"wandb"}
 STARTS = ("finetune", "pretrained", "pretrained_weights", "load_checkpoint", "teacher_path", "discrete_vae_weight_path")
 STARTS += ("initial_checkpoint",)
 ACT = {"weight_decay": "weight_decay", "layer_decay": "lr_scale"}  # if given, these act at a resume, too
