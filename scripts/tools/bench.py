@@ -315,7 +315,7 @@ def data(args: argparse.Namespace, rest: list[str]) -> None:
     """Print what the images of a method cost on one core."""
     method, *words = rest or [""]
     if method not in METHODS:
-        raise distributed.UserError(f"data {method}: expected data and one of {', '.join(METHODS)}")
+        raise distributed.UserError(f"data {method}: expected data and one of {', '.join(sorted(METHODS))}")
     module = importlib.import_module(f"{method}.main_pretrain")
     flags = module.get_args_parser().parse_args([*RECIPE[method].split(), *words])
     with tempfile.TemporaryDirectory() as folder:
@@ -358,27 +358,29 @@ def name_of(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def cells_of(variant: Variant, batch: int, peak: float) -> dict[str, str]:
+    """What was measured of a variant in batches of this size, by column; peak: FLOP/s of a large matrix product."""
+    total, busy = variant.median(), variant.median("forward", "backward", "optimizer")
+    found = {"images/s": f"{batch / total:.3g}", "ms/step": f"{1e3 * total:.0f}"}
+    found |= {phase: f"{1e3 * variant.median(phase):.0f}" for phase in PHASES}
+    found |= {"peak GB": f"{variant.memory / 1e9:.2f}", "GFLOP/image": f"{variant.flops / 1e9:.3g}"}
+    return found | {"of peak": f"{variant.flops * batch / busy / peak:.0%}"}
+
+
 def report(variants: list[Variant], flags: argparse.Namespace, device: torch.device) -> None:
     """Print the variants; ratios are to the first row."""
     network, size = describe(flags)
     compiled = ", compiled" if flags.compile else ""
     print(f"{network}, {size} px, batch {flags.batch_size}{compiled}; {name_of(device)}; torch {torch.__version__}")
-    print(
-        f"{'':34}{'images/s':>9}{'ratio':>7}{'ms/step':>9}"
-        + "".join(f"{phase:>10}" for phase in PHASES)
-        + f"{'peak GB':>9}{'GFLOP/img':>11}{'TFLOP/s':>9}{'of peak':>9}"
-    )
     peaks = {precision: matmul_peak(device, precision) for precision in {v.precision for v in variants}}
-    slowest = variants[0].median()
-    for v in variants:
-        total, busy = v.median(), v.median("forward", "backward", "optimizer")
-        rate = v.flops * flags.batch_size / busy
-        print(
-            f"{v.name:34}{flags.batch_size / total:9.2f}{slowest / total:6.2f}x{1e3 * total:9.1f}"
-            + "".join(f"{1e3 * v.median(phase):10.1f}" for phase in PHASES)
-            + f"{v.memory / 1e9:9.2f}{v.flops / 1e9:11.1f}{rate / 1e12:9.3f}{rate / peaks[v.precision]:9.0%}"
-        )
-    print("GFLOP/img: matrix products, forward and backward; of peak: of a large matrix product measured in this run")
+    rows = [cells_of(v, flags.batch_size, peaks[v.precision]) for v in variants]
+    head = ["variant", "ratio", *rows[0]]
+    print(line(dict(zip(head, head, strict=True)), head, False))
+    for v, row in zip(variants, rows, strict=True):
+        print(line({"variant": v.name, "ratio": f"{variants[0].median() / v.median():.2f}x", **row}, head, False))
+    print(
+        "times in ms; GFLOP/image: matrix products, forward and backward; of peak: of a large one measured in this run"
+    )
 
 
 # ---- the table of all networks
@@ -387,19 +389,16 @@ def report(variants: list[Variant], flags: argparse.Namespace, device: torch.dev
 def row(variants: list[Variant], flags: argparse.Namespace, device: torch.device) -> dict[str, str]:
     """A row of the table: its cells by column."""
     default, (network, size) = variants[-1], describe(flags)
-    total, busy = default.median(), default.median("forward", "backward", "optimizer")
-    peak = matmul_peak(device, default.precision)
-    cells = {"network": network, "px": f"{size}", "batch": f"{flags.batch_size}"}
-    cells |= {"param. M": f"{default.parameters / 1e6:.1f}", "images/s": f"{flags.batch_size / total:.3g}"}
-    cells |= {"ms/step": f"{1e3 * total:.0f}", **{phase: f"{1e3 * default.median(phase):.0f}" for phase in PHASES}}
-    cells |= {"peak GB": f"{default.memory / 1e9:.2f}", "GFLOP/image": f"{default.flops / 1e9:.3g}"}
-    cells |= {"of peak": f"{default.flops * flags.batch_size / busy / peak:.0%}"}
-    return cells | {"reference/default": f"{variants[0].median() / total:.2f}" if len(variants) > 1 else ""}
+    found = {"network": network, "px": f"{size}", "batch": f"{flags.batch_size}"}
+    found |= {"param. M": f"{default.parameters / 1e6:.1f}"}
+    found |= cells_of(default, flags.batch_size, matmul_peak(device, default.precision))
+    ratio = f"{variants[0].median() / default.median():.2f}" if len(variants) > 1 else ""
+    return found | {"reference/default": ratio}
 
 
 def networks() -> Iterator[tuple[str, str, list[str]]]:
     """Method, name and flags of every network that pre-trains; a name of another one is left out."""
-    for method in METHODS:
+    for method in sorted(METHODS):
         module = importlib.import_module(f"{method}.main_pretrain")
         flag = next(a.dest for a in module.get_args_parser()._actions if a.dest in NETWORK)
         seen = []
@@ -464,7 +463,7 @@ def line(cells: dict[str, str], header: list[str], markdown: bool) -> str:
     values = [cells.get(column, "") for column in header]
     if markdown:
         return "| " + " | ".join(values) + " |"
-    widths = [max(len(column), 30 if column == "network" else 6) for column in header]
+    widths = [max(len(column), {"network": 30, "variant": 34}.get(column, 6)) for column in header]
     return " ".join(f"{v:{'<' if i < 2 else '>'}{w}}" for i, (v, w) in enumerate(zip(values, widths, strict=True)))
 
 
