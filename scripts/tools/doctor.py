@@ -58,8 +58,7 @@ SMALLER = "halve --batch_size and double --accum_iter, which keeps the images pe
 RECIPE = ("model", "optimizer", "augmentation")
 NO_RECIPE = "batch_size batch_size_per_gpu accum_iter update_freq finetune pretrained pretrained_weights teacher_path "
 NO_RECIPE += "discrete_vae_weight_path nb_classes"
-# Flags that a run may change when it continues another one.
-MOVED = "output_dir log_dir resume data_path num_workers device world_size local_rank bad_images"
+CHANGED = ("bad_images", "accum_iter", "update_freq", "freeze_last_layer")  # flags that the measured run may change
 ENDS = {  # by what a run's output and status say at its end: what that means, and what helps
     r"OutOfMemoryError|CUDA out of memory": ("the GPU's memory is too small", f"{SMALLER}; or --amp_dtype bf16"),
     r"Bus error|Signal 7 \(SIGBUS\)|unable to (write|open|mmap) .*shm|^status -7$": (
@@ -551,7 +550,7 @@ def check_files(report: Report, plan: Plan, run: Measurement) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         report.fail(f"--output_dir {plan.folder}: cannot be written", f"make {parent} writable, or name another")
     if run.resumed[0]:
-        check_continued(report, plan, *run.resumed)
+        check_continued(report, plan, run)
     elif folder.is_dir():
         some = ", ".join(sorted(p.name for p in folder.iterdir())[:4])
         problem = f"{folder} is not empty ({some}), but nothing in it is continued"
@@ -572,15 +571,15 @@ def check_files(report: Report, plan: Plan, run: Measurement) -> None:
     report.warn_if(need > 0.8 * free, problem, remedy)
 
 
-def check_continued(report: Report, plan: Plan, path: str, epoch: int, images: int) -> None:
-    """Whether the run in the folder is complete, and had these flags."""
+def check_continued(report: Report, plan: Plan, run: Measurement) -> None:
+    """Whether the run in the folder is complete, and what the measured run says of its flags."""
+    path, epoch, images = run.resumed
     done = f", {images} images of it done" if images else ""
     report.line("continues", f"{path}, epoch {epoch} of {math.ceil(plan.epochs)}{done}")
     problem = f"it has all of its {math.ceil(plan.epochs)} epochs: the run would end at once"
     report.warn_if(0 < plan.epochs <= epoch, problem, "more --epochs, or a new --output_dir")
-    stored = distributed.flags_of(distributed.load(path))
-    items = [(k, v) for k, v in vars(plan.args).items() if k not in MOVED.split()]
-    changed = [f"{k} {v} (was {stored[k]})" for k, v in items if stored.get(k, v) != v]
+    said = re.search(r"flags that differ from the resumed run's: (.*)", run.output)
+    changed = [part for part in (said[1] if said else "").split(", ") if part and not part.startswith(CHANGED)]
     problem = f"it continues a run with other flags: {', '.join(changed[:8])}"
     report.warn_if(bool(changed), problem, "a new --output_dir for a new run, or the old flags")
 

@@ -425,6 +425,13 @@ def test_check_files__folders_that_hold_something(tmp_path, capsys):
     assert warnings(capsys) == ["WARNING: neither checkpoints nor logs are written -> --output_dir DIR"]
 
 
+def test_check_files__other_flags_than_the_continued_run(tmp_path, capsys):
+    said = "[1] flags that differ from the resumed run's: epochs 100 (was 2), bad_images skip (was stop)\n"
+    check_files(tmp_path, Report(), output=f"{said}[1] resumed x.pth: epoch 2, 0 images of it done, 1 processes")
+    [line] = warnings(capsys)
+    assert line.startswith("WARNING: it continues a run with other flags: epochs 100 (was 2) -> a new --output_dir")
+
+
 def test_check_files__a_folder_in_a_file(tmp_path, capsys):
     (tmp_path / "file").touch()
     report = Report()
