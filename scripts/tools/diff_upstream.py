@@ -33,17 +33,16 @@ from torch import Tensor, nn
 from common import distributed
 from common.distributed import UserError
 from scripts.tools import flags, sources
+from scripts.tools.differences import Dict, differences, read_record
 from scripts.tools.encoders import load as encoders
 from scripts.tools.flags import METHODS, network_of
 from scripts.tools.sources import NO_DEFAULT, NO_KEYWORD, Expression, Flag, Source, equal, shown
 
-TOOLS = Path(__file__).resolve().parent
-ROOT = TOOLS.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SAME, MAPPED, PURPOSE, UNEXPECTED = "same", "mapped", "on purpose", "unexpected"
 SKIPPED, UNJUDGED = "not compared", "not judged"
 STATUSES = (SAME, MAPPED, PURPOSE, UNEXPECTED, SKIPPED, UNJUDGED)
 ONLY_HERE, NO_FLAG = "only this project has it", "no such flag"
-Dict = dict[str, Any]
 
 
 class Row(NamedTuple):
@@ -70,36 +69,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 # ---- the recorded differences
-
-
-def read_record(method: str) -> Dict:
-    """upstream/<method>.json, its repositories completed by those that they are like."""
-    record = json.loads((TOOLS / "upstream" / f"{method}.json").read_text("utf-8"))
-    by_name: dict[str, Dict] = {}
-    for repository in record["repositories"]:
-        other = by_name.get(repository.get("like", ""), {})
-        by_name[repository["name"]] = repository
-        for key in ("files", "flags", "definitions", "configs"):
-            repository[key] = {**other.get(key, {}), **repository.get(key, {})}
-        for file, part in repository["flags"].items():
-            if "more" in part:
-                part |= {**other["flags"][file], "names": other["flags"][file]["names"] + part["more"]}
-        for names in repository["definitions"].values():
-            names |= {name: {"here": here} for name, here in names.items() if isinstance(here, str)}
-    return record
-
-
-def differences(record: Dict) -> list[dict[str, str]]:
-    """All differences in behaviour, first those of SAIM's that hold for the method, too."""
-    return [*shared_differences(record), *record["differences"]]
-
-
-def shared_differences(record: Dict) -> list[dict[str, str]]:
-    saim = {d["id"]: d for d in json.loads((TOOLS / "upstream" / "saim.json").read_text("utf-8"))["differences"]}
-    unknown = [name for name in record.get("shared", []) if name not in saim]
-    if unknown:
-        raise UserError(f"shared: {unknown[0]} is no id of a difference in upstream/saim.json")
-    return [saim[name] for name in record.get("shared", [])]
 
 
 class Judge:

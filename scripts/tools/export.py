@@ -41,7 +41,7 @@ from common import distributed
 from common.distributed import Exit, UserError
 from common.distributed.checkpoint import ELSEWHERE
 from scripts.tools import runs
-from scripts.tools.diff_upstream import read_record
+from scripts.tools.differences import read_record
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.backbone import Backbone, dense_weights
 from scripts.tools.encoders.timm_form import TimmForm

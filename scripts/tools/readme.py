@@ -19,10 +19,11 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import distributed
 from common.distributed import UserError
-from scripts.tools.diff_upstream import ROOT, TOOLS, read_record, shared_differences
+from scripts.tools.differences import TOOLS, read_record, shared_differences
 from scripts.tools.flags import METHODS, Parser
 from scripts.tools.texts import table
 
+ROOT = TOOLS.parents[1]
 REGION = re.compile(r"(<!-- (rows|differences|gpu) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 120
 

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from scripts.tools import diff_upstream as diff
+from scripts.tools.differences import TOOLS
 from tests.scripts.test_diff_upstream import CHECKOUTS
 from tests.support import checkouts
 from tests.support.helpers import ROOT
@@ -81,5 +82,5 @@ def test_record__has_the_keys_of_its_form(method):
 
 def test_readme__names_every_key():
     """The form of upstream/<method>.json is told beside it."""
-    told = set(re.findall(r"\w+", (diff.TOOLS / "upstream" / "README.md").read_text()))
+    told = set(re.findall(r"\w+", (TOOLS / "upstream" / "README.md").read_text()))
     assert set(re.findall(r"\w+", " ".join(FORM.values()))) - told == set()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from common.distributed import UserError
-from scripts.tools import diff_upstream, readme
+from scripts.tools import differences, readme
 from tests.support.helpers import ROOT
 
 ROWS = {
@@ -34,7 +34,7 @@ ROWS = {
 def here(tmp_path, monkeypatch):
     """A root of its own, with the differences of two methods and ROWS."""
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    for module in (readme, diff_upstream):
+    for module in (readme, differences):
         monkeypatch.setattr(module, "TOOLS", tmp_path)
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "a.sh").touch()
