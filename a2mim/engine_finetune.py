@@ -70,7 +70,7 @@ def evaluate(model: nn.Module, loader: Loader, updater: distributed.Updater) -> 
         head0_top1, head0_top5 (percent; the best min(5, K) classes).
     """
     model.eval()
-    distributed.sync_buffers(model)  # the checkpoint's
+    distributed.sync_buffers(model)  # rank 0's, which the checkpoint holds
     totals = torch.zeros(3, dtype=torch.float64, device=updater.device)  # top-1, top-5, images
     test_log = distributed.EpochLog("Test:", len(loader), loader.batch_size, updater.device, print_freq=10)
     for _, (pixels, classes) in test_log.steps(loader.batches()):

@@ -177,13 +177,13 @@ def evaluate(
 
     Args:
         loader: batches (the image at each scale (1, 3, h, w), labels (1, H, W)).
-        names: of the classes. pictures: images of which `folder`/pictures gets a drawing.
+        names: of the classes. pictures: how many images are drawn, into `folder`/pictures.
         inference: window, stride, flip as in `predict`.
     Returns:
         mIoU, mAcc and aAcc, in percent.
     """
     model.eval()
-    distributed.sync_buffers(model)  # the checkpoint's
+    distributed.sync_buffers(model)  # rank 0's, which the checkpoint holds
     counted = Confusion(len(names), loader.device)
     test_log = distributed.EpochLog("Test:", len(loader), 1, loader.device)
     for step, (views, labels) in test_log.steps(loader.batches()):

@@ -25,7 +25,7 @@ SEGMENTATION_TAPS = {4: (0, 1, 2, 3), 12: (2, 5, 8, 11), 24: (5, 11, 17, 23)}
 
 
 def keep_patches(model: VisionTransformer, out_indices: Sequence[int]) -> None:
-    """Take class token and final norm away from a ViT that has none of the former.
+    """Remove the final norm of a ViT without class tokens, and the empty parameter that stands for these.
 
     Args:
         out_indices: blocks whose outputs will be asked for, counted from 0.
@@ -170,7 +170,7 @@ def load_patches(checkpoint: str, checkpoint_key: str = "teacher") -> dict[str, 
     Args:
         checkpoint: a file or https address of our or the authors' pre-training, extraction, conversion (vit2mmseg.py),
             fine-tuning, segmentation or detection.
-        checkpoint_key: whose weights of a pre-training, teacher or student.
+        checkpoint_key: which weights of a pre-training file: teacher or student.
     Raises:
         UserError: the file cannot be read or holds no ViT.
     """

@@ -71,12 +71,12 @@ def evaluate(
 
     Args:
         loader: batches of one of the `images`.
-        folder: gets predictions.{bbox,segm}.json, and a folder pictures with the first `pictures` images; '' nothing.
+        folder: of predictions.{bbox,segm}.json and of pictures/ with the first `pictures` images; '' writes nothing.
     Returns:
         as `coco.average_precision`, in percent.
     """
     model.eval()
-    distributed.sync_buffers(model)  # the checkpoint's
+    distributed.sync_buffers(model)  # rank 0's, which the checkpoint holds
     numbers = {image_id: index for index, (_, image_id) in enumerate(images.samples)}
     predictions: list[dict[str, Any]] = []
     test_log = distributed.EpochLog("Test:", len(loader), loader.batch_size, loader.device)

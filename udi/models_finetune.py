@@ -406,7 +406,7 @@ def read_weights(
     """The weights of a ViT in a file or https address, by plain names.
 
     Args:
-        checkpoint_key: whose weights of a pre-training checkpoint, as in `load_backbone`.
+        checkpoint_key: which weights of a pre-training file: teacher or student.
         model_key: keys, separated by |, of which the first that the file has holds the weights, else the file itself.
         model_prefix: of the weights' names.
         state: the file's content, where it has been read.

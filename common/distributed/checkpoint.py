@@ -214,7 +214,7 @@ class Checkpoint:
     def on_exit(self, epoch_log: EpochLog, updater: Updater | None = None) -> Iterator[None]:
         """Save the position inside an epoch when an `Exit` ends it; resuming redoes nothing but the last update.
 
-        updater: whose buffers the steps since the last update (non-finite ones, say) are to leave no trace in.
+        updater: its buffers are put back to the last update; later steps, such as a non-finite one, leave no trace.
         """
         try:
             yield

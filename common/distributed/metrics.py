@@ -290,7 +290,7 @@ class EpochLog:
         self._flush()
 
     def _guarded(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Before the end that all ranks reach together, read what is pending: a non-finite value comes first."""
+        """Read what is pending before an end that all ranks reach together: a non-finite value is named first."""
         try:
             yield from batches
         except Exit:

@@ -65,7 +65,7 @@ BATCHES = {
     "large": (1, 32),
     "huge": (1, 16),
 }
-VIEWS = 2  # UDI's images per step are fewer by this: each has two large views and ten small ones
+VIEWS = 2  # by which UDI's images per step are divided: each has two large views and ten small ones
 # What a network needs besides its name; those for small machines get small images.
 FLAGS = {
     ("saim", "nano"): "--query_depth 4 --input_size 64 --patch_size 8",

@@ -16,7 +16,7 @@ from common.distributed.checkpoint import ELSEWHERE, STARTS
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "curves"
 # Flags in which runs of one recipe may differ.
 NOT_LEARNT = {*ELSEWHERE, *STARTS, "seed", "force", "compile", "bad_images", "save_freq", "saveckp_freq"}
-OTHERS = ("initial_checkpoint", "in_chans")  # flags with which a run is another one, whatever a band says of them
+OTHERS = ("initial_checkpoint", "in_chans")  # flags that make another run, also where a band has no record of them
 LOSS = "train_loss"
 # Half width in deviations between seeds: with three seeds 95 % of further runs are inside, by Student's t
 # (4.30 deviations, times (1 + 1/3)^0.5 because the mean has an error, too).

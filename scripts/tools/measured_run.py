@@ -96,8 +96,8 @@ class Step(NamedTuple):
 
     seconds: float  # without waiting
     wait: float  # seconds, for images
-    updates: float  # of the weights: 0 or 1, in the mean a share
-    opens: bool = False  # it is the first of an epoch, other than the first epoch's
+    updates: float  # of the weights, 0 or 1; of several steps their share
+    opens: bool = False  # whether it is the first of an epoch; False in the first epoch
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Measurement:
     checkpoint: int = 0  # bytes; 0: none was written
     saving: float = 0.0  # seconds
     evaluation: float = 0.0  # seconds; 0: not measured
-    problem: str = ""  # with which the evaluation ended
+    problem: str = ""  # last line of an evaluation that failed
 
     @property
     def is_complete(self) -> bool:

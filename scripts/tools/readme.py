@@ -2,7 +2,7 @@
 
 A region `<!-- rows METHOD -->` ... `<!-- end -->` holds the rows of rows.json, by method {"metrics":
 {metric: title}, "rows": [{"name", "script", "published": {metric: number}, "ours": {metric: number}, "note"}]}.
-`<!-- differences METHOD -->` holds the section of upstream/<method>.json (its form: upstream/README.md). A method without
+`<!-- differences METHOD -->` holds the section of upstream/<method>.json (form: upstream/README.md). A method without
 such data keeps its region as it is. `<!-- gpu speed -->` holds what docs/gpu_check.jsonl, a result of
 scripts/gpu_check.sh, says about speed; without that file the region stays as it is.
 """

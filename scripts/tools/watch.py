@@ -3,8 +3,8 @@
 Usage: python scripts/tools/watch.py RUN --data_path DATA [--once]
 RUN is the folder of a pre-training, here or on a shared disk. A line of RUN/watch.jsonl per look has 20-NN accuracy
 (of DATA with classes) or neighbour agreement (without), RankMe, variance and loss; measures.py says what they are. The
-first line is the network before training. RUN/watch has the pictures and TensorBoard events. Alarms are lines, too: of
-features that collapse, of a loss off the reference band of its recipe (docs/curves). The run itself is only read.
+first line is the network before training. RUN/watch has the pictures and TensorBoard events. Alarms are lines, too:
+features that collapse, or a loss outside the reference band of its recipe (docs/curves). The run itself is only read.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def folder_of(run: str) -> Path:
 
 
 def stamp(path: Path) -> list[int]:
-    """What differs between two files of the same name."""
+    """What changes when a file is replaced: its time, its number on the disk, its size."""
     about = path.stat()
     return [about.st_mtime_ns, about.st_ino, about.st_size]
 

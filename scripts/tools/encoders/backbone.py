@@ -26,7 +26,7 @@ class Source:
         key: under which the file holds the weights; '': that of the network that goes on training.
         pool: token (the class token) or avg (the mean of the patches); '': as the method's own evaluations.
         state: the file's content. args: the flags of the run that wrote it.
-        fresh: take the network of the file, and the weights that it has when it is made.
+        fresh: take the file's network with new random weights.
     """
 
     path: str
