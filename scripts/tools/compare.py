@@ -35,6 +35,7 @@ from scripts.tools import measures, neighbours, probe, recipe, runs
 from scripts.tools.encoders import load as encoders
 from scripts.tools.encoders.timm_folder import load_folder
 from scripts.tools.flags import METHODS, Parser, arguments, run_quietly, writing
+from scripts.tools.images import Part, Pictures, evenly, read_pictures
 from scripts.tools.texts import table
 
 SCRATCH = "from scratch"
@@ -66,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # ---- images
 
 
-def label_counts(text: str, pictures: measures.Pictures, seeds: int) -> list[str]:
+def label_counts(text: str, pictures: Pictures, seeds: int) -> list[str]:
     """The numbers of labels per class that there are images for.
 
     Raises:
@@ -140,7 +141,7 @@ def load_start(args: argparse.Namespace, path: str, seed: int = 0, fresh: bool =
     return method, encoders.load_backbone(method, path, pool=pool, state=state, fresh=fresh)
 
 
-def read_starts(args: argparse.Namespace, pictures: measures.Pictures, device: torch.device) -> list[Start]:
+def read_starts(args: argparse.Namespace, pictures: Pictures, device: torch.device) -> list[Start]:
     """The starts with their features; the network from scratch comes last."""
     starts = []
     paths = named(args.files)
@@ -159,7 +160,7 @@ def read_starts(args: argparse.Namespace, pictures: measures.Pictures, device: t
 # ---- with labels
 
 
-def link(pictures: measures.Pictures, rows: np.ndarray, folder: Path, copies: int = 1) -> None:
+def link(pictures: Pictures, rows: np.ndarray, folder: Path, copies: int = 1) -> None:
     """Links to images in folders of their classes."""
     for row in rows.tolist():
         path, label = pictures.base.samples[row]
@@ -200,9 +201,7 @@ def finetune_flags(start: Start, data: Path, out: Path, seed: int, images: int, 
     )
 
 
-def finetune(
-    start: Start, pictures: measures.Pictures, rows: np.ndarray, val: np.ndarray, seed: int, seen: int
-) -> float:
+def finetune(start: Start, pictures: Pictures, rows: np.ndarray, val: np.ndarray, seed: int, seen: int) -> float:
     """Accuracy in percent after a fine-tuning by the method's own program.
 
     With few images an epoch has several copies of each, augmented differently; so all have epochs of a like length.
@@ -219,7 +218,7 @@ def finetune(
         return runs.accuracy(out)
 
 
-def measure(args: argparse.Namespace, pictures: measures.Pictures, starts: list[Start], counts: list[str]) -> Results:
+def measure(args: argparse.Namespace, pictures: Pictures, starts: list[Start], counts: list[str]) -> Results:
     """Accuracies of every start with every number of labels, for every seed."""
     names = MEASURES[: 3 if args.finetune else 2]
     found: Results = {m: {c: {start.name: [] for start in starts} for c in counts} for m in names}
@@ -291,15 +290,15 @@ class Look:
     variance: float
 
 
-def look(args: argparse.Namespace, pictures: measures.Pictures, start: Start, device: torch.device) -> Look:
+def look(args: argparse.Namespace, pictures: Pictures, start: Start, device: torch.device) -> Look:
     """Of at most 2,000 images, all starts' the same; of a network from scratch, that of the last seed."""
-    chosen = measures.spread(pictures.labels.tolist(), MOST)
-    part = measures.Part(pictures.base, chosen)
+    chosen = evenly(pictures.labels.tolist(), MOST)
+    part = Part(pictures.base, chosen)
     rows, middle = start.features[-1][chosen], measures.features(start.backbone, part, args, device, measures.ZOOM)
     return Look(measures.agreement(rows, middle), measures.rankme(rows), measures.variance(rows))
 
 
-def draw_neighbours(pictures: measures.Pictures, start: Start, path: Path) -> None:
+def draw_neighbours(pictures: Pictures, start: Start, path: Path) -> None:
     """A contact sheet: the same images for every start, and their nearest of all images."""
     queries = neighbours.spread(pictures.labels, 8)
     rows, cosines = neighbours.nearest(start.features[-1], queries, min(5, len(pictures.labels) - 1))
@@ -384,7 +383,7 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "```", record["command"], "```", ""])
 
 
-def summary(args: argparse.Namespace, pictures: measures.Pictures, found: Results, looks: dict[str, Look]) -> str:
+def summary(args: argparse.Namespace, pictures: Pictures, found: Results, looks: dict[str, Look]) -> str:
     """The sentence: of the dearest measure, over all numbers of labels; without labels of neighbour agreement."""
     if not found:
         values = {name: seen.agreement for name, seen in looks.items()}
@@ -401,7 +400,7 @@ def main(args: argparse.Namespace) -> None:
     begun, device = time.perf_counter(), distributed.init(args.device)
     distributed.check_ranges(args, {"seeds": (1, 1000), "finetune": (1, math.inf)})
     # ---- images, features
-    pictures = measures.read_pictures(args.data_path, channels(list(named(args.files).values())))
+    pictures = read_pictures(args.data_path, channels(list(named(args.files).values())))
     counts = label_counts(args.labels_per_class, pictures, args.seeds) if pictures.classes else []
     starts, out = read_starts(args, pictures, device), Path(args.output_dir)
     # ---- measures

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -31,6 +30,7 @@ from common import datasets, distributed
 from common.distributed import UserError
 from scripts.tools import recipe
 from scripts.tools.flags import METHODS, Parser
+from scripts.tools.images import classes_of
 from scripts.tools.machine import cores
 from scripts.tools.runs import accuracy
 
@@ -126,24 +126,6 @@ def together(*lanes: Lane) -> None:
 
 
 # ---- images
-
-
-def classes_of(folder: Path, split: bool, in_chans: int | None = None) -> list[str]:
-    """Names of a folder's classes if its images are labelled: at least two, of two or more images each; else none.
-
-    Args:
-        split: into train/ and val/, with the same classes. in_chans: of images of any depth, as in `image_dataset`.
-    """
-    kind: dict[str, Any] = {"direct": not split, "in_chans": in_chans}
-    try:
-        sets = [datasets.image_dataset(str(folder), train, **kind) for train in (True, False)[: 1 + split]]
-    except UserError:
-        return []
-    classes = sets[0].classes
-    enough = len(classes) > 1 and min(Counter(label for _, label in sets[0].samples).values()) > 1
-    every = datasets.image_dataset(str(folder), True, labelled=False, in_chans=in_chans)
-    loose = not split and len(sets[0]) < len(every)
-    return classes if enough and not loose and all(s.classes == classes for s in sets) else []
 
 
 def median_side(paths: list[str]) -> int:

@@ -28,6 +28,7 @@ from common.distributed.metrics import finite
 from scripts.tools import curves, measures, recipe
 from scripts.tools.encoders import load as encoders
 from scripts.tools.flags import Parser, arguments, run_quietly, writing
+from scripts.tools.images import Part, Pictures, evenly, read_pictures
 from scripts.tools.runs import Run, epochs_done, logs_in, read_log, read_starts
 
 LATEST = ("checkpoint.pth", "latest.pth", "*.temp.pth")  # a pre-training's newest checkpoint, as the methods name it
@@ -117,7 +118,7 @@ def earlier(file: Path) -> list[dict[str, Any]]:
 class Watch:
     """What stays the same from look to look: the images, which are read at the first one, and where things are."""
 
-    pictures: measures.Pictures
+    pictures: Pictures
     train: np.ndarray  # numbers of images, of known classes; without labels there are none
     val: np.ndarray
 
@@ -130,16 +131,16 @@ class Watch:
         """Choose the images, of as many channels as the run's."""
         if self.is_open:
             return
-        self.pictures = measures.read_pictures(self.args.data_path, in_chans)
+        self.pictures = read_pictures(self.args.data_path, in_chans)
         numbers, labels = self.pictures.train, self.pictures.labels
         parts = self.pictures.split(0, 1) if self.pictures.classes else (numbers[:0], numbers)
         self.train, self.val = (
-            part[measures.spread(labels[part].tolist(), self.args.images)] if len(part) else part for part in parts
+            part[evenly(labels[part].tolist(), self.args.images)] if len(part) else part for part in parts
         )
         self.is_open = True
 
     def features(self, backbone: encoders.Backbone, rows: np.ndarray, zoom: float = 1.0) -> np.ndarray:
-        part = measures.Part(self.pictures.base, rows.tolist())
+        part = Part(self.pictures.base, rows.tolist())
         return measures.features(backbone, part, self.args, self.device, zoom)
 
     def measure(self, backbone: encoders.Backbone) -> dict[str, float]:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from saim.models_vit import MODELS
-from scripts.tools import compare, measures
+from scripts.tools import compare
 from scripts.tools.encoders import load as encoders
+from scripts.tools.images import read_pictures
 from tests.support.runs import arguments, mistake, run_main
 from tests.support.tiny_encoders import checkpoint
 
@@ -81,7 +82,7 @@ def test_contact_sheet(tmp_path):
         Image.new("RGB", (9, 9), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
     backbone: Any = None
     start = compare.Start("x", "", "saim", False, backbone, [np.array([[1, 0], [0.9, 0.1], [0, 1]])])
-    compare.draw_neighbours(measures.read_pictures(str(tmp_path)), start, tmp_path / "sheet.png")
+    compare.draw_neighbours(read_pictures(str(tmp_path)), start, tmp_path / "sheet.png")
     assert min(Image.open(tmp_path / "sheet.png").size) > 300
 
 
@@ -121,11 +122,11 @@ def test_five_bands(bands, tmp_path, sheets):
 
 
 def test_five_bands__fine_tuned_and_drawn(bands, tmp_path):
-    pictures = measures.read_pictures(bands[0], in_chans=5)
+    pictures = read_pictures(bands[0], in_chans=5)
     start = compare.Start("x", bands[1], "saim", False, encoders.load_backbone("saim", bands[1]), [])
     rows, val = pictures.split(0, 2)
     assert 0 <= compare.finetune(start, pictures, rows, val, seed=0, seen=20) <= 100
-    pictures = measures.read_pictures(f"{bands[0]}/val/a", in_chans=5)
+    pictures = read_pictures(f"{bands[0]}/val/a", in_chans=5)
     start.features = [np.eye(2)]
     compare.draw_neighbours(pictures, start, tmp_path / "sheet.png")
     assert min(Image.open(tmp_path / "sheet.png").size) > 200
@@ -166,7 +167,7 @@ def test_conclusion__says_when_it_is_chance():
 
 @pytest.mark.parametrize("method", ["saim", *(pytest.param(m, marks=pytest.mark.slow) for m in encoders.METHODS[1:])])
 def test_finetune__by_the_methods_own_program(method, digits, tmp_path):
-    pictures = measures.read_pictures(digits)
+    pictures = read_pictures(digits)
     rows, val = pictures.split(0, 2)
     rows, path = pictures.labelled(rows, "1", 0), checkpoint(method, tmp_path)
     for fresh in (False, True):

@@ -11,6 +11,7 @@ from common import datasets
 from saim.models_vit import MODELS
 from scripts.tools import measures
 from scripts.tools.encoders import load as encoders
+from scripts.tools.images import Part, evenly, read_pictures
 from tests.support.runs import CPU
 
 
@@ -42,13 +43,13 @@ def test_knn_accuracy__with_fewer_images_than_neighbours():
 
 
 def test_spread__every_class_and_in_order():
-    assert measures.spread([0] * 10 + [1] * 5, 6) == [0, 4, 9, 10, 12, 14]
-    assert measures.spread([0, 1, 1], 100) == [0, 1, 2]
+    assert evenly([0] * 10 + [1] * 5, 6) == [0, 4, 9, 10, 12, 14]
+    assert evenly([0, 1, 1], 100) == [0, 1, 2]
 
 
 def test_pictures__seeds_share_no_validation_image(digits, tmp_path):
     for data, held in ((digits, 20), (f"{digits}/train", 48)):
-        pictures = measures.read_pictures(data)
+        pictures = read_pictures(data)
         parts = [pictures.split(seed, 5) for seed in range(5)]
         assert sorted(np.concatenate([val for _, val in parts]).tolist()) == list(range(68))[-held:] or held == 48
         assert len(np.unique(np.concatenate([val for _, val in parts]))) == held
@@ -60,16 +61,16 @@ def test_pictures__seeds_share_no_validation_image(digits, tmp_path):
     assert pictures.labelled(parts[0][0], "all", 0) is parts[0][0]
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     with pytest.raises(measures.UserError, match="has 1 image, expected at least 2"):
-        measures.read_pictures(str(tmp_path))
+        read_pictures(str(tmp_path))
 
 
 def test_features__of_images_and_of_their_middle(digits):
     torch.manual_seed(0)
     state = {"model": MODELS["vit_nano_patch16"](img_size=16, patch_size=8, num_classes=0).state_dict()}
     backbone = encoders.load_backbone("saim", "memory", state=state)
-    pictures = measures.read_pictures(digits)
+    pictures = read_pictures(digits)
     args = argparse.Namespace(batch_size=7, num_workers=0, pin_mem=False, bad_images="stop")
-    part = measures.Part(pictures.base, [3, 50, 0])
+    part = Part(pictures.base, [3, 50, 0])
     plain, middle = (measures.features(backbone, part, args, CPU, zoom) for zoom in (1, 0.5))
     images = [datasets.read_image(path) for path, _ in part.samples]
     resized = [image.resize((18, 18), Image.Resampling.BICUBIC).crop((1, 1, 17, 17)) for image in images]

@@ -14,6 +14,7 @@ from PIL import Image
 from common.distributed import UserError
 from scripts.tools import extract_features, neighbours, probe, quickstart
 from scripts.tools.encoders.load import METHODS
+from scripts.tools.images import classes_of
 from tests.support.helpers import ROOT
 from tests.support.runs import arguments, mistake, run_main
 
@@ -58,7 +59,7 @@ def photos(root: Path, *names: str, side: int = 40) -> Path:
     ],
 )
 def test_classes_of(names, split, classes, tmp_path):
-    assert quickstart.classes_of(photos(tmp_path, *names), split) == classes
+    assert classes_of(photos(tmp_path, *names), split) == classes
 
 
 # ---- commands
