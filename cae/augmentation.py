@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,20 +94,32 @@ class PretrainAugmentation:
         self.scale = scale
         jitter = [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter > 0 else []
         self.before = transforms.Compose([*jitter, transforms.RandomHorizontalFlip()])
-        self.normalize = transforms.Normalize(mean, std)
+        self.normalize = datasets.Normalize(mean, std)
         self.tokenizer_view = tokenizer_view
         self.masking = masking
 
     def __call__(self, img: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._finish(self._pixels(img))
+
+    def halves(self) -> tuple[Callable, Callable]:
+        """What loader processes do, and what happens to batches on the device."""
+        return self._pixels, self._finish
+
+    def _pixels(self, img: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The views before they are normalised, (C, s, s) in uint8, or of tensors in floats from 0 to 1; the mask."""
         for step in self.before.transforms:
-            own = isinstance(step, transforms.ColorJitter)
-            img = (datasets.Colours(step, tensors=True) if own else step)(img)
+            colours = isinstance(step, transforms.ColorJitter)
+            img = datasets.change_colours(step, img) if colours else step(img)
         width, height = TF.get_image_size(img)
         top, left, height, width = crop_box(width, height, self.scale)
-        views = []  # (C, s, s) each, in [0, 1]
+        views = []
         for size, name in self.sizes:
             mode = of_tensors(interpolation_of(name)) if isinstance(img, Tensor) else interpolation_of(name)
             view = TF.resized_crop(img, top, left, height, width, [size, size], mode)
-            views.append(view if isinstance(view, Tensor) else TF.to_tensor(view))
-        mask = torch.from_numpy(self.masking()).flatten().bool()  # (N,)
-        return self.normalize(views[0]), self.tokenizer_view(views[1]), mask
+            views.append(view if isinstance(view, Tensor) else TF.pil_to_tensor(view))
+        return views[0], views[1], torch.from_numpy(self.masking()).flatten().bool()
+
+    def _finish(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The views and the mask, of an image or of a batch, as network and tokenizer take them."""
+        view, token_view, mask = views
+        return self.normalize(view), self.tokenizer_view(datasets.floats(token_view)), mask

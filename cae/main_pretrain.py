@@ -10,7 +10,6 @@ if not __package__:  # run as a script: import from this checkout, whatever is i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
-from torchvision import transforms
 
 from cae import optim
 from cae.augmentation import HALF, RANGES, PretrainAugmentation
@@ -267,7 +266,7 @@ def build_tokenizer(args: argparse.Namespace, with_decoder: bool = False) -> Dal
 
 def tokenizer_view(tokenizer: DalleTokenizer | DiscreteVAE) -> Callable[[Tensor], Tensor]:
     """The map from pixels in [0, 1] to what a tokenizer takes."""
-    return map_pixels if isinstance(tokenizer, DalleTokenizer) else transforms.Normalize(tokenizer.mean, tokenizer.std)
+    return map_pixels if isinstance(tokenizer, DalleTokenizer) else datasets.Normalize(tokenizer.mean, tokenizer.std)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:

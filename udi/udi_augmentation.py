@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ImageFilter, ImageOps
+from PIL import ImageChops, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as tf
@@ -117,7 +117,7 @@ class Photometric:
         self.colour = transforms.Compose([transforms.RandomApply([jitter], 0.8), transforms.RandomGrayscale(0.2)])
 
     def __call__(self, img: Any) -> Any:
-        img = datasets.Colours(self.colour, tensors=True)(img)
+        img = datasets.change_colours(self.colour, img)
         if random.random() < 0.5:
             return self.blur(img, 0.5 if random.random() < 0.5 else 1.0)
         img = self.blur(img, 0.1)
@@ -126,7 +126,9 @@ class Photometric:
     @staticmethod
     def solarize(img: Any) -> Any:
         """Invert the upper half of the values."""
-        return torch.where(img < 128 / 255, img, 1 - img) if isinstance(img, Tensor) else ImageOps.solarize(img)
+        if isinstance(img, Tensor):
+            return torch.where(img < 128 / 255, img, 1 - img)
+        return ImageChops.darker(img, ImageChops.invert(img))
 
     @staticmethod
     def blur(img: Any, probability: float) -> Any:

@@ -1,4 +1,4 @@
-"""Images and batches: channels (other than 8-bit RGB), files (of folders), images (data sets), transforms, loader."""
+"""Images and batches: channels (beyond 8-bit RGB), files, images (data sets), transforms, seeds, loader."""
 
 from common.datasets.channels import add_channel_flags, follow_channels, statistics, stored_channels, to_channels
 from common.datasets.files import ENDINGS, ImageFiles, ListedImages, read_image, to_rgb
@@ -7,17 +7,20 @@ from common.datasets.loader import (
     Loader,
     build_loader,
     pretrain_loader,
-    seeded,
     supervised_loaders,
 )
 from common.datasets.memory import check_memory
+from common.datasets.seeds import seeded
 from common.datasets.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Colours,
+    Normalize,
     RandomResizedCrop,
+    change_colours,
     eval_transform,
     finetune_transform,
+    floats,
     photos_only,
     probe_transform,
     repair_posterize,

@@ -1,5 +1,6 @@
 """Image files: which of a folder, in which order, of which class, and how one becomes 8-bit RGB."""
 
+import io
 import os
 from collections import Counter
 from pathlib import Path
@@ -94,6 +95,9 @@ def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to 
     Deeper greyscale is scaled from the range that its format can hold, never stretched to what an image uses: 16 bits
     from 0 to 65535 (PGM from its header's maximum), 32-bit integers from 0 to 2**31 - 1, floats from 0 to 1.
     """
+    if image.mode == "RGB" and image.format == "JPEG":
+        image.load()  # `convert` would copy it
+        return image
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image.convert("RGB")
     values = np.asarray(image)
@@ -111,11 +115,24 @@ def to_rgb(image: Image.Image) -> Any:  # an image, but transforms are typed to 
     return Image.fromarray(grey).convert("RGB")
 
 
+class Bytes(io.BytesIO):
+    """What a file holds, read at once, which takes less time than Pillow's many reads; messages name the file."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.name = name
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+
 def read_image(path: str | Path, in_chans: int | None = None) -> Any:
     """An image file as 8-bit RGB, or as `channels.to_channels` gives it; raises what Pillow raises."""
+    data = Path(path).read_bytes()
     if in_chans:
-        return channels.to_channels(channels.read(Path(path).read_bytes(), str(path), in_chans), in_chans)
-    with Image.open(path) as image:
+        return channels.to_channels(channels.read(data, str(path), in_chans), in_chans)
+    with Image.open(Bytes(data, str(path))) as image:
+        image.filename = str(path)
         return to_rgb(image)
 
 

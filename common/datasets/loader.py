@@ -1,10 +1,8 @@
 """Batches that depend on (seed, epoch, index) only, can start inside an epoch, and stop in order."""
 
 import argparse
-import contextlib
 import itertools
 import os
-import random
 import re
 import signal
 import weakref
@@ -12,7 +10,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -24,28 +21,12 @@ from common import distributed
 from common.datasets.channels import to_channels
 from common.datasets.files import to_rgb
 from common.datasets.images import follow_classes, image_dataset
+from common.datasets.seeds import seed_all, seeded
+from common.datasets.transforms import halves
 from common.distributed import Position, Stopped, UserError, agree, log, rank, stop_signal, world_size
 
 THINNEST = 1000  # the longer side of an image over the shorter one, at most
 MAX_BAD_IN_A_ROW = 100  # unreadable images after which even --bad_images skip gives up: the disk is gone, not an image
-
-
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators by key; in the main process restore them afterwards."""
-    in_main = torch.utils.data.get_worker_info() is None
-    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if in_main else None  # noqa: NPY002
-    words = np.random.SeedSequence(key).generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])  # noqa: NPY002 - timm draws from the global generator
-    torch.default_generator.manual_seed(words[2])
-    try:
-        yield
-    finally:
-        if before:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
-            torch.set_rng_state(before[2])
 
 
 class Sample(NamedTuple):
@@ -80,6 +61,14 @@ class _Samples(Dataset):
         return samples[index][0] if samples else f"image {index} of {type(self.base).__name__}"
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, ...]]) -> list[Sample]:
+        """The samples of a batch."""
+        with seeded():
+            return [self._sample(key) for key in keys]
+
+    def _sample(self, key: tuple[int, ...]) -> Sample:
         first = key[1]
         problems: list[str] = []
         for index in range(first, first + (MAX_BAD_IN_A_ROW if self.replace_bad else 1)):
@@ -88,8 +77,8 @@ class _Samples(Dataset):
             try:
                 image, target = self._decode(index)
                 what = "{} x {} pixels, which a transform cannot take".format(*get_image_size(image))
-                with seeded(self.seed, *key):
-                    image, target = self.transform(image, target) if self.joint else (self.transform(image), target)
+                seed_all(self.seed, *key)
+                image, target = self.transform(image, target) if self.joint else (self.transform(image), target)
                 return Sample(image, target, problems)
             except Exception as error:  # Pillow and transforms raise many types
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -142,6 +131,7 @@ class Loader:
     Training: order and augmentation of an epoch depend on (seed, epoch, index) alone, not on workers or history.
     Evaluation: in order, each image once over all ranks; rank r of R takes images r, r + R, ...
     Args:
+        transform: its second half (`transforms.halves`) is applied to batches on the device.
         batch_size: per process.
         bad_images: "stop" raises on an unreadable image; "skip" takes the next one (training) or leaves it out
             (evaluation), and counts.
@@ -188,6 +178,7 @@ class Loader:
         self.classes = list(getattr(dataset, "classes", None) or [])
         self._labels: Tensor | None = None  # replace the targets of the data set
         self.bad: list[str] = []  # unreadable images met so far, by this rank
+        transform, self._finish = halves(transform)
         if train:
             self.sampler: Any = _EpochSampler(sampler or DistributedSampler(dataset, world_size(), rank(), seed=seed))
         elif order is None:
@@ -235,7 +226,7 @@ class Loader:
     def one_image(self) -> Any:
         """A batch of the first image alone; None where it cannot be read."""
         images, targets, _ = self.loader.collate_fn([self.loader.dataset[(0, 0)]])
-        return None if images is None else tree_map(self._on_device, (images, targets))
+        return None if images is None else self.to_device(images, targets)
 
     def match_classes(self, state: dict[str, Any], path: str) -> None:
         """Let targets be the class indices of a checkpoint read from path, by the names of the classes.
@@ -299,7 +290,7 @@ class Loader:
             if self._labels is not None:
                 targets = self._labels[targets]
             if images is not None:
-                yield tree_map(self._on_device, (images, targets))
+                yield self.to_device(images, targets)
 
     def _read(self) -> Iterator[tuple[Any, Any, list[str]]]:
         """Images, targets and problems of each batch; after the end of a loader process one without targets."""
@@ -315,8 +306,11 @@ class Loader:
             way = "memory or /dev/shm is full, or it was killed; a smaller --num_workers needs less, 0 no /dev/shm"
             yield None, None, [f"{reason[0].strip()}: {way}"]
 
-    def _on_device(self, value: Any) -> Any:
-        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+    def to_device(self, *batch: Any) -> tuple[Any, Any]:
+        """A collated batch (images, targets) on the device, after the second half of the transform."""
+        move = lambda x: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x  # noqa: E731
+        images, targets = tree_map(move, batch)
+        return self._finish(images), targets
 
 
 def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, device: torch.device, **kwargs) -> Loader:

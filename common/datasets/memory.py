@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.datasets.loader import Loader, seeded
+from common.datasets.loader import Loader
+from common.datasets.seeds import seeded
 from common.distributed import UserError, amp_dtype, log
 
 

@@ -4,15 +4,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms import MaybeToTensor
 from timm.data.transforms_factory import create_transform
+from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from common.distributed import log
+from common.distributed import constant, log
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
@@ -72,6 +74,70 @@ def photos_only(step: Any, in_chans: int | None = None) -> Callable:
         return step
     log(f"{type(step).__name__}: left out for images of other than three 8-bit channels")
     return Colours(step)
+
+
+def change_colours(step: Callable, image: Any) -> Any:
+    """step(image), with the same draws and values, but without detours of `ColorJitter` for 8-bit RGB images.
+
+    Tensors of other than three channels pass by, after the same draws.
+    """
+    if isinstance(image, Tensor):
+        return Colours(step, tensors=True)(image)
+    if isinstance(step, transforms.RandomApply) and step.p < torch.rand(1):
+        return image
+    if isinstance(step, (transforms.Compose, transforms.RandomApply)):
+        for part in step.transforms:
+            image = change_colours(part, image)
+        return image
+    return _jitter(step, image) if isinstance(step, transforms.ColorJitter) else step(image)
+
+
+def _jitter(step: transforms.ColorJitter, image: Image.Image) -> Image.Image:
+    ranges: list[Any] = [step.brightness, step.contrast, step.saturation, step.hue]
+    order, brightness, contrast, saturation, hue = step.get_params(*ranges)
+    for change in order.tolist():
+        if change == 0 and brightness is not None:
+            image = Image.blend(Image.new("RGB", image.size), image, brightness)
+        elif change == 1 and contrast is not None:
+            grey = int(np.asarray(image.convert("L")).mean() + 0.5)
+            image = Image.blend(Image.new("RGB", image.size, (grey, grey, grey)), image, contrast)
+        elif change == 2 and saturation is not None:
+            image = Image.blend(image.convert("L").convert("RGB"), image, saturation)
+        elif change == 3 and hue is not None:
+            shift = Image.new("HSV", image.size, (int(255 * hue) % 256, 0, 0))
+            image = ImageChops.add_modulo(image.convert("HSV"), shift).convert("RGB")
+    return image
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 from 0 to 1, on any device with the bits of torchvision's `ToTensor`; floats stay."""
+    # A GPU would multiply by the reciprocal of a plain number.
+    return pixels if pixels.is_floating_point() else pixels.float() / constant((255.0,), pixels.device)
+
+
+class Normalize:
+    """What `ToTensor` and `Normalize` make of pixels (..., C, H, W), with the same bits, for batches on any device."""
+
+    def __init__(self, mean: Any, std: Any):
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        mean, std = (constant(values, pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return (floats(pixels) - mean).div_(std)
+
+
+def halves(transform: Any) -> tuple[Callable, Callable]:
+    """A transform as two: of an image, to pixels in uint8, and of their batch on its device, to what the network takes.
+
+    It says how by a method `halves`, or is a `Compose` that ends with `ToTensor` and `Normalize`; any other one is
+    returned as it is, with a second half that does nothing.
+    """
+    if hasattr(transform, "halves"):
+        return transform.halves()
+    *steps, first, last = [None, None, *getattr(transform, "transforms", [])]
+    if type(first) is transforms.ToTensor and isinstance(last, transforms.Normalize):
+        return transforms.Compose([*steps[2:], transforms.PILToTensor()]), Normalize(last.mean, last.std)
+    return transform, lambda batch: batch
 
 
 def tensor_and_normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD, in_chans: int | None = None) -> list[Callable]:

@@ -2,7 +2,7 @@
 
 Samples of the method's training loader are made and collated by this process alone, in turn with torchvision's plain
 pipeline (decode, random resized crop, flip, tensor, normalise). Parts are shares of the functions' times under Python's
-profiler, applied to the time without it.
+profiler, applied to the time without it. What is done with whole batches on the device is timed here on the CPU.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PARTS = {
     "decode": r"ImagingDecoder|_io\.|Image\.open|'(seek|read|tell)'|draft",
     "crop, resize, flip": r"'(resize|crop|transpose|expand|transform|reduce)' of 'ImagingCore'",
     "colour": r"'(convert|filter|gaussian_blur|point|point_transform|putband|getband|histogram)' of 'ImagingCore'|"
-    r"PIL\._imaging\.(blend|merge)|'(box_blur|convert_matrix)'",
+    r"PIL\._imaging\.(blend|merge)|'(box_blur|convert_matrix|chop_\w+)'",
     "tensor": r"'(tobytes|permute|contiguous|to|div_?|sub_|float|view|copy|reshape|transpose|clone)' of '(torch|numpy)|"
     r"from_numpy|numpy\.(array|asarray)|frombuffer|as_tensor|encode",
 }
@@ -40,7 +40,7 @@ def part_of(function: str) -> str:
 
 def shares(work: Callable[[], Any]) -> dict[str, float]:
     """Share of each part in the time of the work; their sum is 1."""
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.process_time)
     profiler.runcall(work)
     stats: Any = pstats.Stats(profiler)
     sums = dict.fromkeys([*PARTS, "Python and draws"], 0.0)
@@ -72,7 +72,7 @@ def report(method: str, args: argparse.Namespace, flags: argparse.Namespace, siz
     transform = plain(size)
 
     def own() -> list[Any]:
-        return [inner.dataset[key] for key in keys]
+        return inner.dataset.__getitems__(keys)
 
     def torchvision() -> list[Any]:
         return [transform(default_loader(path)) for path in paths]
@@ -87,10 +87,13 @@ def report(method: str, args: argparse.Namespace, flags: argparse.Namespace, siz
     samples, others = own(), torchvision()
     batches = [(samples[i : i + flags.batch_size],) for i in range(0, count, flags.batch_size)]
     plain_batches = [(others[i : i + flags.batch_size],) for i in range(0, count, flags.batch_size)]
-    rows: dict[str, list[float]] = {"samples": [], "collate": [], "plain samples": [], "plain collate": []}
+    made = [(inner.collate_fn(batch)[0], None) for (batch,) in batches]
+    names = ("samples", "collate", "on the device", "plain samples", "plain collate")
+    rows: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(max(5, args.rounds)):
         rows["samples"].append(timed(own))
         rows["collate"].append(timed(inner.collate_fn, *batches))
+        rows["on the device"].append(timed(loader.to_device, *made))
         rows["plain samples"].append(timed(torchvision))
         rows["plain collate"].append(timed(default_collate, *plain_batches))
     median = {name: statistics.median(values) for name, values in rows.items()}
@@ -98,7 +101,7 @@ def report(method: str, args: argparse.Namespace, flags: argparse.Namespace, siz
     print(f"{len(rows['samples'])} rounds (least to most)\n")
     for name, values in rows.items():
         print(f"{name:20}{median[name]:8.3f}   ({min(values):.3f} to {max(values):.3f})")
-    whole, other = (median[a] + median[b] for a, b in (("samples", "collate"), ("plain samples", "plain collate")))
+    whole, other = (sum(median[name] for name in part) for part in (names[:3], names[3:]))
     print(f"{'all':20}{whole:8.3f}   {1e3 / whole:.0f} images/s and core; {whole / other:.2f} x the plain pipeline\n")
     for part, share in shares(own).items():
         print(f"  {part:18}{share * median['samples']:8.3f}   {share:.0%} of the samples' time")

@@ -1,6 +1,7 @@
 """Data: what is read, in which order, with which random draws, and what users are told."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,38 @@ def test_epoch_can_be_entered_inside(digits):
     rest = epoch_of(loader(digits, num_workers=2), 3, start=4)
     assert torch.equal(whole[0][32:], rest[0])
     assert torch.equal(whole[1][32:], rest[1])
+
+
+def test_batches_are_normalised_on_the_device__with_the_same_bits(digits):
+    """Loader processes hand over uint8; the network gets what torchvision's transforms make of each image."""
+    images, transform = datasets.image_dataset(digits, True), datasets.probe_transform(SIZE)
+    data = Loader(images, transform, 8, CPU, num_workers=0)
+    samples: Any = data.loader.dataset
+    assert samples[(0, 0)].image.dtype == torch.uint8
+    batch, _ = next(data.batches(2))
+    data.sampler.first = 0
+    for image, (epoch, index) in zip(batch, data.sampler, strict=False):
+        with datasets.seeded(0, epoch, index):
+            assert torch.equal(image, transform(images[index][0]))
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, 7, 256)
+    normalize = transforms.Normalize(datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+    expected = normalize(transforms.ToTensor()(np.asarray(levels.permute(1, 2, 0))))
+    own = datasets.Normalize(datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+    assert torch.equal(own(levels[None])[0], expected)
+    assert torch.equal(own(levels.float() / 255), expected)  # floats from 0 to 1
+
+
+def test_changed_colours__draws_and_values_are_torchvisions():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8))
+    for strengths in ((0.4, 0.4, 0.2, 0.1), (0.4, 0.4, 0.4), (0.9, 0.9, 0.9, 0.5)):
+        jitter = transforms.RandomApply([transforms.ColorJitter(*strengths)], 0.8)
+        colour = transforms.Compose([jitter, transforms.RandomGrayscale(0.2)])
+        for seed in range(25):
+            found = []
+            for step in (colour, partial(datasets.change_colours, colour)):
+                torch.manual_seed(seed)
+                found.append((step(noise).tobytes(), torch.rand(1)))
+            assert found[0] == found[1]
 
 
 def test_order_is_the_distributed_samplers(digits):

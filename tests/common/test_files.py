@@ -140,3 +140,16 @@ def test_image_that_becomes_constant__is_named_once(tmp_path, capsys):
     assert out.count("dark.png (I;16) becomes a single grey, 0") == 1
     assert np.asarray(to_rgb(Image.new("F", (2, 2), 0.5))).max() == 128
     assert capsys.readouterr().out == ""
+
+
+def test_jpeg__is_not_copied_and_messages_name_the_file(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    with Image.open(path) as image:
+        expected = image.convert("RGB")
+    found = datasets.read_image(path)
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+    assert np.array_equal(np.asarray(found.crop((3, 4, 20, 15))), np.asarray(expected.crop((3, 4, 20, 15))))
+    path.write_bytes(b"no image")
+    with pytest.raises(OSError, match=f"cannot identify image file '{path}'"):
+        datasets.read_image(path)

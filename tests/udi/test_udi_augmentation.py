@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
 from common import datasets
@@ -185,6 +185,11 @@ def test_local_crops_overlap_the_views():
         for crop in coords[2:]:
             sides = np.minimum(crop[2:], box[2:]) - np.maximum(crop[:2], box[:2])
             assert (sides >= 0.5 * np.minimum(crop[2:] - crop[:2], box[2:] - box[:2]) - 0.03).all()
+
+
+def test_photometric__solarisation_is_pillows():
+    img = picture((40, 30)).convert("RGB")
+    assert Photometric.solarize(img).tobytes() == ImageOps.solarize(img).tobytes()
 
 
 def test_photometric__draws_also_where_a_blur_is_certain():
