@@ -1,6 +1,6 @@
 """The encoder of a checkpoint as a folder for timm and for a hub, or as one safetensors file.
 
-Usage: python scripts/tools/export.py METHOD CHECKPOINT OUT [--format timm|safetensors] [--model ... --pool ...]
+Usage: python scripts/tools/export.py METHOD CHECKPOINT OUT [--format timm|safetensors] [--half] [--model ...]
 python scripts/tools/export.py METHOD CHECKPOINT OUT --push USER/NAME [--dry_run]
 timm: OUT is a folder with model.safetensors, config.json and README.md, a model card;
 `timm.create_model("local-dir:OUT", pretrained=True)` loads it. safetensors: OUT is a file with the weights under the
@@ -70,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     encoders.add_flags(p, timm=False)
     p.add_argument("out", metavar="OUT", help="folder, or with --format safetensors file, to write")
     p.add_argument("--format", default="timm", choices=["timm", "safetensors"])
+    p.add_argument("--half", action="store_true", help="with --format safetensors: 16-bit weights, of half the size")
     p.add_argument(
         "--classes",
         default="",
@@ -245,11 +246,15 @@ def check_safetensors(path: Path, method: str, backbone: Backbone) -> None:
 # ---- what is written
 
 
+def of_machine(flag: str, value: Any) -> bool:
+    """Whether a flag is of the machine or a path."""
+    return flag in MACHINE or (isinstance(value, str) and os.sep in value and flag != "dataset")
+
+
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """A run's flags without empty ones, without its machine's and its paths, and without its classes' names."""
-    plain = {k: v for k, v in sorted(flags.items()) if k not in MACHINE and v is not None and v is not False}
-    is_path = {k for k, v in plain.items() if isinstance(v, str) and os.sep in v and k != "dataset"}
-    return {k: v for k, v in plain.items() if v not in ("", []) and k not in is_path}
+    plain = {k: v for k, v in sorted(flags.items()) if v is not None and v is not False and v not in ("", [])}
+    return {k: v for k, v in plain.items() if not of_machine(k, v)}
 
 
 def measured(checkpoint: str, done: int | None) -> list[str]:
@@ -365,12 +370,15 @@ def write_timm(
     (folder / "README.md").write_text(generate_readme(card, Path(name).name, task), encoding="utf-8")
 
 
-def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[str, str]) -> None:
+def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[str, str], half: bool) -> None:
     """Write the method's own weights, with what `load_backbone` needs to know as JSON in the file's metadata."""
     known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in STORED}
+    flags = {k: v for k, v in backbone.args.items() if k == "class_names" or not of_machine(k, v)}
     weights = {k: v.detach().clone().contiguous() for k, v in backbone.weights().items()}
+    if half:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     # One entry: several stand in random order, and equal exports are to be equal files.
-    save_file(weights, path, {"args": json.dumps(backbone.args | known | {WRITTEN: source}, default=str)})
+    save_file(weights, path, {"args": json.dumps(flags | known | {WRITTEN: source}, default=str)})
 
 
 def write_whole(path: Path, args: argparse.Namespace, source: dict[str, str]) -> bool:
@@ -378,11 +386,14 @@ def write_whole(path: Path, args: argparse.Namespace, source: dict[str, str]) ->
 
     Raises:
         Disagreement: what was written is not what the checkpoint holds.
+        UserError: --half.
     """
     state = distributed.load(args.checkpoint)
     found = distributed.weights_of(state, args.checkpoint, bare=True)
     if not dense_weights(found):
         return False
+    if args.half:
+        raise UserError("--half: expected a checkpoint of an encoder, not of a whole network for a dense task")
     weights = {k: v.clone().contiguous() for k, v in found.items()}
     flags = distributed.flags_of(state)
     save_file(weights, path, {"args": json.dumps(flags | {WRITTEN: source}, default=str)})
@@ -432,6 +443,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"CHECKPOINT {args.checkpoint}: expected a checkpoint file or https address")
     if args.classes and args.format != "timm":
         raise UserError("--classes: only a timm folder has names of classes")
+    if args.half and args.format != "safetensors":
+        raise UserError("--half: expected --format safetensors")
     if (args.push or args.dry_run) and (args.format != "timm" or not args.push):
         raise UserError("--push and --dry_run: expected --push USER/NAME and a timm folder")
     if args.push:
@@ -445,7 +458,9 @@ def main(args: argparse.Namespace) -> None:
     if args.format == "safetensors":
         with appearing(out) as path:
             if not write_whole(path, args, source):
-                write_safetensors(path, args.method, backbone, source)
+                if args.half:
+                    backbone.half().float()  # rounds the weights with which the file is compared
+                write_safetensors(path, args.method, backbone, source, args.half)
                 check_safetensors(path, args.method, backbone)
     else:
         form = encoders.timm_form(args.method, backbone)

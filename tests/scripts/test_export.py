@@ -194,10 +194,26 @@ def test_safetensors_file__is_a_checkpoint_to_the_mains(tmp_path):
     again = str(tmp_path / "again.safetensors")
     run_main(export, method, path, again, "--format", "safetensors")
     assert Path(again).read_bytes() == Path(out).read_bytes()
-    models = [cae_vit.cae_nano(**SIZE, num_classes=3, init_values=0.1) for _ in range(2)]
-    for model, file in zip(models, (path, out), strict=True):
+    half = str(tmp_path / "half.safetensors")
+    run_main(export, method, path, half, "--format", "safetensors", "--half")
+    assert Path(half).stat().st_size < 0.6 * Path(out).stat().st_size
+    models = [cae_vit.cae_nano(**SIZE, num_classes=3, init_values=0.1) for _ in range(3)]
+    for model, file in zip(models, (path, out, half), strict=True):
         cae_vit.load_encoder(model, file)
-    assert torch.equal(*(model.eval().forward_features(images()) for model in models))
+    own, whole, rounded = (model.eval().forward_features(images()) for model in models)
+    assert torch.equal(own, whole)
+    assert_close(rounded, own, rtol=1e-2, atol=1e-2)  # 11 bits of a weight
+
+
+def test_safetensors_file__tells_nothing_of_the_machine(tmp_path):
+    method, path = written(tmp_path, "saim pretrained")
+    state = torch.load(path, weights_only=False)
+    state["args"] |= {"data_path": "/home/me/photos", "output_dir": "runs", "initial_checkpoint": "/home/me/a.pth"}
+    torch.save(state, path)
+    out = tmp_path / "out.safetensors"
+    run_main(export, method, path, str(out), "--format", "safetensors")
+    flags = load(method, str(out)).args
+    assert not {"data_path", "output_dir", "initial_checkpoint"} & flags.keys() and "/home/me" not in str(flags)
 
 
 OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("cae tuned", "a2mim tuned convnext")]
@@ -385,6 +401,7 @@ def test_mistakes(tmp_path, capsys):
         ),
         ([method, path, new, "--classes", str(tmp_path / "none.txt")], "none.txt: cannot be read"),
         ([method, path, f"{new}.safetensors", *form, "--classes", path], "--classes: only a timm folder has names"),
+        ([method, path, new, "--half"], "--half: expected --format safetensors"),
         ([method, path, new, "--model", "resnet50"], "is no resnet50; check --model"),
         ([method, path, new, "--key", "ema"], "holds no weights under 'ema'; its keys: state_dict"),
         ([method, str(tmp_path / "damaged.pth"), new], "damaged.pth: truncated or not a checkpoint"),
