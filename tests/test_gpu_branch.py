@@ -5,50 +5,43 @@ know shapes only, and one that needs a value is an error. Backward passes need a
 """
 
 import argparse
-import importlib
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import distributed
 from scripts.tools import bench, gpu_check
 from semaim import orders
 from tests.support.device_waits import NoWaiting, on_fake_gpu
+from udi import optim
 
 NANO = {**gpu_check.NANO, "a2mim convnext": ("a2mim", "--backbone convnext_nano --input_size 64 --patch_size 8")}
 
 
-def pretraining(key: str, data_path: str, *flags: str, **overrides) -> tuple[argparse.Namespace, Any, nn.Module, Any]:
-    """Flags, main, network and loss of a batch of four images."""
-    method, network = NANO[key]
-    main, engine = (importlib.import_module(f"{method}.{name}_pretrain") for name in ("main", "engine"))
-    words = [*bench.RECIPE[method].split(), *network.split(), "--batch_size", "4", "--num_workers", "0", *flags]
-    args = main.get_args_parser().parse_args(words)
-    args.data_path = data_path
-    loader, context = main.build_data(args, torch.device("cpu"))
-    return args, main, main.build_model(args, **overrides), (engine.batch_loss, next(loader.batches()), context)
+@pytest.fixture(autouse=True)
+def every_network(monkeypatch):
+    monkeypatch.setattr(gpu_check, "NANO", NANO)
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> str:
-    return bench.synthetic_images(tmp_path_factory.mktemp("photographs"), 4)
+def prepared(key: str, **overrides) -> tuple[bench.Training, Any]:
+    """A network in training, and a batch of four images, on the CPU."""
+    return gpu_check.prepare(argparse.Namespace(tiny=True, device="cpu"), key, **overrides)
 
 
 @pytest.mark.parametrize("key", NANO)
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_forward__the_host_never_waits(photographs, key):
-    _, _, model, (batch_loss, batch, context) = pretraining(key, photographs)
+def test_forward__the_host_never_waits(key):
+    run, batch = prepared(key)
     distributed.constant.cache_clear()
     with FakeTensorMode():
-        model, batch = on_fake_gpu(model.train()), on_fake_gpu(batch)
-        context = {name: on_fake_gpu(value) for name, value in context.items()}
-        batch_loss(model, batch, **context)  # constants are copied once
+        model, batch = on_fake_gpu(run.model.train()), on_fake_gpu(batch)
+        loss_of = partial(run.loss_of, **{name: on_fake_gpu(value) for name, value in run.loss_of.keywords.items()})
+        loss_of(model, batch)  # constants are copied once
         with NoWaiting("cuda"):
-            loss = batch_loss(model, batch, **context)
+            loss = loss_of(model, batch)
     distributed.constant.cache_clear()
     assert loss.device.type == "cuda" and loss.shape == ()
 
@@ -65,23 +58,23 @@ def test_permutation__the_host_never_waits(rule):
 
 
 @pytest.mark.parametrize("key", NANO)
-def test_update__reads_no_value(photographs, key):
+def test_update__reads_no_value(key):
     """As on a GPU: the guard is a flag on the device that fused optimizers read, meters wait for a report."""
-    args, main, model, (batch_loss, batch, context) = pretraining(key, photographs)
-    optimizer = main.build_optimizer(args, model, 1e-4)
-    updater = distributed.Updater(optimizer, torch.device("cpu"), clip_grad=args.clip_grad, buffers=model.buffers())
+    run, batch = prepared(key)
+    model, optimizer = run.model, run.updater.optimizer
+    updater = distributed.Updater(optimizer, run.device, clip_grad=run.flags.clip_grad, buffers=model.buffers())
     assert all(group.get("fused") for group in optimizer.param_groups)
     updater.guard_on_device = True
     epoch_log = distributed.EpochLog("", 8, 4, torch.device("cuda"))
     if key == "udi":
-        updater.on_gradients = partial(main.optim.clip_gradients, model, 0.1)
+        updater.on_gradients = partial(optim.clip_gradients, model, 0.1)
     before = [p.detach().clone() for p in model.parameters()]
-    loss = batch_loss(model, batch, **context)
+    loss = run.loss_of(model, batch)
     with NoWaiting("cpu"):
         norm = updater.backward(loss, 0)
         epoch_log.update(0, loss=loss, norm=norm)
         if key == "udi":
-            updater.move(list(context["teacher"].parameters()), list(model.parameters()), 0.1)
+            updater.move(list(run.loss_of.keywords["teacher"].parameters()), list(model.parameters()), 0.1)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -100,18 +93,17 @@ def test_no_waiting__finds_what_waits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", NANO)
-def test_compile__one_graph(photographs, key):
+def test_compile__one_graph(key):
     """--compile: the whole network is one graph. On a CPU, where that is free, CAE looks at its masks first, and SemAIM
     at the ranks unless the attention of a GPU is asked for."""
-    overrides = {"attn_impl": "mask"} if key == "semaim" else {}
-    _, _, model, (batch_loss, batch, context) = pretraining(key, photographs, **overrides)
+    run, batch = prepared(key, **({"attn_impl": "mask"} if key == "semaim" else {}))
     calls: list[tuple[tuple, dict]] = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    batch_loss(model, batch, **context)
+    hook = run.model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    run.loss_of(run.model, batch)
     hook.remove()
     torch._dynamo.reset()
     args, kwargs = calls[0]
-    found = torch._dynamo.explain(model)(*args, **kwargs)
+    found = torch._dynamo.explain(run.model)(*args, **kwargs)
     looks = {"cae": 1}.get(key, 0)
     assert found.graph_break_count == looks, found.break_reasons
     if looks:
