@@ -168,7 +168,7 @@ def run(
         evaluate_checkpoint(found, model, val_loader, updater)
         return
     resume = resume_path(args)
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume)
     if not (resume or args.pretrained or args.load_checkpoint):
         distributed.log("WARNING: no --pretrained: the encoder has random weights")
     net = training.prepare(args, model, device, starts=not resume, resize_rel_pos=args.resize_rel_pos)

@@ -244,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     model = build_model(args)
     resume = resume_path(args)
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume, distributed.HELD)
     if weights := distributed.initial_weights(args, resume):
         start_from(model, weights, args.initial_checkpoint)
     net = training.prepare(args, model, device, starts=not resume)

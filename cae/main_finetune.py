@@ -386,7 +386,7 @@ def run(
         mixup = build_mixup(args)
     # ---- model
     resume = resume_path(args, stage)
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume)
     take_weights(args, model, resume, head_std)
     model.to(device)
     if not args.eval:

@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     model = build_model(args)
     resume = resume_path(args, "linear")
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume)
     if args.finetune and not args.eval and not resume:
         load_encoder(model, args.finetune, head_std=0.01, resize_positions=True)
     elif not args.finetune and not resume:

@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     model = build_model(args).to(device)
     resume = resume_path(args)
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume, distributed.HELD)
     if weights := distributed.initial_weights(args, resume):
         start_from(model, weights, args.initial_checkpoint)
     net = distributed.wrap(model, device, args.compile)

@@ -115,6 +115,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- model
     model = build_model(args).to(device)
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
+    distributed.hold_flags(args, resume, distributed.HELD)
     if weights := distributed.initial_weights(args, resume):
         start_from(model, weights, args.initial_checkpoint)
     if model.idle_blocks:

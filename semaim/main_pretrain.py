@@ -204,6 +204,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(device)
     files = run_files(args, every=args.saveckp_freq)
     resume = distributed.find_checkpoint(args.output_dir, args.resume, files.latest)
+    distributed.hold_flags(args, resume, distributed.HELD)
     if weights := distributed.initial_weights(args, resume):
         start_from(model, weights, args.initial_checkpoint)
     if args.attn_impl == "flex" and device.type == "cpu":

@@ -134,7 +134,7 @@ def run_key(
     torch.manual_seed(args.seed)
     found = (distributed.find_checkpoint(folder, args.resume, name) for name in (files.latest, "checkpoint.pth"))
     resume = next(filter(None, found), "")
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume)
     if args.eval and not resume:
         raise distributed.UserError(f"--eval: {folder} has no checkpoint; name one with --resume")
     # ---- data

@@ -346,7 +346,7 @@ def main(args: argparse.Namespace) -> None:
         mixup = build_mixup(args)
     # ---- model
     resume, weights = resume_path(args), None
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume)
     if resume:
         weights = distributed.weights_of(distributed.load(resume), resume)
     elif args.finetune:

@@ -239,13 +239,13 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     torch.manual_seed(args.seed)
     default_folder(args)
-    args.amp_dtype = args.amp_dtype if args.use_fp16 else "fp32"
     # ---- data
     loader = build_loader(args, device)
     # ---- model
     student = build_model(args).to(device)
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
-    distributed.hold_decays(args, resume)
+    distributed.hold_flags(args, resume, distributed.HELD)
+    args.amp_dtype = args.amp_dtype if args.use_fp16 else "fp32"
     if weights := distributed.initial_weights(args, resume):
         start_from(student, weights, args.initial_checkpoint)
     teacher, udi_loss = build_teacher(student), build_loss(args).to(device)

@@ -5,7 +5,7 @@ step (precision, the guarded update), scalars (TensorBoard, Weights & Biases), m
 weights (reading files), initial (weights to start from), checkpoint (exact resume), command (flags, run).
 """
 
-from common.distributed.checkpoint import Checkpoint, Files, find_checkpoint, hold_decays
+from common.distributed.checkpoint import HELD, Checkpoint, Files, find_checkpoint, hold_flags
 from common.distributed.command import (
     NOT_IN_FILES,
     add_flags,
@@ -47,7 +47,7 @@ from common.distributed.process import (
     world_size,
     wrap,
 )
-from common.distributed.step import Updater, amp_dtype, constant
+from common.distributed.step import Updater, amp_dtype, bf16_advice, constant
 from common.distributed.weights import (
     FOREIGN_KEYS,
     WEIGHT_KEYS,

@@ -73,15 +73,19 @@ STARTS += ("initial_checkpoint",)
 ACT = {"weight_decay": "weight_decay", "layer_decay": "lr_scale"}  # if given, these act at a resume, too
 
 
-def hold_decays(args: argparse.Namespace, path: str) -> None:
-    """Let decays that were not given be those of the run that continues from the file at path, '' for none.
+DECAYS = ("weight_decay", "weight_decay_end", "layer_decay")
+HELD = (*DECAYS, "amp_dtype")  # by a pre-training that continues
 
-    For programs whose schedules or parameter groups are made from these flags before the file is resumed.
+
+def hold_flags(args: argparse.Namespace, path: str, names: tuple[str, ...] = DECAYS) -> None:
+    """Let flags that were not given be those of the run that continues from the file at path, '' for none.
+
+    For programs that use these flags before the file is resumed: schedules, parameter groups, precision.
     """
     with contextlib.suppress(UserError):  # of a damaged file, which resuming names
         state = load(path) if path else {}
         was = flags_of(state) if "optimizer" in state else {}
-        for flag in ("weight_decay", "weight_decay_end", "layer_decay"):
+        for flag in names:
             if flag in was and hasattr(args, flag) and flag not in getattr(args, "given", (flag,)):
                 setattr(args, flag, was[flag])
 

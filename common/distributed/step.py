@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed.exits import NonFinite, UserError
-from common.distributed.process import agree
+from common.distributed.process import agree, log
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -28,6 +30,26 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype:
     elif name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def bf16_instructions() -> list[str]:
+    """What this processor has for products of bf16, by Linux's names: avx512_bf16, amx_bf16; none on other systems."""
+    with contextlib.suppress(OSError):
+        return sorted(set(re.findall(r"\b(?:avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text())))
+    return []
+
+
+def bf16_advice(precision: str) -> str:
+    """What to say about --amp_dtype on this processor, '' for nothing.
+
+    A run never takes bf16 on a CPU by itself: the same command would give other results on another machine.
+    """
+    found = " and ".join(bf16_instructions())
+    if precision == "bf16" and not found:
+        return "--amp_dtype bf16: slower than fp32 on this processor, which has neither avx512_bf16 nor amx_bf16"
+    if precision == "auto" and found:
+        return f"this processor has {found}: --amp_dtype bf16 may be faster than fp32, with slightly other results"
+    return ""
 
 
 @functools.cache
@@ -61,6 +83,8 @@ class Updater:
     def __post_init__(self) -> None:
         optimizer, device, buffers = self.optimizer, self.device, list(self.buffers)
         self.dtype = amp_dtype(self.precision, device)
+        if device.type == "cpu" and (advice := bf16_advice(self.precision)):
+            log(advice)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self.guard_on_device = device.type == "cuda" and fused and not self.scaler.is_enabled()

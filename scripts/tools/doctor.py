@@ -220,6 +220,8 @@ def check_devices(report: Report, args: argparse.Namespace) -> str:
     free, total = memory_available()
     report.line("memory", f"{amount(total)}, {amount(free)} available")
     report.line("cores", f"{cores()}; the run takes the {'GPU' if on_gpu else 'CPU'}")
+    if not on_gpu and (advice := distributed.bf16_advice(getattr(args, "amp_dtype", "fp32"))):
+        report.line("precision", advice)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     problem = f"other programs are running (load {load:.1f} on {cores()} cores)"
     report.warn_if(load > 0.5 * cores(), problem, "end them before you trust the times below")

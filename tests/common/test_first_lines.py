@@ -1,5 +1,6 @@
 """What a run says and keeps when it starts, and the flags that follow the model, the folders or `runs/`."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -18,6 +19,8 @@ import semaim.main_pretrain
 import udi.files
 import udi.main_pretrain
 from common import datasets, distributed
+from common.distributed import step
+from scripts.tools import doctor
 from tests.support.runs import CPU, arguments, mistake, run_main
 
 TINY = ["--model", "vit_nano_patch16", "--input_size", "16", "--patch_size", "8", "--batch_size", "16", "--epochs", "1"]
@@ -132,3 +135,36 @@ def test_loader__workers_are_capped_at_the_cores(digits, recwarn):
     assert loader.loader.num_workers == len(os.sched_getaffinity(0))
     assert not [w for w in recwarn if "worker processes" in str(w.message)]
     assert loader.left_out == 8
+
+
+# ---- bf16 on a CPU
+
+
+@pytest.mark.parametrize(
+    ("precision", "instructions", "said"),
+    [
+        ("auto", ["amx_bf16", "avx512_bf16"], "amx_bf16 and avx512_bf16: --amp_dtype bf16 may be faster"),
+        ("auto", [], ""),
+        ("fp32", ["avx512_bf16"], ""),
+        ("bf16", ["avx512_bf16"], ""),
+        ("bf16", [], "--amp_dtype bf16: slower than fp32 on this processor"),
+    ],
+)
+def test_bf16_is_recommended_where_the_processor_has_it(precision, instructions, said, monkeypatch, capsys):
+    monkeypatch.setattr(step, "bf16_instructions", lambda: instructions)
+    updater = distributed.Updater(torch.optim.SGD([torch.zeros(1)], 0.1), CPU, precision)
+    assert updater.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)  # never by itself
+    out = capsys.readouterr().out
+    assert said in out and bool(out) == bool(said)
+    doctor.check_devices(doctor.Report(), argparse.Namespace(device="cpu", amp_dtype=precision))
+    out = capsys.readouterr().out
+    assert said in out and ("precision:" in out) == bool(said)
+
+
+def test_a_continued_run_keeps_its_precision(digits, tmp_path, capsys):
+    flags = ["--model", "saim_nano", *TINY[2:], "--data_path", digits, "--output_dir", str(tmp_path)]
+    run_main(saim.main_pretrain, *flags, "--amp_dtype", "bf16")
+    for more in (["--epochs", "2"], ["--epochs", "3", "--amp_dtype", "fp32"]):  # a given flag wins
+        run_main(saim.main_pretrain, *flags, *more)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "parameters on cpu" in line]
+    assert ["bfloat16" in line for line in lines] == [True, True, False]
