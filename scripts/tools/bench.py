@@ -1,11 +1,12 @@
 """Speed and memory of pre-training steps: python scripts/tools/bench.py METHOD [flags of its main_pretrain.py], or all,
-or data METHOD.
+or data METHOD, or start.
 
 METHOD: rows are variants of the same step, measured in turn in one run: the reference formulation in fp32, then what
 trains by default in fp32 and, where the device has fast bf16, in bf16. Times are medians over all rounds.
 all: a row for each network of each method, in a process of its own, in the precision that it trains in by default, and
 for small segmentation networks and detectors.
 data METHOD: what an image costs on one core before it reaches the network, part by part (bench_data.py).
+start: what programs compute before they work (bench_start.py).
 """
 
 import argparse
@@ -38,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
 from common.distributed.metrics import peak_memory, resident_bytes
-from scripts.tools import bench_data, bench_dense
+from scripts.tools import bench_data, bench_dense, bench_start
 from scripts.tools.flags import METHODS, NETWORK, Parser, network_of
 from scripts.tools.machine import memory_available
 from scripts.tools.texts import amount
@@ -99,7 +100,9 @@ class Variant:
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = Parser("Benchmark", usage="%(prog)s METHOD [flags], listed by --help")
-    p.add_argument("method", choices=[*METHODS, "all", "data"], help="one method; all networks; or data METHOD")
+    p.add_argument(
+        "method", choices=[*METHODS, "all", "data", "start"], help="one method; all networks; data METHOD; or start"
+    )
     p.add_argument("--steps", default=3, type=int, help="timed steps per variant and round, after one to warm up")
     p.add_argument("--rounds", default=2, type=int, help="passes over all variants")
     p.add_argument(
@@ -290,6 +293,9 @@ def main(args: argparse.Namespace, rest: list[str]) -> None:
     if args.method == "data":
         data(args, rest)
         return
+    if args.method == "start":
+        start()
+        return
     module = importlib.import_module(f"{args.method}.main_pretrain")
     flags = module.get_args_parser().parse_args([*RECIPE.get(args.method, "").split(), *rest])
     device = distributed.init(flags.device)
@@ -321,6 +327,17 @@ def data(args: argparse.Namespace, rest: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         flags.data_path = args.data_path or synthetic_images(Path(folder), 4 * flags.batch_size)
         bench_data.report(method, args, flags, describe(flags)[1])
+
+
+def start() -> None:
+    """Print what the programs compute before they work, and the small networks before their first step."""
+    chosen = [
+        (method, name, [*RECIPE[method].split(), *flags, "--batch_size", "4"])
+        for method, name, flags in networks()
+        if "nano" in name
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        bench_start.report(chosen, synthetic_images(Path(folder), 8))
 
 
 def training_precision(flags: argparse.Namespace, device: torch.device) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common import distributed
-from scripts.tools import bench, bench_data, bench_dense, doctor
+from scripts.tools import bench, bench_data, bench_dense, bench_start, doctor
 from scripts.tools.bench import Variant
 from tests.scripts.test_measured_run import recorded
 from tests.support.helpers import ROOT
@@ -192,6 +192,31 @@ def test_data__what_an_image_costs(tmp_path, capsys):
     assert numbers["decode"] > numbers["colour"]
     with pytest.raises(distributed.UserError, match="data mae: expected data and one of a2mim"):
         bench.main(*arguments("data", "mae"))
+
+
+# ---- start
+
+
+def test_start__programs_add_little_to_their_libraries():
+    """0.3 s of processor time is what --help of a program may add; a busy machine has twice that."""
+    code = f"{bench_start.LIBRARIES}, importlib, time\nfor name in {bench.METHODS}:\n    t = time.process_time()\n"
+    code += "    importlib.import_module(f'{name}.main_pretrain').get_args_parser().format_help()\n"
+    code += "    print(time.process_time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds = [float(line) for line in done.stdout.splitlines()]
+    assert len(seconds) == len(bench.METHODS) and max(seconds) < 2 * bench_start.MOST_OF_HELP
+
+
+@pytest.mark.slow
+def test_start__of_small_networks(tmp_path):
+    """Twice the 2 s from the first line to the first step are allowed, too; a run that ends says why."""
+    chosen = [row for row in bench.networks() if row[1] == "saim_nano"]
+    folder = bench.synthetic_images(tmp_path, 8)
+    [(method, _, words)] = chosen
+    assert 0 < bench_start.seconds_to_step(method, [*words, "--batch_size", "4"], folder) < 2 * bench_start.MOST_TO_STEP
+    with pytest.raises(distributed.UserError, match="--batch_size 0: expected at least 1"):
+        bench_start.seconds_to_step(method, [*words, "--batch_size", "0"], folder)
+    assert 0 < bench_start.processor_seconds("-c", "pass") < 1
 
 
 @pytest.mark.parametrize(
