@@ -5,6 +5,7 @@ head's last layer is linear, so everything that is an average of logits upstream
 here, and logits exist in chunks only.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from common import distributed
 from udi.models_udi import Projected
 
 CHUNK = 2**25  # logits computed at a time
+BLOCK = 2048  # prototypes at a time on a CPU, whose caches hold their logits; a GPU takes all at once
 
 
 def wide(x: Tensor) -> Tensor:
@@ -32,81 +34,122 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return wide(x) @ wide(weight).T
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross entropies between mixtures of teacher predictions and student predictions.
+class Pairs(NamedTuple):
+    """G groups of S students and T teacher vectors; each student has its own mixture of the T predictions as target."""
 
-    The gradient is computed in the forward pass, chunk by chunk, because the weights are known then.
-    """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, weight: Tensor, target: Tensor, target_weight: Tensor, centre, mix, share, temps):
-        """See `cross_entropies`."""
-        temp, student_temp = temps
-        groups, students = z.shape[:2]
-        teachers, prototypes = target.shape[1], len(weight)
-        half = torch.get_autocast_dtype(z.device.type) if torch.is_autocast_enabled(z.device.type) else z.dtype
-        w, tw = weight.to(half), target_weight.to(half)
-        zeros = partial(torch.zeros, dtype=centre.dtype, device=z.device)
-        losses, grad_z, grad_w = zeros(groups, students), zeros(z.shape), zeros(weight.shape)
-        mean, entropy = zeros(prototypes), zeros(())  # of the first targets
-        step = max(1, CHUNK // (prototypes * (students + teachers)))
-        with torch.autocast(z.device.type, enabled=False):  # the casts below are meant
-            for a in range(0, groups, step):
-                b = min(a + step, groups)
-                predictions = ((_logits(target[a:b].to(half), tw) - centre) / temp).softmax(dim=-1)  # (g, T, K)
-                logits = _logits(z[a:b].to(half), w) / student_temp  # (g, S, K)
-                log_sum = logits.logsumexp(dim=-1)
-                mixed = mix @ predictions
-                losses[a:b] = log_sum - (mixed * logits).sum(dim=-1)
-                # d loss / d logits, weighted, in place of the logits
-                residual = logits.sub_(log_sum[..., None]).exp_().sub_(mixed).flatten(0, 1).to(half)
-                rows = share.expand(b - a, students).flatten()[:, None] / student_temp
-                grad_z[a:b] = (wide(residual @ w) * rows).unflatten(0, (b - a, students))
-                # Halves hold the rows' relative weights only: the small factor comes in float32.
-                top = rows.max().clamp(min=1e-30)
-                grad_w += wide(residual.T @ (z[a:b].flatten(0, 1) * (rows / top)).to(half)) * top
-                mean += predictions[:, 0].sum(dim=0)
-                entropy -= torch.special.xlogy(predictions[:, 0], predictions[:, 0]).sum()
-        ctx.save_for_backward(grad_z, grad_w)
-        ctx.dtypes = z.dtype, weight.dtype
-        ctx.mark_non_differentiable(losses, mean, entropy)
-        return (losses * share).sum(), losses, mean / max(groups, 1), entropy / max(groups, 1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_: Any):  # type: ignore[override]
-        grad_z, grad_w = ctx.saved_tensors
-        return (grad_z * grad).to(ctx.dtypes[0]), (grad_w * grad).to(ctx.dtypes[1]), *[None] * 6
+    z: Tensor  # (G, S, E), the students' vectors
+    target: Tensor  # (G, T, E), the teacher's vectors
+    centre: Tensor  # (K,), subtracted from the teacher's logits
+    mix: Tensor  # (S, T), share of each prediction in a student's target
+    share: Tensor  # (S,), weight of a student in the total
 
 
 class Entropies(NamedTuple):
-    total: Tensor  # (), the weighted sum, which has a gradient
-    each: Tensor  # (G, S), without
+    each: Tensor  # (G, S), cross entropies of the students
     mean_target: Tensor  # (K,), mean of each group's first prediction
     entropy: Tensor  # (), mean of their entropies
 
 
-def cross_entropies(
-    z: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    target_weight: Tensor,
-    centre: Tensor,
-    mix: Tensor,
-    share: Tensor,
-    temp: float,
-    student_temp: float,
-) -> Entropies:
-    """Cross entropies of G groups of S students, each with its own mixture of the group's T teacher predictions.
+def _log_sum(blocks: list[Tensor]) -> Tensor:
+    """Logarithm of the sum of exponentials of blocks (g, S, k) over all their k, (g, S, 1)."""
+    return torch.stack([x.logsumexp(dim=-1, keepdim=True) for x in blocks]).logsumexp(dim=0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor) -> None:
+    """total += factor * a @ b; halves are multiplied as halves, and added in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b * factor)
+    else:
+        total += wide(a @ b.to(a.dtype)) * factor
+
+
+def _entropies(
+    pairs: Pairs, w: Tensor, tw: Tensor, temps: tuple[float, float], grad_w: Tensor
+) -> tuple[Entropies, Tensor]:
+    """`Entropies` of pairs, and the gradient of their z, (G, S, E); that of the prototypes is added to grad_w.
 
     Args:
-        z: student vectors (G, S, E), weight: (K, E). target: teacher vectors (G, T, E), target_weight: (K, E).
-        centre: (K,), subtracted from the teacher's logits. temp, student_temp: temperatures.
-        mix: (S, T), share of each prediction in a student's target. share: (S,), weight of a student in the total.
+        w, tw: prototypes (K, E) of student and teacher, in the precision of the products. temps: as `cross_entropies`.
     """
-    mix, share = mix.to(centre.dtype), share.to(centre.dtype)
-    return Entropies(
-        *_CrossEntropy.apply(z, weight, target, target_weight, centre, mix, share, (temp, student_temp))  # type: ignore
-    )
+    z, target, centre, mix, share = pairs
+    groups, students = z.shape[:2]
+    prototypes, half = len(w), w.dtype
+    temp, student_temp = temps
+    zeros = partial(torch.zeros, dtype=grad_w.dtype, device=z.device)
+    losses, grad_z, mean, entropy = zeros(groups, students), zeros(z.shape), zeros(prototypes), zeros(())
+    size = BLOCK if z.device.type == "cpu" else prototypes
+    blocks = [slice(k, k + size) for k in range(0, prototypes, size)]
+    chunks = min(groups, math.ceil(groups * (students + target.shape[1]) * prototypes / CHUNK))
+    for chunk in range(chunks):
+        a, b = groups * chunk // chunks, groups * (chunk + 1) // chunks
+        s, t = (z[a:b] / student_temp).to(half), (target[a:b] / temp).to(half)
+        logits = [_logits(s, w[k]) for k in blocks]  # (g, S, k)
+        teacher = [_logits(t, tw[k]).sub_(centre[k] / temp) for k in blocks]  # (g, T, k)
+        log_sum, teacher_sum = _log_sum(logits), _log_sum(teacher)
+        losses[a:b] = log_sum[..., 0]
+        rows = share.expand(b - a, students).flatten()[:, None] / student_temp
+        # Halves hold the rows' relative weights only: the small factor comes in float32.
+        top = rows.max().clamp(min=1e-30)
+        weighted, vectors = z[a:b].flatten(0, 1) * (rows / top), zeros(rows.shape[0], z.shape[2])
+        for k, x, y in zip(blocks, logits, teacher, strict=True):
+            first = y.sub_(teacher_sum)[:, 0].clone()  # logarithms of predictions
+            predictions = y.exp_()
+            mean[k] += predictions[:, 0].sum(dim=0)
+            entropy -= (predictions[:, 0] * first).sum()
+            mixed = mix @ predictions
+            losses[a:b] -= (mixed * x).sum(dim=-1)
+            residual = x.sub_(log_sum).exp_().sub_(mixed).flatten(0, 1).to(half)  # d loss / d logits
+            vectors += wide(residual @ w[k])
+            _add_product(grad_w[k], residual.T, weighted, top)
+        grad_z[a:b] = (vectors * rows).unflatten(0, (b - a, students))
+    return Entropies(losses, mean / max(groups, 1), entropy / max(groups, 1)), grad_z
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """Weighted sum of the cross entropies of several `Pairs`.
+
+    Gradients are computed in the forward pass, chunk by chunk, because the weights are known then; one array gets those
+    of the prototypes of all.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, target_weight: Tensor, temps, pairs: list[Pairs], *zs: Tensor):
+        """See `cross_entropies`; zs: the students' vectors of the pairs, which get gradients."""
+        device = weight.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else zs[0].dtype
+        w, tw = weight.to(half), target_weight.to(half)
+        grad_w = torch.zeros(weight.shape, dtype=pairs[0].centre.dtype, device=weight.device)
+        with torch.autocast(device, enabled=False):  # the casts are meant
+            found, grads = zip(*[_entropies(one, w, tw, temps, grad_w) for one in pairs], strict=True)
+        ctx.save_for_backward(grad_w, *grads)
+        ctx.dtypes = [weight.dtype, *[z.dtype for z in zs]]
+        parts = [x for entropies in found for x in entropies]
+        ctx.mark_non_differentiable(*parts)
+        total = torch.stack([(found[i].each * one.share).sum() for i, one in enumerate(pairs)]).sum()
+        return total, *parts
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: Any):  # type: ignore[override]
+        # In place, once: on a CPU new memory of the prototypes' size takes longer than their products.
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grad_w, *grad_z = (x.mul_(grad).to(dtype) for x, dtype in grads)
+        return grad_w, *[None] * 3, *grad_z
+
+
+def cross_entropies(
+    pairs: Sequence[Pairs], weight: Tensor, target_weight: Tensor, temp: float, student_temp: float
+) -> tuple[Tensor, list[Entropies]]:
+    """The weighted sum, (), of the cross entropies of all pairs, which has a gradient once; and what has none, of each.
+
+    Args:
+        weight, target_weight: prototypes (K, E) of student and teacher. temp, student_temp: the teacher's temperature
+            and the student's.
+    """
+    pairs = [one._replace(mix=one.mix.to(one.centre.dtype), share=one.share.to(one.centre.dtype)) for one in pairs]
+    zs = [one.z for one in pairs]
+    total, *found = _CrossEntropies.apply(weight, target_weight, (temp, student_temp), pairs, *zs)  # type: ignore
+    size = len(Entropies._fields)
+    return total, [Entropies(*found[i : i + size]) for i in range(0, len(found), size)]
 
 
 class Centering(nn.Module):
@@ -161,14 +204,11 @@ class Patches(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One level of the loss, and the rows of its centre."""
+    """What one level of the loss compares, and the rows of its centre."""
 
-    loss: Tensor  # (), its weighted share of the total
-    global_loss: Tensor  # (), mean over the global views
-    local_loss: Tensor | None  # (), mean over the local crops; None without them
+    pairs: Pairs
     rows_sum: Tensor  # (E,), sum of the teacher's vectors whose logits are the centre's rows
     rows: Tensor  # (), their number
-    entropies: Entropies
 
 
 class UDILoss(nn.Module):
@@ -209,7 +249,7 @@ class UDILoss(nn.Module):
         self.weights = [1 / levels] * levels if weights is None else list(weights)
         self.centering = Centering(levels, dim, center_momentum, exact_center)
 
-    def class_level(self, s: Projected, t: Projected, epoch: int) -> Level:
+    def class_level(self, s: Projected, t: Projected) -> Level:
         """CE(p_t(y|z'_cls), p_s(y|z_cls)): the class token of a view predicts that of the other view.
 
         A local crop aims at the mean of the predictions of both views.
@@ -217,9 +257,9 @@ class UDILoss(nn.Module):
         z = wide(t.global_cls[0])  # (2 B, E)
         own = torch.eye(2, device=z.device)
         mix = torch.cat([own, torch.full((self.num_local_crops, 2), 0.5, device=z.device)])  # (2 + nl, 2)
-        return self._class_tokens(0, s, t, by_image(z), mix, epoch, z.sum(dim=0), len(z))
+        return self._class_tokens(0, s, by_image(z), mix, z.sum(dim=0), len(z))
 
-    def blended_level(self, s: Projected, t: Projected, patches: Patches, epoch: int) -> Level:
+    def blended_level(self, s: Projected, t: Projected, patches: Patches) -> Level:
         """CE(p*_t(y|Z'), p_s(y|z_cls+)): the extra class token predicts a target of two kinds, patches and image.
 
         p*_t(y|Z') = softmax((α mean_i l(ẑ'_i) + (1 - α) l(z'_cls) - c) / T), over the matched patches i (logits are
@@ -232,18 +272,10 @@ class UDILoss(nn.Module):
         own, mean = torch.eye(2, device=u.device), torch.full((1, 2), 0.5, device=u.device)
         mix = torch.block_diag(own, *[mean] * nl)  # (2 + nl, 2 + 2 nl)
         rows = target.shape[0] * target.shape[1]
-        return self._class_tokens(1, s, t, target, mix, epoch, target.sum(dim=(0, 1)), rows)
+        return self._class_tokens(1, s, target, mix, target.sum(dim=(0, 1)), rows)
 
     def _class_tokens(
-        self,
-        level: int,
-        s: Projected,
-        t: Projected,
-        target: Tensor,
-        mix: Tensor,
-        epoch: int,
-        rows_sum: Tensor,
-        rows: int,
+        self, level: int, s: Projected, target: Tensor, mix: Tensor, rows_sum: Tensor, rows: int
     ) -> Level:
         """Cross entropies of a class token: ℓ = (2 ℓ_global + 2 nl ℓ_local) / (2 + 2 nl), of means over their rows.
 
@@ -257,31 +289,21 @@ class UDILoss(nn.Module):
             z = torch.cat([z, s.local_cls[level].transpose(0, 1)], dim=1)  # (B, 2 + nl, E)
         weight = self.weights[level] / (2 + 2 * nl) / batch  # of a global view
         share = torch.cat([target.new_full((2,), weight), target.new_full((nl,), 2 * weight)])
-        found = self._entropies(level, s, z, t, target, mix, share, epoch)
-        local = found.each[:, 2:].mean() if nl else None
-        return Level(found.total, found.each[:, :2].mean(), local, rows_sum, target.new_full((), rows), found)
+        pairs = Pairs(z, target, self.centering.center[level], mix, share)
+        return Level(pairs, rows_sum, target.new_full((), rows))
 
-    def patch_level(self, s: Projected, t: Projected, patches: Patches, epoch: int) -> Level:
+    def patch_level(self, patches: Patches) -> Level:
         """CE(p_t(y|ẑ'_i), p_s(y|ẑ_i)): a sampled patch predicts what the teacher has in its place.
 
         The mean over the shown patches of the global views; those of local crops only move the centre.
         """
-        level, number = self.num_clt, patches.student_mask.sum().clamp(min=1)
+        level = self.num_clt
         z, target = (x.flatten(0, 1)[patches.rows, None] for x in (patches.student, patches.views))  # (R, 1, E)
-        one = target.new_ones(1)
-        found = self._entropies(level, s, z, t, target, one[:, None], one, epoch)
-        loss = found.total * (self.weights[level] / number)
+        share = self.weights[level] / patches.student_mask.sum().clamp(min=1)
+        pairs = Pairs(z, target, self.centering.center[level], target.new_ones(1, 1), share[None])
         both = (patches.views, patches.views_mask), (patches.crops, patches.crops_mask)
         rows_sum = torch.stack([(x * mask[..., None]).flatten(0, -2).sum(dim=0) for x, mask in both]).sum(dim=0)
-        rows = patches.views_mask.sum() + patches.crops_mask.sum()
-        return Level(loss, found.each.sum() / number, None, rows_sum, rows, found)
-
-    def _entropies(
-        self, level: int, s: Projected, z: Tensor, t: Projected, target: Tensor, mix: Tensor, share: Tensor, epoch: int
-    ) -> Entropies:
-        """`cross_entropies` with the centre and the temperatures of a level."""
-        centre, temp = self.centering.center[level], self.temperatures[epoch]
-        return cross_entropies(z, s.weight, target, t.weight, centre, mix, share, temp, self.student_temp)
+        return Level(pairs, rows_sum, patches.views_mask.sum() + patches.crops_mask.sum())
 
 
 class Spec(NamedTuple):
@@ -353,21 +375,28 @@ def udi_forward_loss(
     with torch.no_grad():  # the teacher's weights only follow the student's (`engine_pretrain.update_teacher`)
         t: Projected = teacher(crops, mix_t, rows_t, branch=1)
     s: Projected = student(crops, mix_s, rows_s, branch=0, drop_path_rand=drop_path_rand)
-    levels = [udi_loss.class_level(s, t, epoch)]
+    levels, shown = [udi_loss.class_level(s, t)], None
     if mix_s is not None and mix_t is not None and rows_s is not None:
         patches = match(s.patches, mix_s, rows_s, t.patches, mix_t, udi_loss.num_local_crops)  # type: ignore[arg-type]
         if udi_loss.num_clt == 2:
-            levels.append(udi_loss.blended_level(s, t, patches, epoch))
-        levels.append(udi_loss.patch_level(s, t, patches, epoch))
+            levels.append(udi_loss.blended_level(s, t, patches))
+        levels.append(udi_loss.patch_level(patches))
+        shown = patches.student_mask.sum().clamp(min=1)
+    temp, student_temp = udi_loss.temperatures[epoch], udi_loss.student_temp
+    loss, found = cross_entropies([level.pairs for level in levels], s.weight, t.weight, temp, student_temp)
     with torch.no_grad(), torch.autocast(crops[0].device.type, enabled=False):
         # The sum of a level's logits is the logits of its vectors' sum.
         sums = F.linear(torch.stack([level.rows_sum for level in levels]), wide(t.weight))
         udi_loss.centering.update(sums, torch.stack([level.rows for level in levels]))
-    mean_target = levels[0].entropies.mean_target
+    tokens, nl = [entropies.each for entropies in found[: udi_loss.num_clt]], udi_loss.num_local_crops
+    global_losses = [each[:, :2].mean() for each in tokens]
+    if shown is not None:
+        global_losses.append(found[-1].each.sum() / shown)
+    mean_target = found[0].mean_target
     spec = Spec(
-        [level.global_loss for level in levels],
-        [level.local_loss for level in levels if level.local_loss is not None],
+        global_losses,
+        [each[:, 2:].mean() for each in tokens] if nl else [],
         -torch.special.xlogy(mean_target, mean_target).sum(),
-        levels[0].entropies.entropy,
+        found[0].entropy,
     )
-    return torch.stack([level.loss for level in levels]).sum(), spec
+    return loss, spec

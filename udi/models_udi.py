@@ -274,7 +274,7 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(out_dim, in_dim)."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # one pass, its gradient, too
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

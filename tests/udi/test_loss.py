@@ -14,7 +14,7 @@ from tests.support.processes import launch
 from tests.support.udi_literal_loss import plain_loss, targets_of, teacher_levels
 from tests.udi.test_models_udi import network_of, tol
 from udi import optim
-from udi.loss import UDILoss, cross_entropies, udi_forward_loss
+from udi.loss import Pairs, UDILoss, cross_entropies, udi_forward_loss
 from udi.models_udi import Projected
 
 TWO_RANKS = str(ROOT / "tests" / "support" / "udi_two_ranks.py")
@@ -355,7 +355,8 @@ def random_case(nl: int, num_clt: int, patches: bool, matched: float, seed: int 
     ("nl", "num_clt", "patches"), [(0, 2, True), (3, 2, True), (2, 1, True), (0, 1, True), (0, 1, False), (4, 1, False)]
 )
 def test_fused_equals_literal(nl, num_clt, patches, matched, monkeypatch):
-    monkeypatch.setattr("udi.loss.CHUNK", 200)  # several chunks
+    monkeypatch.setattr("udi.loss.CHUNK", 200)  # several chunks of rows
+    monkeypatch.setattr("udi.loss.BLOCK", 7)  # and blocks of prototypes
     student, teacher, settings, views = random_case(nl, num_clt, patches, matched)
     expected = plain_loss(student, teacher, settings, **views, epoch=0)
     expected["loss"].backward()
@@ -387,8 +388,9 @@ def test_halves_keep_small_gradients(half):
     for enabled in (False, True):
         w.grad = z.grad = None
         with torch.autocast("cpu", half, enabled=enabled):
-            found = cross_entropies(z, w, t, tw.detach(), torch.zeros(4096), mix, share, 0.05, 0.1)
-        found.total.backward()
+            pairs = Pairs(z, t, torch.zeros(4096), mix, share)
+            total, _ = cross_entropies([pairs], w, tw.detach(), 0.05, 0.1)
+        total.backward()
         assert w.grad is not None
         assert z.grad is not None
         grads.append((w.grad, z.grad))
