@@ -8,7 +8,6 @@ R regions, K classes (0 ... K - 1, background K), m side of a mask. Boxes are (x
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ MAX_LOG_SCALE = math.log(1000 / 16)  # a box grows or shrinks by this factor at 
 ANCHOR_STDS = (1.0, 1.0, 1.0, 1.0)  # what the RPN's changes of anchors are divided by
 REGION_STDS = (0.1, 0.1, 0.2, 0.2)  # ... and the box head's changes of regions
 
+Objects = list[dict[str, Tensor]]  # of each image: boxes (G, 4), labels (G,) from 0, masks; found ones: scores (G,)
+
 
 def conv_unit(in_channels: int, out_channels: int, kernel_size: int, norm: bool, relu: bool = True) -> nn.Sequential:
     """Convolution of the same size, with a batch norm in place of its bias if `norm`, then ReLU."""
@@ -39,12 +40,18 @@ def conv_unit(in_channels: int, out_channels: int, kernel_size: int, norm: bool,
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
+    unit = nn.Sequential()
+    unit.add_module("conv", conv)
     if norm:
-        layers["bn"] = nn.BatchNorm2d(out_channels)
+        unit.add_module("bn", nn.BatchNorm2d(out_channels))
     if relu:
-        layers["activate"] = nn.ReLU(inplace=True)
-    return nn.Sequential(layers)
+        unit.add_module("activate", nn.ReLU(inplace=True))
+    return unit
+
+
+def conv_units(in_channels: int, channels: int, number: int, norm: bool) -> nn.ModuleList:
+    """3 x 3 units, one after the other."""
+    return nn.ModuleList(conv_unit(channels if i else in_channels, channels, 3, norm) for i in range(number))
 
 
 class FPN(nn.Module):
@@ -210,38 +217,32 @@ class RPNHead(nn.Module):
         flat = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
         return flat, [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4).float() for x in deltas]
 
-    def _usable(self, anchors: Tensor, info: ImageInfo) -> Tensor:
-        """(N,) bool: the anchors that enter the loss, not those in the padding that only the batch needs."""
+    def match(self, anchors: Tensor, info: ImageInfo, objects: Tensor) -> Tensor:
+        """`assign` for anchors (N, 4) of an image; IGNORED in the padding that only the batch needs."""
         (height, width), (h, w) = info.padded, info.size
         centres = (anchors[:, :2] + anchors[:, 2:]) / 2
         usable = (centres < anchors.new_tensor([width, height]) - 0.5).all(dim=1)  # whole pixels, but for rounding
         if self.inside_only:
             usable &= (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] < anchors.new_tensor([w, h])).all(dim=1)
-        return usable
+        match = torch.full((len(anchors),), IGNORED, device=anchors.device)
+        match[usable] = assign(anchors[usable], objects, self.matching)
+        return match
 
     def loss(
-        self, logits: list[Tensor], deltas: list[Tensor], infos: list[ImageInfo], targets: list[dict[str, Tensor]]
+        self, logits: list[Tensor], deltas: list[Tensor], infos: list[ImageInfo], targets: Objects
     ) -> dict[str, Tensor]:
-        """Cross-entropy of the sampled anchors and L1 of the positive ones' changes, both divided by their number.
-
-        Args:
-            logits, deltas: of `forward`. targets: boxes (G, 4) of each image.
-        """
+        """Cross-entropy of the sampled anchors and L1 of the positive ones' changes, both divided by their number."""
         anchors = torch.cat(self.anchors(logits))  # (N, 4)
         flat_logits, flat_deltas = (torch.cat(parts, dim=1) for parts in self.by_anchor(logits, deltas))
         class_loss, box_loss, count = flat_logits.new_zeros(()), flat_logits.new_zeros(()), 0
-        for i, (info, target) in enumerate(zip(infos, targets, strict=True)):
-            usable = self._usable(anchors, info)
-            match = torch.full((len(anchors),), IGNORED, device=anchors.device)
-            match[usable] = assign(anchors[usable], target["boxes"], self.matching)
+        for logit, delta, info, target in zip(flat_logits, flat_deltas, infos, targets, strict=True):
+            match = self.match(anchors, info, target["boxes"])
             positive, negative = sample(match, self.matching)
             chosen = torch.cat([positive, negative])
             is_object = (match[chosen] >= 0).float()
-            class_loss = class_loss + F.binary_cross_entropy_with_logits(
-                flat_logits[i, chosen], is_object, reduction="sum"
-            )
+            class_loss += F.binary_cross_entropy_with_logits(logit[chosen], is_object, reduction="sum")
             wanted = encode(anchors[positive], target["boxes"][match[positive]], ANCHOR_STDS)
-            box_loss = box_loss + F.l1_loss(flat_deltas[i, positive], wanted, reduction="sum")
+            box_loss += F.l1_loss(delta[positive], wanted, reduction="sum")
             count += max(len(positive), 1) + max(len(negative), 1)
         return {"loss_rpn_cls": class_loss / count, "loss_rpn_bbox": box_loss / count}
 
@@ -251,19 +252,18 @@ class RPNHead(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Boxes (n, 4) and scores (n,) of each image, by falling score; the module's mode chooses their number."""
         per_map, per_image = self.train_proposals if self.training else self.test_proposals
-        anchors, (logits, deltas) = self.anchors(logits), self.by_anchor(logits, deltas)
+        levels = list(zip(self.anchors(logits), *self.by_anchor(logits, deltas), strict=True))
         result = []
         for i, info in enumerate(infos):
-            boxes, scores, maps = [], [], []
-            for level, x in enumerate(logits):
-                score, top = x[i].sigmoid().topk(min(per_map, x.shape[1]))
-                boxes.append(decode(anchors[level][top], deltas[level][i, top], ANCHOR_STDS))
-                scores.append(score)
-                maps.append(torch.full_like(top, level))
-            box, score = clip_boxes_to_image(torch.cat(boxes), info.size), torch.cat(scores)
+            parts = []  # of each map: boxes, scores, the map's number
+            for level, (anchors, logit, delta) in enumerate(levels):
+                score, top = logit[i].sigmoid().topk(min(per_map, len(anchors)))
+                parts.append((decode(anchors[top], delta[i, top], ANCHOR_STDS), score, torch.full_like(top, level)))
+            box, score, level = (torch.cat(x) for x in zip(*parts, strict=True))
+            box = clip_boxes_to_image(box, info.size)
             solid = (box[:, 2:] > box[:, :2]).all(dim=1)
-            box, score, level = box[solid], score[solid], torch.cat(maps)[solid]
-            keep = nms_within(level, box, score, self.nms_iou)[:per_image]
+            box, score = box[solid], score[solid]
+            keep = nms_within(level[solid], box, score, self.nms_iou)[:per_image]
             result.append((box[keep], score[keep]))
         return result
 
@@ -311,9 +311,9 @@ class BoxHead(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.avg_pool = num_classes, avg_pool
-        widths = [in_channels] + [conv_channels] * num_convs
-        self.shared_convs = nn.ModuleList(conv_unit(widths[i], widths[i + 1], 3, norm) for i in range(num_convs))
-        widths = [widths[-1] * (1 if avg_pool else size**2)] + [fc_channels] * num_fcs
+        self.shared_convs = conv_units(in_channels, conv_channels, num_convs, norm)
+        width = (conv_channels if num_convs else in_channels) * (1 if avg_pool else size**2)
+        widths = [width] + [fc_channels] * num_fcs
         fcs = [nn.Linear(widths[i], widths[i + 1]) for i in range(num_fcs)]
         self.shared_fcs = nn.ModuleList(fcs)
         self.fc_cls = nn.Linear(widths[-1], num_classes + 1)
@@ -340,9 +340,8 @@ class MaskHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, num_convs: int = 4, channels: int = 256, norm: bool = False):
         super().__init__()
-        widths = [in_channels] + [channels] * num_convs
-        self.convs = nn.ModuleList(conv_unit(widths[i], widths[i + 1], 3, norm) for i in range(num_convs))
-        self.upsample = nn.ConvTranspose2d(widths[-1], channels, kernel_size=2, stride=2)
+        self.convs = conv_units(in_channels, channels, num_convs, norm)
+        self.upsample = nn.ConvTranspose2d(channels if num_convs else in_channels, channels, kernel_size=2, stride=2)
         self.conv_logits = nn.Conv2d(channels, num_classes, 1)
         for conv in (self.upsample, self.conv_logits):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -430,15 +429,12 @@ class RoIHead(nn.Module):
         chosen = torch.cat(sample(match, self.matching))
         return torch.cat([target["boxes"], proposals])[chosen], match[chosen]
 
-    def loss(
-        self, maps: Sequence[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def loss(self, maps: Sequence[Tensor], proposals: list[Tensor], targets: Objects) -> dict[str, Tensor]:
         """Cross-entropy of the sampled regions, box loss of the positive ones, both divided by the number sampled, and
         cross-entropy of the positive ones' masks, the mean over their pixels.
 
         Args:
             maps: (B, C, h, w). proposals: (n, 4) of each image.
-            targets: boxes (G, 4), labels (G,) and masks (G, H, W) of each image.
         """
         drawn = [self.sample_regions(p, t) for p, t in zip(proposals, targets, strict=True)]
         x = self.features(maps, [regions for regions, _ in drawn], self.box_size)
@@ -454,7 +450,7 @@ class RoIHead(nn.Module):
         label = torch.cat(labels)  # (R,)
         is_positive = label < self.bbox_head.num_classes
         own, index = label[is_positive], torch.arange(int(is_positive.sum()), device=label.device)
-        box_loss = self._box_loss(torch.cat(positives), deltas[is_positive][index, own], torch.cat(objects))
+        box_loss = self.box_loss(torch.cat(positives), deltas[is_positive][index, own], torch.cat(objects))
         x = x[is_positive] if self.mask_size is None else self.features(maps, positives, self.mask_size)
         mask_logits = self.mask_head(x)[index, own]  # (positives, m, m)
         mask_loss = F.binary_cross_entropy_with_logits(mask_logits, torch.cat(masks), reduction="sum")
@@ -464,7 +460,7 @@ class RoIHead(nn.Module):
             "loss_mask": mask_loss / max(mask_logits.numel(), 1),
         }
 
-    def _box_loss(self, regions: Tensor, deltas: Tensor, objects: Tensor) -> Tensor:
+    def box_loss(self, regions: Tensor, deltas: Tensor, objects: Tensor) -> Tensor:
         """Sum over the positive regions (n, 4)."""
         if self.giou_weight:
             boxes = decode(regions, deltas, REGION_STDS)
@@ -472,10 +468,8 @@ class RoIHead(nn.Module):
         return F.l1_loss(deltas, encode(regions, objects, REGION_STDS), reduction="sum")
 
     @torch.no_grad()
-    def detect(
-        self, maps: Sequence[Tensor], proposals: list[Tensor], infos: list[ImageInfo]
-    ) -> list[dict[str, Tensor]]:
-        """For each image boxes (n, 4), scores (n,), labels (n,) and masks (n, h, w), all of the original image."""
+    def detect(self, maps: Sequence[Tensor], proposals: list[Tensor], infos: list[ImageInfo]) -> Objects:
+        """What is found, boxes and masks (n, h, w) in pixels of the original images."""
         counts = [len(boxes) for boxes in proposals]
         logits, deltas = self.bbox_head(self.features(maps, proposals, self.box_size))
         each = zip(proposals, logits.softmax(dim=1).split(counts), deltas.split(counts), infos, strict=True)
@@ -503,13 +497,12 @@ class MaskRCNN(nn.Module):
         self.backbone, self.neck, self.rpn_head, self.roi_head = backbone, neck, rpn_head, roi_head
 
     def forward(
-        self, images: Tensor, infos: list[ImageInfo], targets: list[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses by name in training mode, else the objects found in each image (see `RoIHead.detect`).
+        self, images: Tensor, infos: list[ImageInfo], targets: Objects | None = None
+    ) -> dict[str, Tensor] | Objects:
+        """Losses by name if there are targets, with masks (G, H, W), else the objects found in each image.
 
         Args:
             images: (B, 3, H, W), normalised, with the image in the upper left corner.
-            targets: of each image, in training: boxes (G, 4), labels (G,) from 0, masks (G, H, W).
         """
         maps = self.backbone(images)
         if self.neck is not None:
