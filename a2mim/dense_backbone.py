@@ -243,6 +243,7 @@ def load_backbone(backbone: DenseViT | DenseResNet, path: str) -> dict[str, Tens
                 given[name] = resize_pos_embed(given[name], (backbone.side, backbone.side))
             elif name.endswith("relative_position_bias_table"):
                 given[name] = resize_relative_positions(given[name], backbone.side)
+    given = distributed.adapt_channels(given, own)
     wrong = [f"{name} is missing" for name in own if name not in given]
     wrong += [
         f"{name} is {tuple(given[name].shape)}, expected {tuple(value.shape)}"

@@ -20,7 +20,7 @@ from common import distributed
 from common.datasets import IMAGENET_MEAN, IMAGENET_STD, Loader
 from common.dense_datasets.iterations import IterationLoader
 from common.dense_datasets.scores import Confusion, table
-from common.dense_datasets.transforms import IGNORED
+from common.dense_datasets.transforms import IGNORED, to_picture
 
 
 def resized(logits: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
@@ -139,17 +139,26 @@ def colours(number: int) -> np.ndarray:
     return (255 * np.array([*wheel, *[(0, 0, 0)] * (256 - number)])).astype(np.uint8)
 
 
-def save_picture(path: Path, image: Tensor, labels: Tensor, prediction: Tensor, names: list[str]) -> None:
-    """Draw a normalised image (3, h, w), its truth and the prediction (H, W) side by side, with a legend.
+def save_picture(
+    path: Path,
+    image: Tensor,
+    labels: Tensor,
+    prediction: Tensor,
+    names: list[str],
+    statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD),
+) -> None:
+    """Draw a normalised image (N, h, w), its truth and the prediction (H, W) side by side, with a legend.
 
+    Args:
+        statistics: mean and deviation of each channel.
     Raises:
         distributed.UserError: the file cannot be written.
     """
-    mean, std = (image.new_tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = resized((image * std + mean)[None], labels.shape)[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    pixels = resized(to_picture(image, *statistics)[None], labels.shape)[0].permute(1, 2, 0).cpu().numpy()
     truth, predicted, palette = labels.cpu().numpy(), prediction.cpu().numpy(), colours(len(names))
     figure = Figure(figsize=(12, 1 + 4 * labels.shape[0] / labels.shape[1]), layout="constrained")
-    panels = {"image": pixels, "truth": palette[truth], "prediction": palette[predicted]}
+    shown = {1: "image", 2: "channel 1 of 2", 3: "image"}.get(len(image), f"channels 1, 2, 3 of {len(image)}")
+    panels = {shown: pixels, "truth": palette[truth], "prediction": palette[predicted]}
     for axes, (title, panel) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         axes.imshow(panel)
         axes.set_title(title)
@@ -171,6 +180,7 @@ def evaluate(
     names: list[str],
     pictures: int = 0,
     folder: str = "",
+    statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD),
     **inference,
 ) -> dict[str, float]:
     """Scores over all ranks' images, in full precision; prints the table of classes.
@@ -178,6 +188,7 @@ def evaluate(
     Args:
         loader: batches (the image at each scale (1, 3, h, w), labels (1, H, W)).
         names: of the classes. pictures: how many images are drawn, into `folder`/pictures.
+        statistics: mean and deviation of each channel.
         inference: window, stride, flip as in `predict`.
     Returns:
         mIoU, mAcc and aAcc, in percent.
@@ -192,7 +203,7 @@ def evaluate(
         number = step * distributed.world_size() + distributed.rank()
         if number < pictures:
             place = Path(folder) / "pictures" / f"{number:04d}.png"
-            save_picture(place, views[0][0], labels[0], prediction[0], names)
+            save_picture(place, views[0][0], labels[0], prediction[0], names, statistics)
     means, iou, accuracy = counted.scores()
     distributed.log("scores by class, in percent\n" + table(names, iou, accuracy))
     distributed.log("mIoU {mIoU:.2f}  mAcc {mAcc:.2f}  aAcc {aAcc:.2f}".format(**means))

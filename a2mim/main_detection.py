@@ -132,10 +132,10 @@ def refuse_mmdet(state: dict, *_) -> None:
 
 def build_model(args: argparse.Namespace) -> MaskRCNN:
     """The network of the flags; raises UserError for values that do not fit together."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {"in_chans": args.in_chans or 3}
     if args.model in VITS:
         largest = math.ceil(max(args.long_side, args.test_long_side) / 32) * 32  # of padded images
-        kwargs = {"img_size": largest, "drop_path_rate": args.drop_path, "use_checkpoint": args.use_checkpoint}
+        kwargs |= {"img_size": largest, "drop_path_rate": args.drop_path, "use_checkpoint": args.use_checkpoint}
     with distributed.user_errors(f"--model {args.model}"):
         return MODELS[args.model](num_classes=len(args.class_names), **kwargs)
 
@@ -173,8 +173,9 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + distributed.rank())
     # ---- data
     short_sides = range(640, 801, 32) if args.multi_scale else args.short_sides
-    views = TrainTransform(short_sides, args.long_side, args.crop_short_sides, args.crop_range)
-    whole = EvalTransform(args.test_short_side, args.test_long_side)
+    statistics = datasets.statistics(args)[:2]
+    views = TrainTransform(short_sides, args.long_side, args.crop_short_sides, args.crop_range, statistics)
+    whole = EvalTransform(args.test_short_side, args.test_long_side, statistics)
     loader, val_loader, images = detection.detection_loaders(args, device, views, whole)
     # ---- model
     resume = distributed.find_checkpoint(args.output_dir, args.resume)

@@ -67,6 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # ---- images
     g.data.add_argument("--test_dir", help="folder with val/<class>/<image>, <class>/<image> or <image>")
     g.data.add_argument("--test_list", help="file with lines '<image in test_dir> <class>'")
+    datasets.add_channel_flags(p)  # default: those of the run that wrote the checkpoint
     g.data.add_argument("--scale_size", default=256, type=int, help="shorter side in pixels, before the central crop")
     g.data.add_argument("--img_size", default=224, type=int, help="side of the central crop in pixels")
     g.data.add_argument("--batch_size", default=256, type=int, help="images per batch")
@@ -90,10 +91,13 @@ def build_encoder(args: argparse.Namespace) -> Any:
         distributed.log("WARNING: no --pretrained_path, the encoder is random")
     torch.manual_seed(args.seed)
     if args.model_name not in BACKBONES:
+        if args.in_chans not in (None, 3):
+            raise UserError(f"--in_chans {args.in_chans}: timm's {args.model_name} takes 3 channels")
         return timm_network(args.model_name, 0, args.img_size, path).eval()
     with distributed.user_errors(f"--model_name {args.model_name}"):
         # Ours: the classes are not looked at.
-        model = build_classifier(args.model_name, 2, img_size=args.img_size, **patch_keywords(args, args.model_name))
+        own = {"img_size": args.img_size, "in_chans": args.in_chans or 3, **patch_keywords(args, args.model_name)}
+        model = build_classifier(args.model_name, 2, **own)
     if path:
         load_encoder(model, path)
     return model.net.eval()
@@ -109,9 +113,11 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> datasets.Loa
                 raise ValueError("no such file")
             images: Any = datasets.ListedImages(Path(args.test_list), Path(args.test_dir))
     else:
-        images = datasets.image_dataset(args.test_dir, train=False, labelled=False)
+        images = datasets.image_dataset(args.test_dir, train=False, labelled=False, in_chans=args.in_chans)
+    images.in_chans = args.in_chans
+    statistics = datasets.statistics(argparse.Namespace(**vars(args), data_path=args.test_dir))
     steps = [transforms.Resize(args.scale_size), transforms.CenterCrop(args.img_size)]
-    transform = transforms.Compose([*steps, *datasets.tensor_and_normalize()])
+    transform = transforms.Compose([*steps, *datasets.tensor_and_normalize(*statistics)])
     return datasets.Loader(images, transform, args.batch_size, device, train=False, num_workers=args.num_workers)
 
 
@@ -202,13 +208,16 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
     # ---- encoder
+    if args.pretrained_path and not args.rand_init:
+        datasets.follow_channels(args, distributed.flags_of(distributed.load(args.pretrained_path)))
     net = build_encoder(args)
     with distributed.user_errors(f"--model_name {args.model_name}"), torch.inference_mode(), observed(net, len):
-        net.forward_features(torch.zeros(1, 3, args.img_size, args.img_size))  # of a known kind, and size
+        net.forward_features(torch.zeros(1, args.in_chans or 3, args.img_size, args.img_size))  # of a known kind, size
     name = args.name or ("random" if args.rand_init or not args.pretrained_path else Path(args.pretrained_path).stem)
     experiments = (args.exp_name,) if args.exp_name else EXPERIMENTS
     paths = {exp: root / exp / args.model_name.replace("/", "_") / name / f"{exp}_latents.pt" for exp in experiments}
     flags = ("model_name", "test_dir", "test_list", "scale_size", "img_size", "batch_size", "batches")
+    flags += ("in_chans", "mean", "std")
     origin = {"name": name, "weights": fingerprint(net), **{flag: getattr(args, flag) for flag in flags}}
     # ---- statistics
     found = {}

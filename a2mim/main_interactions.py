@@ -140,6 +140,9 @@ def build_network(args: argparse.Namespace, classes: int) -> nn.Module:
         raise UserError("--pretrained: takes timm's weights of --arch; leave out --checkpoint_path and --backbone")
     if not path and not args.pretrained:
         distributed.log("WARNING: no --checkpoint_path, the network is random")
+    channels = (distributed.flags_of(distributed.load(path)).get("in_chans") or 3) if path else 3
+    if channels != 3:
+        raise UserError(f"{path}: takes {channels} channels; interactions are those of photographs, of 3")
     torch.manual_seed(args.seed)
     size, name = args.image_size, args.backbone or ARCHS.get(args.arch) or args.arch
     try:

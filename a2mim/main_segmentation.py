@@ -109,6 +109,7 @@ def refuse_mmseg(state: dict[str, Any], *_) -> None:
 def build_model(args: argparse.Namespace) -> SegmentationNetwork:
     """The network of the flags; raises UserError for values that do not fit together."""
     keywords: dict[str, Any] = {"num_classes": args.nb_classes, "drop_path_rate": args.drop_path}
+    keywords["in_chans"] = args.in_chans or 3
     if "vit" in args.model:
         keywords |= {"img_size": args.input_size, "init_values": args.layer_scale_init_value}
         keywords |= {"use_abs_pos_emb": args.abs_pos_emb, "use_checkpoint": args.use_checkpoint}
@@ -130,8 +131,9 @@ def main(args: argparse.Namespace) -> None:
     # ---- data
     size = args.input_size
     long, short = args.scale or (4 * size, size)
-    crops = TrainTransform((size, size), (long, short), ratio=(0.5, 2), cat_max_ratio=0.75)
-    whole = EvalTransform((long, short), TTA_SCALES if args.tta else (1.0,))
+    statistics = datasets.statistics(args)[:2]
+    crops = TrainTransform((size, size), (long, short), ratio=(0.5, 2), cat_max_ratio=0.75, statistics=statistics)
+    whole = EvalTransform((long, short), TTA_SCALES if args.tta else (1.0,), statistics)
     loader, val_loader = segmentation_loaders(args, device, crops, whole)
     # ---- model
     model = build_model(args)
@@ -148,6 +150,7 @@ def main(args: argparse.Namespace) -> None:
         names=args.class_names,
         pictures=args.save_pictures,
         folder=args.output_dir,
+        statistics=statistics,
         window=size if slides else 0,
         stride=args.stride or size * 2 // 3,
         flip=args.tta,

@@ -23,8 +23,8 @@ NARROW = {"channels": 64, "fc_channels": 256, "num_regions": 64}  # ours, for im
 class C4ResNet(DenseResNet):
     """The first three stages, of which the last one's map alone is used."""
 
-    def __init__(self, name: str):
-        super().__init__(name, stages=3)
+    def __init__(self, name: str, in_chans: int = 3):
+        super().__init__(name, stages=3, in_chans=in_chans)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> the map (B, C, H / 16, W / 16), the only entry of a list."""
@@ -62,9 +62,9 @@ def matching(num_regions: int, low_quality: float | None = 0.5) -> Matching:
     return Matching(0.5, 0.5, low_quality, number=num_regions, positive_fraction=0.25)
 
 
-def c4(name: str, num_classes: int = 80, channels: int = 256, num_regions: int = 512) -> MaskRCNN:
+def c4(name: str, num_classes: int = 80, channels: int = 256, num_regions: int = 512, in_chans: int = 3) -> MaskRCNN:
     """Mask R-CNN without a pyramid on a ResNet; channels: of the mask head. There are no linear layers but the last."""
-    backbone, stage5 = C4ResNet(name), Stage5(name)
+    backbone, stage5 = C4ResNet(name, in_chans=in_chans), Stage5(name)
     width = backbone.channels[-1]
     return MaskRCNN(
         backbone,
@@ -98,6 +98,7 @@ def fpn(
     num_regions: int = 512,
     num_convs: int = 4,
     num_fcs: int = 1,
+    in_chans: int = 3,
 ) -> MaskRCNN:
     """Mask R-CNN with a pyramid on a ResNet; norms after all convolutions but the RPN's.
 
@@ -105,7 +106,7 @@ def fpn(
         channels: of the pyramid and of all heads. fc_channels: of the linear layers before classes and boxes.
         num_convs, num_fcs: layers before classes and boxes.
     """
-    backbone = DenseResNet(name)
+    backbone = DenseResNet(name, in_chans=in_chans)
     layers: dict[str, Any] = {
         "num_convs": num_convs,
         "conv_channels": channels,

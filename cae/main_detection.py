@@ -105,8 +105,10 @@ def build_loaders(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[Loader | None, Loader, detection.DetectionImages]:
     """Training batches with DETR's views, validation batches, and the validation images."""
-    train = TrainTransform(args.short_sides, args.long_side, args.crop_short_sides, args.crop_range)
-    return detection.detection_loaders(args, device, train, EvalTransform(args.test_short_side, args.long_side))
+    statistics = datasets.statistics(args)[:2]
+    train = TrainTransform(args.short_sides, args.long_side, args.crop_short_sides, args.crop_range, statistics)
+    whole = EvalTransform(args.test_short_side, args.long_side, statistics)
+    return detection.detection_loaders(args, device, train, whole)
 
 
 def refuse_mmdet(state: dict[str, Any], *_) -> None:
@@ -128,6 +130,7 @@ def main(args: argparse.Namespace) -> None:
             drop_path_rate=args.drop_path,
             init_values=args.layer_scale_init_value,
             use_checkpoint=args.use_checkpoint,
+            in_chans=args.in_chans or 3,
         )
     resume = distributed.find_checkpoint(args.output_dir if args.auto_resume else "", args.resume)
     if args.finetune and not resume:

@@ -114,6 +114,7 @@ def build_model(args: argparse.Namespace) -> SegmentationNetwork:
             init_values=args.layer_scale_init_value,
             drop_path_rate=args.drop_path,
             use_checkpoint=args.use_checkpoint,
+            in_chans=args.in_chans or 3,
         )
 
 
@@ -126,8 +127,9 @@ def main(args: argparse.Namespace) -> None:
     # ---- data
     size = args.input_size
     long, short = args.scale or (4 * size, size)
-    crops = TrainTransform((size, size), (long, short), ratio=(0.5, 2), cat_max_ratio=0.75)
-    whole = EvalTransform((long, short), TTA_SCALES if args.tta else (1.0,))
+    statistics = datasets.statistics(args)[:2]
+    crops = TrainTransform((size, size), (long, short), ratio=(0.5, 2), cat_max_ratio=0.75, statistics=statistics)
+    whole = EvalTransform((long, short), TTA_SCALES if args.tta else (1.0,), statistics)
     loader, val_loader = segmentation_loaders(args, device, crops, whole)
     # ---- model
     model = build_model(args)
@@ -141,6 +143,7 @@ def main(args: argparse.Namespace) -> None:
         names=args.class_names,
         pictures=args.save_pictures,
         folder=args.output_dir,
+        statistics=statistics,
         window=size,
         stride=args.stride or round(size * 2 / 3),
         flip=args.tta,

@@ -96,9 +96,11 @@ def spread(samples: list[tuple[str, int]], number: int, seed: int) -> list[str]:
     return sorted(path for _, path in turns[:number])
 
 
-def chosen_images(given: list[str], number: int, seed: int) -> list[str]:
+def chosen_images(given: list[str], number: int, seed: int, in_chans: int | None = None) -> list[str]:
     """The given files, and up to `number` images of each given folder, or of its val/.
 
+    Args:
+        in_chans: as in `read_images`; in folders also .npy and .dcm files are then images.
     Raises:
         UserError: there are none.
     """
@@ -106,7 +108,7 @@ def chosen_images(given: list[str], number: int, seed: int) -> list[str]:
         raise UserError("--images: expected image files or folders")
     if number < 1:
         raise UserError(f"--num_images {number}: expected at least 1")
-    files = []
+    files, endings = [], datasets.endings(in_chans)
     for path in given:
         if Path(path).is_file():
             files.append(path)
@@ -114,7 +116,7 @@ def chosen_images(given: list[str], number: int, seed: int) -> list[str]:
         folder = Path(path, "val") if Path(path, "val").is_dir() else Path(path)
         try:
             classes = [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]
-            found = [[str(f) for f in sorted(c.iterdir()) if f.suffix.lower() in datasets.ENDINGS] for c in classes]
+            found = [[str(f) for f in sorted(c.iterdir()) if f.suffix.lower() in endings] for c in classes]
         except OSError as error:
             raise UserError(f"--images {path}: cannot be read ({error.strerror})") from error
         samples = [(f, i) for i, own in enumerate(found[:1] if found[0] else found) for f in own]
@@ -330,7 +332,9 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     check_flags(args)
-    files = chosen_images(args.images, args.num_images, args.seed)
+    path = next(filter(None, [args.checkpoint, *(getattr(args, name) for name in GROUPS)]), "")
+    in_chans = datasets.stored_channels(distributed.flags_of(distributed.load(path)))[0] if path else None
+    files = chosen_images(args.images, args.num_images, args.seed, in_chans)
     # ---- maps and panels
     encoders: dict[str, tuple[AimViT, str, np.ndarray, Tensor, Tensor]] = {}  # by checkpoint, "": random
     blocks: dict[str, dict[str, np.ndarray]] = {}

@@ -10,6 +10,8 @@ import timm
 import torch
 from PIL import Image
 
+import a2mim.main_fourier
+import a2mim.main_interactions
 import a2mim.main_visualize
 import cae.main_pretrain
 import cae.main_visualize
@@ -21,9 +23,11 @@ import semaim.main_knn
 import semaim.main_pretrain
 import semaim.main_visualize
 import udi.main_knn
+import udi.main_logistic_regression
+import udi.main_video_segmentation
 import udi.visualize_attention
 from common import distributed
-from scripts.tools import doctor, export, extract_features, knn, prepare_data, probe
+from scripts.tools import doctor, export, extract_features, knn, prepare_data, probe, shapes
 from scripts.tools.encoders import load as encoders
 from tests.support.channels import RUNS, checkpoint_of, images, train, train_with_a_break, weights_of, write
 from tests.support.runs import mistake, run_main
@@ -149,12 +153,20 @@ def test_pictures(chans, folders, tmp_path, capsys):
     for main, flag in ((saim.visualize_attention, "--checkpoint"), (saim.visualize_prediction, "--checkpoint")):
         run_main(main, flag, pretrained("saim", chans), *images, "--output_dir", out)
     run_main(cae.main_visualize, "--checkpoint", pretrained("cae", chans), *images, "--output_dir", out)
-    orders = ["--checkpoint", pretrained("semaim", chans), "--output", f"{out}/orders.png"]
-    run_main(semaim.main_visualize, *orders, *images)
+    orders = ["--checkpoint", pretrained("semaim", chans), "--output", f"{out}/orders.png", "--device", "cpu"]
+    run_main(semaim.main_visualize, *orders, "--images", of(chans), "--num_images", "2")
     shown = ["--image_path", *files, "--image_size", "16", "--output_dir", out, "--device", "cpu", "--arch", "vit_nano"]
     run_main(udi.visualize_attention, "--pretrained_weights", pretrained("udi", chans), *shown)
     flags = [flag for flag in RUNS["a2mim"]["pretrain"][1] if flag not in ("--fft_weight", "0.1")]
     run_main(a2mim.main_visualize, *flags, "--resume", pretrained("a2mim", chans), *images[:-2], "--work_dir", out)
+    for main, flags in (  # images of a folder
+        (saim.visualize_attention, ["--checkpoint", pretrained("saim", chans), "--data_path", of(chans)]),
+        (cae.main_visualize, ["--checkpoint", pretrained("cae", chans), "--data_path", of(chans)]),
+    ):
+        run_main(main, *flags, "--num_images", "2", "--device", "cpu", "--output_dir", f"{out}/folder")
+    flags = [flag for flag in RUNS["a2mim"]["pretrain"][1] if flag not in ("--fft_weight", "0.1")]
+    start = ["--resume", pretrained("a2mim", chans), "--data_path", of(chans), "--num_images", "2"]
+    run_main(a2mim.main_visualize, *flags, *start, "--work_dir", f"{out}/folder")
     names = ("attention", "predictions", "reconstruction", "orders", "overview", "reconstruction/latest_0")
     assert all(Image.open(tmp_path / f"{name}.png").size[0] > 16 for name in names)
 
@@ -186,6 +198,38 @@ def test_the_check_before_a_run_and_the_probe_of_pixels_read_them(folders, capsy
     assert "8 training images: nearest 100.0 %, logistic 100.0 % of 8 validation images" in capsys.readouterr().out
     error = mistake(probe, "--pixels", "4", "--data_path", of(13), "--in_chans", "4", capsys=capsys)
     assert ".npy: unreadable image (13 channels, expected --in_chans 4)" in error
+
+
+@pytest.mark.slow
+def test_logistic_regression_takes_channels_from_the_checkpoint(folders, tmp_path, capsys):
+    of, pretrained = folders
+    flags = ["--arch", "vit_nano", "--patch_size", "8", "--input_size", "16", "--class_num", "2", "--device", "cpu"]
+    flags += ["--pretrained_weights", pretrained("udi", 4), "--data_path", of(4), "--num_workers", "0"]
+    flags += ["--target_list_path", f"{of(4)}/labelled.txt", "--output_dir", str(tmp_path), "--lr_lambd", "0.1"]
+    run_main(udi.main_logistic_regression, *flags)
+    assert "8 images, lambda 0.1: accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_analyses(folders, tmp_path, capsys):
+    """Fourier's takes any channels; that of interactions, and UDI's video, say that they do not."""
+    of, pretrained = folders
+    path = pretrained("a2mim", 4)
+    flags = ["--model_name", "vit_nano", "--patch_size", "8", "--img_size", "16", "--scale_size", "16"]
+    flags += ["--pretrained_path", path, "--test_dir", of(4), "--batch_size", "4", "--num_workers", "0"]
+    run_main(a2mim.main_fourier, *flags, "--save_path", str(tmp_path), "--device", "cpu")
+    assert "mean of 8 images" in capsys.readouterr().out
+    words = ["--backbone", "vit_nano", "--patch_size", "8", "--image_size", "16", "--grid_size", "2", "--no_cuda"]
+    words += ["--checkpoint_path", path, "--data_path", of(4), "--dataset", "imagenet", "--pairs", "1"]
+    error = mistake(a2mim.main_interactions, *words, "--output_dir", str(tmp_path / "study"), capsys=capsys)
+    assert f"{path}: takes 4 channels; interactions are those of photographs, of 3" in error
+    shapes.write_video(tmp_path / "davis", "one", np.random.default_rng(0), 64)
+    (tmp_path / "davis/ImageSets/2017").mkdir(parents=True)
+    (tmp_path / "davis/ImageSets/2017/val.txt").write_text("one\n")
+    words = ["--arch", "vit_nano", "--patch_size", "8", "--short_side", "64", "--data_path", str(tmp_path / "davis")]
+    words += ["--pretrained_weights", pretrained("udi", 4), "--output_dir", str(tmp_path / "masks"), "--device", "cpu"]
+    error = mistake(udi.main_video_segmentation, *words, capsys=capsys)
+    assert "takes 4 channels, frames of videos have 3" in error
 
 
 # ---- mistakes

@@ -67,9 +67,11 @@ class ViTDeiT(VisionTransformer):
         qkv_bias: bool = True,
         drop_path_rate: float = 0.05,
         out_indices: Sequence[int] = DETECTION_TAPS[12],
+        in_chans: int = 3,
     ):
         sizes: dict[str, Any] = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}
         sizes |= {"num_heads": num_heads, "qkv_bias": qkv_bias, "drop_path_rate": drop_path_rate}
+        sizes["in_chans"] = in_chans
         super().__init__([img_size], num_class_token=0, **sizes)
         keep_patches(self, out_indices)
         self.out_indices = tuple(out_indices)
@@ -120,9 +122,10 @@ class SegmentationViT(VisionTransformer):
         num_heads: int = 6,
         drop_path_rate: float = 0.1,
         out_indices: Sequence[int] = SEGMENTATION_TAPS[12],
+        in_chans: int = 3,
     ):
         sizes: dict[str, Any] = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}
-        sizes |= {"num_heads": num_heads, "drop_path_rate": drop_path_rate}
+        sizes |= {"num_heads": num_heads, "drop_path_rate": drop_path_rate, "in_chans": in_chans}
         super().__init__([img_size], num_class_token=0, **sizes)
         keep_patches(self, out_indices)
         self.out_indices = tuple(out_indices)
@@ -191,16 +194,17 @@ def _build(
     patch_size: int,
     img_size: int,
     weights: dict[str, Tensor] | None,
-    drop_path_rate: float,
+    **kwargs,
 ) -> Any:
-    """A backbone of a named size, with pre-trained weights if given."""
+    """A backbone of a named size, with pre-trained weights if given; kwargs: drop_path_rate and in_chans."""
     arch = ALIASES.get(arch, arch)
     if arch not in MODELS:
         raise UserError(f"--arch {arch}: expected one of {', '.join([*MODELS, *ALIASES])}")
     sizes = MODELS[arch].keywords
     with distributed.user_errors(f"--arch {arch}"):
-        model = network(img_size, patch_size, drop_path_rate=drop_path_rate, out_indices=taps[sizes["depth"]], **sizes)
+        model = network(img_size, patch_size, out_indices=taps[sizes["depth"]], **sizes, **kwargs)
         if weights is not None:
+            weights = distributed.adapt_channels(weights, dict(model.named_parameters()))
             found = model.load_state_dict(weights, strict=False)
             lost = [name for name in found.missing_keys if not name.startswith("fpn")] + found.unexpected_keys
             if lost:
@@ -215,6 +219,7 @@ def build_detection_backbone(
     weights: dict[str, Tensor] | None = None,
     img_size: int = 224,
     drop_path_rate: float = 0.05,
+    in_chans: int = 3,
 ) -> ViTDeiT:
     """The backbone of Mask R-CNN; positions and patch size are those of the weights (`load_patches`), if given.
 
@@ -224,7 +229,8 @@ def build_detection_backbone(
     if weights is not None:
         patch_size = _patch_size(weights, patch_size)
         img_size = patch_size * math.isqrt(weights["pos_embed"].shape[1])
-    return _build(ViTDeiT, DETECTION_TAPS, arch, patch_size, img_size, weights, drop_path_rate)
+    kwargs = {"drop_path_rate": drop_path_rate, "in_chans": in_chans}
+    return _build(ViTDeiT, DETECTION_TAPS, arch, patch_size, img_size, weights, **kwargs)
 
 
 def build_segmentation_backbone(
@@ -233,6 +239,7 @@ def build_segmentation_backbone(
     weights: dict[str, Tensor] | None = None,
     img_size: int = 512,
     drop_path_rate: float = 0.1,
+    in_chans: int = 3,
 ) -> SegmentationViT:
     """The backbone of Semantic FPN; positions of the weights (`load_patches`), if given, are resized to the crops.
 
@@ -245,7 +252,8 @@ def build_segmentation_backbone(
         patch_size = _patch_size(weights, patch_size)
         side = img_size // patch_size
         weights = weights | {"pos_embed": resize(weights["pos_embed"], (side, side))}
-    return _build(SegmentationViT, SEGMENTATION_TAPS, arch, patch_size, img_size, weights, drop_path_rate)
+    kwargs = {"drop_path_rate": drop_path_rate, "in_chans": in_chans}
+    return _build(SegmentationViT, SEGMENTATION_TAPS, arch, patch_size, img_size, weights, **kwargs)
 
 
 def _patch_size(weights: dict[str, Tensor], patch_size: int) -> int:

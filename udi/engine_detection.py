@@ -103,7 +103,7 @@ def save_picture(folder: Path, images: DetectionImages, index: int, found: dict[
     Raises:
         distributed.UserError: the folder cannot be written.
     """
-    image, truth = TF.pil_to_tensor(images[index][0]), images.objects(index)
+    image, truth = images.picture(index), images.objects(index)
     found = {key: value.cpu() for key, value in found.items()}
     shown = found["scores"] >= SHOWN_SCORE
     names = [images.classes[label] for label in truth["labels"]]

@@ -121,6 +121,7 @@ def build_model(args: argparse.Namespace, weights: dict | None) -> MaskRCNN:
         patch_size=args.patch_size,
         weights=weights,
         drop_path_rate=args.drop_path,
+        in_chans=args.in_chans or 3,
     )
 
 
@@ -129,8 +130,9 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device, args.deterministic)
     torch.manual_seed(args.seed + distributed.rank())
     # ---- data
-    views = TrainTransform(args.short_sides, args.long_side, args.crop_short_sides, args.crop_range)
-    whole = EvalTransform(args.test_short_side, args.long_side)
+    statistics = datasets.statistics(args)[:2]
+    views = TrainTransform(args.short_sides, args.long_side, args.crop_short_sides, args.crop_range, statistics)
+    whole = EvalTransform(args.test_short_side, args.long_side, statistics)
     loader, val_loader, images = detection.detection_loaders(args, device, views, whole)
     # ---- model
     resume = distributed.find_checkpoint(args.output_dir, args.resume)

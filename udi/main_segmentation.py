@@ -102,6 +102,7 @@ def build_model(args: argparse.Namespace, weights: dict | None) -> SegmentationN
         weights=weights,
         img_size=args.input_size,
         drop_path_rate=args.drop_path,
+        in_chans=args.in_chans or 3,
     )
 
 
@@ -114,8 +115,9 @@ def main(args: argparse.Namespace) -> None:
     # ---- data
     size = args.input_size
     long, short = args.scale or (4 * size, size)
-    crops = TrainTransform((size, size), (long, short), ratio=(0.5, 2), cat_max_ratio=0.75)
-    whole = EvalTransform((long, short), TTA_SCALES if args.tta else (1.0,))
+    statistics = datasets.statistics(args)[:2]
+    crops = TrainTransform((size, size), (long, short), ratio=(0.5, 2), cat_max_ratio=0.75, statistics=statistics)
+    whole = EvalTransform((long, short), TTA_SCALES if args.tta else (1.0,), statistics)
     loader, val_loader = segmentation_loaders(args, device, crops, whole)
     # ---- model
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
@@ -129,6 +131,7 @@ def main(args: argparse.Namespace) -> None:
         names=args.class_names,
         pictures=args.save_pictures,
         folder=args.output_dir,
+        statistics=statistics,
         flip=args.tta,
     )
     if loader is None:

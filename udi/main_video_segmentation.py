@@ -86,6 +86,9 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     else:
         distributed.log("WARNING: no --pretrained_weights, the backbone is random")
     model = build_backbone(args.arch, args.patch_size, weights).eval()
+    channels = model.patch_embed.proj.in_channels
+    if channels != 3:
+        raise UserError(f"{args.pretrained_weights}: takes {channels} channels, frames of videos have 3")
     if args.short_side % model.patch_size or 64 % model.patch_size:
         raise UserError(
             f"--short_side {args.short_side}: is, or 64 is, no multiple of {model.patch_size}, the patch side"

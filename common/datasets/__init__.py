@@ -1,7 +1,7 @@
 """Images and batches: channels (beyond 8-bit RGB), files, images (data sets), transforms, seeds, loader."""
 
 from common.datasets.channels import add_channel_flags, follow_channels, statistics, stored_channels, to_channels
-from common.datasets.files import ENDINGS, ImageFiles, ListedImages, read_image, to_rgb
+from common.datasets.files import ENDINGS, ImageFiles, ListedImages, endings, read_image, to_rgb
 from common.datasets.images import add_flags, add_loader_flags, check_classes, follow_classes, image_dataset
 from common.datasets.loader import (
     Loader,

@@ -20,6 +20,11 @@ ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jpe", ".jfif", ".jp2", ".j2k", ".avif", ".
 SYSTEM = ("@eaDir", "@Recycle", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
+def endings(in_chans: int | None = None) -> tuple[str, ...]:
+    """Of the names of images, with in_chans also of arrays and DICOM files."""
+    return ENDINGS + channels.ENDINGS if in_chans else ENDINGS
+
+
 def is_system(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM
 

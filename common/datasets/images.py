@@ -6,9 +6,8 @@ from typing import Any
 
 from timm.data.dataset_factory import create_dataset
 
-from common.datasets import channels
 from common.datasets.channels import add_channel_flags
-from common.datasets.files import ENDINGS, ListedImages, read_folder, split_folder
+from common.datasets.files import ListedImages, endings, read_folder, split_folder
 from common.datasets.tars import TarImages
 from common.distributed import UserError, flag_groups, flags_of, is_given, load, log, on_main_first
 
@@ -68,9 +67,9 @@ def image_dataset(
     Raises:
         UserError: something is missing or empty; the message says what was expected where.
     """
-    endings = ENDINGS + channels.ENDINGS if in_chans else ENDINGS
+    types = endings(in_chans)
     if name:
-        return _timm_dataset(name, data_path, train, split or ("train" if train else "validation"), labelled, endings)
+        return _timm_dataset(name, data_path, train, split or ("train" if train else "validation"), labelled, types)
     folder = Path(data_path)
     if not folder.is_dir():
         raise UserError(f"--data_path {data_path}: no such folder")
@@ -81,19 +80,19 @@ def image_dataset(
         return ListedImages(folder / ("train.txt" if train else "val.txt"), root, folder)
     if not root.is_dir():
         raise UserError(f"--data_path {data_path}: has no folder {root.name}/, expected {root}/<class>/<image>")
-    dataset, left_out = read_folder(root, labelled, skip, endings)
+    dataset, left_out = read_folder(root, labelled, skip, types)
     if left_out:
         log(f"{root}: {len(dataset)} images, {left_out}")
     return dataset
 
 
-def _timm_dataset(name: str, root: str, train: bool, split: str, labelled: bool, endings: tuple[str, ...]) -> Any:
+def _timm_dataset(name: str, root: str, train: bool, split: str, labelled: bool, types: tuple[str, ...]) -> Any:
     reader = name.split("/")[0]
     if reader not in READERS or "/" not in name:
         raise UserError(f"--dataset {name}: expected one of {', '.join(f'{reader}/...' for reader in READERS)}")
     try:
         if reader == "wds":
-            return TarImages(Path(root), split, labelled, endings)
+            return TarImages(Path(root), split, labelled, types)
         with on_main_first():
             return create_dataset(name, root, split, is_training=train, download=reader == "torch")
     except UserError:

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from torchvision.transforms.functional import get_image_size
 
-from common.datasets import Loader, add_loader_flags, build_loader, read_image
+from common.datasets import Loader, add_channel_flags, add_loader_flags, build_loader, read_image, statistics
+from common.dense_datasets.transforms import normalize, pixels_of, to_picture
 from common.distributed import UserError, flag_groups, log, rank, user_errors, world_size
 
 Size = tuple[int, int]
@@ -52,6 +54,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         text = f"annotations of the {words} images, a json of COCO's form"
         g.data.add_argument(f"--{split}_json", default=f"annotations/instances_{name}.json", help=text)
         g.data.add_argument(f"--{split}_images", default=name, help=f"folder of the {words} images")
+    add_channel_flags(parser)
     add_loader_flags(parser)
 
 
@@ -132,16 +135,21 @@ def has_object(entry: dict[str, Any], height: int, width: int) -> bool:
 
 
 class DetectionImages(Dataset):
-    """Items (PIL image, target with image_id); for training also boxes, labels and masks at the file's size.
+    """Items (image of `read_image`, target with image_id), for training also boxes, labels, masks at the file's size.
 
     Training leaves out images without annotations and those with a side below 32 pixels, crowds, and objects that
     `has_object` refuses. Images whose objects were all left out stay: they are background.
     Attributes:
         samples: (path, image id). sizes: of the images. classes: names by label. category_ids: of COCO by label.
         object_count: objects of all images.
+        in_chans: channels of the images, of any depth; None: they become 8-bit RGB.
+        statistics: mean and deviation of each channel, for `picture`.
     Raises:
         UserError: as `read_annotations`; an image file is missing; there is nothing to train on.
     """
+
+    in_chans: int | None = None
+    statistics: tuple = ()
 
     def __init__(self, path: Path, folder: Path, train: bool):
         mask_tools()
@@ -206,18 +214,25 @@ class DetectionImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         """Raises ValueError: the file is not of the size that the annotations say."""
         path, image_id = self.samples[index]
-        image, (height, width) = read_image(path), self.sizes[index]
-        if image.size != (width, height):
-            found = f"{image.size[0]} x {image.size[1]}"
-            raise ValueError(f"has {found} pixels, {self.path} says {width} x {height}")
+        image, (height, width) = read_image(path, self.in_chans), self.sizes[index]
+        found = get_image_size(image)
+        if found != [width, height]:
+            raise ValueError(f"has {found[0]} x {found[1]} pixels, {self.path} says {width} x {height}")
         return image, {"image_id": image_id, **(self.objects(index) if self.train else {})}
+
+    def picture(self, index: int) -> Tensor:
+        """An image as (3, H, W) uint8, other than RGB as `to_picture` shows it."""
+        image = pixels_of(self[index][0])
+        if image.dtype == torch.uint8:
+            return image
+        return (255 * to_picture(normalize(image, *self.statistics), *self.statistics)).round().to(torch.uint8)
 
 
 # ---- batches
 
 
 def collate(samples: list[tuple[Tensor, tuple[ImageInfo, dict]]]) -> tuple[Tensor, list[tuple[ImageInfo, dict]]]:
-    """Images (B, 3, H, W) and masks, padded at right and bottom to the largest height and width."""
+    """Images (B, N, H, W) and masks, padded at right and bottom to the largest height and width."""
     height, width = (max(info.padded[side] for _, (info, _) in samples) for side in (0, 1))
 
     def pad(x: Tensor) -> Tensor:
@@ -264,7 +279,9 @@ class GroupedSampler(Sampler):
 def detection_images(args: argparse.Namespace, train: bool) -> DetectionImages:
     """The training or validation images of the flags."""
     root, split = Path(args.data_path), "train" if train else "val"
-    return DetectionImages(root / getattr(args, f"{split}_json"), root / getattr(args, f"{split}_images"), train)
+    images = DetectionImages(root / getattr(args, f"{split}_json"), root / getattr(args, f"{split}_images"), train)
+    images.in_chans, images.statistics = args.in_chans, statistics(args)[:2]
+    return images
 
 
 def detection_loaders(

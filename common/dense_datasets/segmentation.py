@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import get_image_size
 
-from common.datasets import Loader, add_loader_flags, build_loader, read_image
+from common.datasets import Loader, add_channel_flags, add_loader_flags, build_loader, endings, read_image
 from common.datasets.files import Listing
 from common.dense_datasets.iterations import IterationLoader
 from common.dense_datasets.transforms import IGNORED, EvalTransform, TrainTransform
@@ -48,6 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.data.add_argument("--reduce_zero_label", action=argparse.BooleanOptionalAction, default=None, help=zero)
     names = "number of classes; default: as many as classes.txt in --data_path has lines, else ADE20K's 150"
     g.model.add_argument("--nb_classes", type=int, help=names)
+    add_channel_flags(parser)
     add_loader_flags(parser)
 
 
@@ -71,22 +73,26 @@ def class_names(args: argparse.Namespace) -> list[str]:
     return names or [str(index) for index in range(args.nb_classes)]
 
 
-def _by_name(root: Path, ending: str, skip: str = "") -> dict[str, str]:
-    """Paths of the images below a folder, by their path in it without `ending` and type."""
-    paths = Listing(skip).below(root)
+def _by_name(root: Path, ending: str, skip: str = "", in_chans: int | None = None) -> dict[str, str]:
+    """Paths of the images below a folder, by their path in it without `ending` and type, one of `datasets.endings`."""
+    paths = Listing(skip, endings(in_chans)).below(root)
     stems = [os.path.splitext(os.path.relpath(path, root))[0] for path in paths]
     return {s.removesuffix(ending): path for s, path in zip(stems, paths, strict=True) if s.endswith(ending)}
 
 
 class SegmentationImages(Dataset):
-    """Items (PIL image, (H, W) uint8 class indices, 255 where a pixel has none).
+    """Items (image as of `read_image`, (H, W) uint8 class indices, 255 where a pixel has none).
 
     Args:
         samples: (path of the image, path of its mask). zero_is_class: False takes 1 off the labels, 0 becomes 255.
+        in_chans: channels of the images, of any depth; None: they become 8-bit RGB.
     """
 
-    def __init__(self, samples: list[tuple[str, str]], nb_classes: int, zero_is_class: bool):
+    def __init__(
+        self, samples: list[tuple[str, str]], nb_classes: int, zero_is_class: bool, in_chans: int | None = None
+    ):
         self.samples, self.nb_classes, self.zero_is_class = samples, nb_classes, zero_is_class
+        self.in_chans = in_chans
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,13 +100,14 @@ class SegmentationImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, np.ndarray]:
         """Raises ValueError: the mask is no mask of this image and these classes."""
         path, mask = self.samples[index]
-        image = read_image(path)
+        image = read_image(path, self.in_chans)
+        size = tuple(get_image_size(image))
         with Image.open(mask) as file:
             if len(file.getbands()) > 1:
                 raise ValueError(f"its mask {mask} is {file.mode}, expected one channel of class indices")
             raw = np.asarray(file).astype(np.int64)
-        if raw.shape[::-1] != image.size:
-            raise ValueError(f"its mask {mask} has {raw.shape[1]} x {raw.shape[0]} pixels, the image {image.size}")
+        if raw.shape[::-1] != size:
+            raise ValueError(f"its mask {mask} has {raw.shape[1]} x {raw.shape[0]} pixels, the image {size}")
         first = 0 if self.zero_is_class else 1
         ignored = (raw == IGNORED) | (raw < first)
         bad = raw[~ignored & (raw >= self.nb_classes + first)]
@@ -124,7 +131,7 @@ def segmentation_images(args: argparse.Namespace, train: bool) -> SegmentationIm
         pairs = ", or ".join(f"{x.images} and {x.masks}" for x in known)
         raise UserError(f"--data_path {root}: expected its folders {pairs}")
     layout = found[0]
-    images = _by_name(root / layout.images, layout.image_ending, args.output_dir)
+    images = _by_name(root / layout.images, layout.image_ending, args.output_dir, args.in_chans)
     masks = _by_name(root / layout.masks, layout.mask_ending, args.output_dir)
     if layout.list_file:
         names = (root / layout.list_file).read_text("utf-8-sig").split()
@@ -137,12 +144,14 @@ def segmentation_images(args: argparse.Namespace, train: bool) -> SegmentationIm
         expected = root / layout.masks / f"{missing[0]}{layout.mask_ending}.png"
         raise UserError(f"{images[missing[0]]}: has no mask {expected} ({len(missing)} of {len(images)} such)")
     if not images:
-        raise UserError(f"{root / layout.images}: has no images")
+        raise UserError(
+            f"{root / layout.images}: has no images, expected names that end in {', '.join(endings(args.in_chans))}"
+        )
     zero = layout.zero_is_class if args.reduce_zero_label is None else not args.reduce_zero_label
     log(
         f"{root / layout.images}: {len(images)} images, masks in {layout.masks}; label 0: {'a' if zero else 'no'} class"
     )
-    return SegmentationImages([(images[name], masks[name]) for name in images], args.nb_classes, zero)
+    return SegmentationImages([(images[name], masks[name]) for name in images], args.nb_classes, zero, args.in_chans)
 
 
 def segmentation_loaders(
@@ -157,5 +166,7 @@ def segmentation_loaders(
     val_loader = build_loader(args, val, val_transform, device, train=False, batch_size=1, joint=True)
     if args.eval:
         return None, val_loader
+    if args.in_chans:
+        log("photometric distortion: left out for images of other than three 8-bit channels")
     passes = build_loader(args, segmentation_images(args, train=True), transform, device, seed=args.seed, joint=True)
     return IterationLoader(passes, args.iters, args.eval_interval, args.accum_iter), val_loader

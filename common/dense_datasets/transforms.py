@@ -1,9 +1,11 @@
 """Images with masks: the resizes, crops and colours of the segmentation recipes, as OpenCV computes them.
 
-Images are (3, H, W) uint8 RGB, labels (H, W) uint8 class indices, sizes (height, width) in pixels.
+Images are (3, H, W) uint8 RGB, or (N, H, W) float where they have other channels; labels (H, W) uint8 class indices,
+sizes (height, width) in pixels.
 """
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -108,9 +110,26 @@ def draw_crop(labels: Tensor, size: Size, cat_max_ratio: float = 0.75) -> tuple[
     return rows, columns
 
 
-def normalize(image: Tensor) -> Tensor:
-    """Float, by ImageNet's mean and deviation."""
-    return TF.normalize(TF.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+def pixels_of(image: Image.Image | Tensor) -> Tensor:
+    """An RGB image as uint8; floats as they are."""
+    return image if isinstance(image, Tensor) else TF.pil_to_tensor(image)
+
+
+def normalize(image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """Float, by the mean and deviation of each channel."""
+    return TF.normalize(TF.to_dtype(image, torch.float32, scale=True), list(mean), list(std))
+
+
+def to_picture(image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """A normalised image (N, H, W) as (3, H, W) from 0 to 1.
+
+    By other statistics than ImageNet's it is shown from 2.5 deviations below the mean to 2.5 above it: the first three
+    channels as red, green and blue, of fewer the first as grey.
+    """
+    if tuple(mean) != IMAGENET_MEAN:
+        image, mean, std = image[: 3 if len(image) > 2 else 1].expand(3, -1, -1), (0.5,), (0.2,)
+    scale, shift = (image.new_tensor(x)[:, None, None] for x in (std, mean))
+    return (image * scale + shift).clamp(0, 1)
 
 
 class TrainTransform:
@@ -118,16 +137,22 @@ class TrainTransform:
 
     Args:
         size: of the result. scale: longest long and short side at ratio 1. ratio: range of the random factor on it.
-        cat_max_ratio: largest share of one class in a crop.
+        cat_max_ratio: largest share of one class in a crop. statistics: mean and deviation of each channel.
     """
 
     def __init__(
-        self, size: Size, scale: Size = ADE20K_SCALE, ratio: tuple[float, float] = (0.5, 2), cat_max_ratio: float = 0.75
+        self,
+        size: Size,
+        scale: Size = ADE20K_SCALE,
+        ratio: tuple[float, float] = (0.5, 2),
+        cat_max_ratio: float = 0.75,
+        statistics: Sequence[Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
     ):
         self.size, self.scale, self.ratio, self.cat_max_ratio = size, scale, ratio, cat_max_ratio
+        self.statistics = statistics
 
-    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        pixels, classes = TF.pil_to_tensor(image), torch.from_numpy(labels)
+    def __call__(self, image: Image.Image | Tensor, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        pixels, classes = pixels_of(image), torch.from_numpy(labels)
         ratio = random.uniform(*self.ratio)
         size = keep_ratio_size(labels.shape, (int(self.scale[0] * ratio), int(self.scale[1] * ratio)))
         pixels, classes = resize_image(pixels, size), resize_labels(classes, size)
@@ -135,7 +160,8 @@ class TrainTransform:
         pixels, classes = pixels[:, rows, columns], classes[rows, columns]
         if random.random() < 0.5:
             pixels, classes = pixels.flip(-1), classes.flip(-1)
-        pixels = normalize(distort(pixels, draw_distortion()))
+        steps = draw_distortion()  # of RGB
+        pixels = normalize(distort(pixels, steps) if pixels.dtype == torch.uint8 else pixels, *self.statistics)
         pad = [0, 0, self.size[1] - classes.shape[1], self.size[0] - classes.shape[0]]
         return TF.pad(pixels, pad), TF.pad(classes[None], pad, fill=IGNORED)[0]
 
@@ -144,13 +170,19 @@ class EvalTransform:
     """The whole image, resized and normalised, once per ratio; labels keep their size.
 
     Args:
-        scale: longest long and short side at ratio 1.
+        scale: longest long and short side at ratio 1. statistics: mean and deviation of each channel.
     """
 
-    def __init__(self, scale: Size = ADE20K_SCALE, ratios: tuple[float, ...] = (1.0,)):
-        self.scale, self.ratios = scale, ratios
+    def __init__(
+        self,
+        scale: Size = ADE20K_SCALE,
+        ratios: tuple[float, ...] = (1.0,),
+        statistics: Sequence[Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
+    ):
+        self.scale, self.ratios, self.statistics = scale, ratios, statistics
 
-    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[list[Tensor], Any]:
-        pixels = TF.pil_to_tensor(image)
+    def __call__(self, image: Image.Image | Tensor, labels: np.ndarray) -> tuple[list[Tensor], Any]:
+        pixels = pixels_of(image)
         sizes = [keep_ratio_size(labels.shape, (int(self.scale[0] * r), int(self.scale[1] * r))) for r in self.ratios]
-        return [normalize(resize_image(pixels, size)) for size in sizes], torch.from_numpy(labels)
+        views = [normalize(resize_image(pixels, size), *self.statistics) for size in sizes]
+        return views, torch.from_numpy(labels)

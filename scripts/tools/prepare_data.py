@@ -45,6 +45,7 @@ from tqdm import tqdm
 from common.datasets import image_dataset, read_image, to_rgb
 from common.datasets.channels import STATS, read
 from common.datasets.files import Listing
+from common.dense_datasets.segmentation import layouts
 from common.distributed import Stopped, UserError, log, run
 from scripts.tools import shapes
 from scripts.tools.flags import Parser
@@ -326,7 +327,10 @@ def stats(args: argparse.Namespace) -> None:
         UserError: there is no image that can be read.
     """
     positive(args, "in_chans", "most")
-    paths = [path for path, _ in image_dataset(args.out, True, labelled=False, in_chans=args.in_chans or 1).samples]
+    beside = [(x.images, x.masks) for x in layouts(train=True)] + [("train2017", "annotations")]  # of dense tasks
+    dense = [os.path.join(args.out, x) for x, y in beside if all(Path(args.out, name).is_dir() for name in (x, y))]
+    folder = dense[0] if dense else args.out
+    paths = [path for path, _ in image_dataset(folder, True, labelled=False, in_chans=args.in_chans or 1).samples]
     if args.in_chans is None:
         try:
             args.in_chans = count(read(Path(paths[0]).read_bytes(), paths[0], 0))

@@ -103,6 +103,7 @@ def run(data: Path, out: Path, **kwargs) -> argparse.Namespace:
     """A run of 7 updates in intervals of 3 on one process."""
     flags = {"iters": 7, "eval_interval": 3, "save_interval": 2, "accum_iter": 2, "batch_size": 2, "seed": 0}
     flags |= {"data_path": str(data), "output_dir": str(out), "nb_classes": None, "reduce_zero_label": None}
+    flags["in_chans"] = None
     flags |= {
         "num_workers": 0,
         "pin_mem": False,

@@ -204,7 +204,7 @@ def test_crops_clip_boxes_and_drop_what_is_outside():
 def test_detr_policy__sizes_of_the_recipe(monkeypatch):
     """Short sides 480, 512, ... 800, the long one at most 1333; half the images show a part of 384 to 600 pixels."""
     monkeypatch.setattr(views, "resize_image", lambda image, size: image[:, :1, :1].expand(3, *size))
-    monkeypatch.setattr(views, "normalize", lambda image: image)  # only sizes are looked at
+    monkeypatch.setattr(views, "normalize", lambda image, *_: image)  # only sizes are looked at
     empty = {"image_id": 1, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}
     target = {**empty, "masks": torch.zeros(0, 90, 160, dtype=torch.uint8)}
     image, transform, seen = Image.new("RGB", (160, 90)), TrainTransform(DETR_SIDES), []

@@ -138,6 +138,7 @@ def test_distortion_draws_every_step():
 
 def flags(root: Path, **kwargs) -> argparse.Namespace:
     values = {"data_path": str(root), "output_dir": "", "nb_classes": None, "reduce_zero_label": None}
+    values |= {"in_chans": None}
     args = argparse.Namespace(**{**values, **kwargs})
     args.class_names = class_names(args)
     return args

@@ -27,6 +27,8 @@ import semaim.main_pretrain
 import udi.main_finetune
 import udi.main_linprobe
 import udi.main_pretrain
+import udi.main_semi_supervised
+import udi.main_transfer
 from common import distributed
 from tests.support.runs import run_main
 
@@ -51,6 +53,7 @@ def images(folder: Path, chans: int, count: int = 4) -> str:
             values = rng.integers(0, 30_000 * (1 + i % 2), (SIDE, SIDE, *shape), dtype=np.uint16)
             values = values.transpose(2, 0, 1) if chans == 2 else values  # (N, H, W) is the other way to store them
             write(folder / split / "ab"[i % 2] / f"{i}{ending}", values)
+    (folder / "labelled.txt").write_text("".join(f"{i}{ending}\n" for i in range(2 * count)))
     return str(folder)
 
 
@@ -80,6 +83,7 @@ UDI = [
 ]
 VIEWS = ["--out_dim", "32", "--local_crops_number", "1", "--global_sampling_window_size", "1"]
 VIEWS += ["--local_sampling_window_size", "1"]
+DEIT = [*ANY, "--arch", "vit_nano", "--patch_size", "8", "--input_size", "16", "--warmup_epochs", "0"]
 # Each method's mains in the order in which they run: flags besides those of the data, and that of the earlier file.
 RUNS: dict[str, dict[str, tuple[ModuleType, list[str], str]]] = {
     "saim": {
@@ -120,9 +124,19 @@ RUNS: dict[str, dict[str, tuple[ModuleType, list[str], str]]] = {
             [*ANY, "--arch", "vit_nano", "--patch_size", "8", "--input_size", "16", *CLASSES],
             "--pretrained_weights",
         ),
+        "semi_supervised": (udi.main_semi_supervised, [*DEIT, "--class_num", "2"], "--finetune"),
+        "transfer": (udi.main_transfer, [*DEIT, "--data_set", "image_folder", "--no-repeated-aug"], "--finetune"),
     },
 }
-LATEST = ("checkpoint.pth", "latest.pth", "*.temp.pth", "*.linear.pth", "checkpoint_*.pth", "checkpoint.pth.tar")
+LATEST = (
+    "checkpoint_bak.pth",
+    "checkpoint.pth",
+    "latest.pth",
+    "*.temp.pth",
+    "*.linear.pth",
+    "checkpoint_*.pth",
+    "checkpoint.pth.tar",
+)
 
 
 def checkpoint_of(folder: Path) -> str:
@@ -142,7 +156,8 @@ def train(method: str, stage: str, data: str, folder: Path, chans: int, start: s
     main, flags, takes = RUNS[method][stage]
     own = ["--in_chans", str(chans), "--mean", *["0.25"] * chans, "--std", *["0.2"] * chans, "--data_path", data]
     place = ["--work_dir" if method == "a2mim" else "--output_dir", str(folder)]
-    run_main(main, *flags, *own, *place, *([takes, start] if takes else []), *further)
+    named = ["--target_list_path", f"{data}/labelled.txt"] if stage == "semi_supervised" else []
+    run_main(main, *flags, *own, *place, *named, *([takes, start] if takes else []), *further)
 
 
 def train_with_a_break(method: str, stage: str, data: str, folder: Path, chans: int, start: str = "") -> None:
