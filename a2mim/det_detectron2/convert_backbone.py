@@ -59,8 +59,8 @@ def from_detectron2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    p.add_argument("src")
-    p.add_argument("dst")
+    p.add_argument("src", help="checkpoint to convert")
+    p.add_argument("dst", help="file to write")
     p.add_argument("--back", action="store_true", help="from detectron2's names to ours")
     return p
 

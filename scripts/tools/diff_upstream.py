@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 def get_args_parser() -> argparse.ArgumentParser:
     p = flags.Parser("Compare with the authors' repository")
-    p.add_argument("method", choices=METHODS)
+    p.add_argument("method", choices=METHODS, help="whose authors' repository it is")
     p.add_argument("--upstream", required=True, metavar="DIR", help="checkout of the authors' repository")
     p.add_argument("--checkpoint", default="", metavar="FILE", help="also compare this checkpoint, theirs or ours")
     p.add_argument("--flags", default="", help="flags of the checkpoint's network, for what the file does not say")

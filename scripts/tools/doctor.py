@@ -232,13 +232,14 @@ def check_launcher(report: Report, own: argparse.Namespace, args: argparse.Names
     """What the launcher's variables mean for the run, and how many processes it is measured with."""
     env = dict(os.environ)
     names = next((names for names in LAUNCHERS if all(name in env for name in names)), ())
-    rank, world = (int(env[name]) for name in names[:2]) if names else (0, 1)
+    values = ", ".join(f"{name}={env[name]}" for name in names)
+    with distributed.user_errors(values):
+        rank, world = (int(env[name]) for name in names[:2]) if names else (0, 1)
     kind = {"RANK": "torchrun", "OMPI_COMM_WORLD_RANK": "OpenMPI", "SLURM_PROCID": "SLURM"}[names[0]] if names else ""
     interactive = kind == "SLURM" and (sys.stdin.isatty() or "SLURM_STEP_NUM_TASKS" not in env)
     launched = world > 1 and not interactive
     if launched and own.processes not in (None, world):
         raise distributed.UserError(f"--processes {own.processes}: this is a launch of {world}")
-    values = ", ".join(f"{name}={env[name]}" for name in names)
     shown = f"{kind}: process {rank} of {world}, by {values}" if kind else "none: python starts one, torchrun several"
     report.line("launcher", shown)
     for stray in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):

@@ -69,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     p = Parser("Export an encoder")
     encoders.add_flags(p, timm=False)
     p.add_argument("out", metavar="OUT", help="folder, or with --format safetensors file, to write")
-    p.add_argument("--format", default="timm", choices=["timm", "safetensors"])
+    p.add_argument("--format", default="timm", choices=["timm", "safetensors"], help="what OUT becomes; default: timm")
     p.add_argument("--half", action="store_true", help="with --format safetensors: 16-bit weights, of half the size")
     p.add_argument(
         "--classes",

@@ -35,7 +35,7 @@ CHUNK = 2**14  # rows that are copied at once
 def get_args_parser() -> argparse.ArgumentParser:
     p = Parser("Features", usage="%(prog)s METHOD CHECKPOINT [flags], see --help")
     encoders.add_flags(p)
-    p.add_argument("--split", default="train", choices=["train", "val"])
+    p.add_argument("--split", default="train", choices=["train", "val"], help="which images of the data set")
     p.add_argument("--out", required=True, help="FILE.npy, FILE.safetensors, or a folder/ for <split>.npy")
     p.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="of the features in the file")
     p.add_argument("--batch_size", default=64, type=int, help="images per process")

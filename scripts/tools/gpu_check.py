@@ -256,18 +256,8 @@ def resume(args: argparse.Namespace, preset: str) -> dict[str, Any]:
     if not data.exists():
         data.mkdir()
         bench.synthetic_images(data, 48)
-    words = [
-        *bench.RECIPE[method].split(),
-        *network.split(),
-        "--batch_size",
-        "8",
-        "--epochs",
-        "2",
-        "--num_workers",
-        "1",
-    ]
-    command = [sys.executable, str(ROOT / method / "main_pretrain.py"), *words, "--data_path", str(data)]
-    command += ["--device", args.device]
+    words = f"{bench.RECIPE[method]} {network} --batch_size 8 --epochs 2 --num_workers 1 --device {args.device}"
+    command = [sys.executable, str(ROOT / method / "main_pretrain.py"), *words.split(), "--data_path", str(data)]
     weights = []
     for name in ("whole", "stopped"):
         out = Path(tempfile.mkdtemp(dir=folder))

@@ -201,6 +201,13 @@ def test_check_launcher__started_by_torchrun(machine, capsys):
         launch("--processes", "4")
 
 
+def test_check_launcher__variables_that_are_no_numbers(machine):
+    for name, value in zip(doctor.LAUNCHERS[0], ("first", "2", "1"), strict=True):
+        machine.setenv(name, value)
+    with pytest.raises(distributed.UserError, match="^RANK=first, WORLD_SIZE=2, LOCAL_RANK=1: invalid literal"):
+        launch()
+
+
 def test_check_launcher__incomplete_variables(machine, capsys):
     machine.setenv("WORLD_SIZE", "4")
     launch()
