@@ -1,6 +1,7 @@
 """The command line of a program: flags that all have, their ranges, and how main() ends."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+import yaml  # which timm needs, too
 
 from common.distributed.exits import Exit, UserError, stop_signal
 from common.distributed.process import rank, world_size
@@ -218,13 +220,8 @@ def _content(path: str) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no text file") from error
-    try:
+    with contextlib.suppress(ValueError):
         return json.loads(text)
-    except ValueError:
-        try:
-            import yaml  # JSON needs no further package
-        except ImportError as error:
-            raise UserError(f"{path}: is no JSON, and YAML needs another package: pip install pyyaml") from error
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

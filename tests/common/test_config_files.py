@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +108,10 @@ def test_mistakes(tmp_path, text, capsys):
     assert f"--config {path}: {MISTAKES[text]}" in line
 
 
-def test_files_that_cannot_be_read(tmp_path, capsys, monkeypatch):
+def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, words in (("none", "cannot be read (No such file"), ("", "cannot be read"), ("binary", "is no text")):
         assert words in mistake(saim.main_pretrain, "--config", str(tmp_path / name), capsys=capsys)
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    assert arguments(saim.main_pretrain, "--config", written(tmp_path / "c", '{"epochs": 3}')).epochs == 3
-    path = written(tmp_path / "c", "epochs: 3\n")
-    assert "pip install pyyaml" in mistake(saim.main_pretrain, "--config", path, capsys=capsys)
 
 
 # ---- a run's record
