@@ -291,9 +291,7 @@ class Plan:
             further = ["--arch", settings["arch"], "--patch_size", settings["patch_size"]]
         steps = [Step(command(f"{self.method}/{program}.py", *further, *words))]
         if self.method == "saim":
-            sizes_ = ["--input_size", settings["input_size"], "--patch_size", settings["patch_size"]]
-            model = "vit_" + settings["model"].removeprefix("saim_") + "_patch16"
-            attention = ["--model", model, *sizes_, "--query", "mean", "--names", "attention", *words]
+            attention = ["--query", "mean", "--names", "attention", *words]
             steps.append(Step(command("saim/visualize_attention.py", *attention)))
         return steps
 
