@@ -257,9 +257,10 @@ def build_tokenizer(args: argparse.Namespace, with_decoder: bool = False) -> Dal
     own = tokenizer.grid_size if isinstance(tokenizer, DiscreteVAE) else size / 8
     grid, tokens = grid_of(args), args.decoder_num_classes
     if (own, tokenizer.num_tokens) != (grid, tokens):
+        fit = f"--second_input_size {round(size / own * grid)} --decoder_num_classes {tokenizer.num_tokens}"
         raise distributed.UserError(
             f"--second_input_size {size}: the tokenizer gives {own:g} x {own:g} of {tokenizer.num_tokens} tokens, "
-            f"the model predicts {grid} x {grid} of {tokens}; see --decoder_num_classes"
+            f"the model predicts {grid} x {grid} of {tokens}; {fit} would fit"
         )
     return tokenizer
 
