@@ -276,20 +276,6 @@ def test_card__has_results_but_no_flags_of_the_machine(tmp_path):
     assert "/a" not in card and "runs/x" not in card
 
 
-@pytest.mark.parametrize(
-    ("state", "done"),
-    [
-        ({"model": {}, "epoch": 2}, 3),
-        ({"state_dict": {}, "epoch": 2}, 2),
-        ({"teacher": {}, "student": {}, "epoch": 2}, 2),
-        ({"state_dict": {}, "meta": {"epoch": 2}}, 2),
-        ({"model": {}}, None),
-    ],
-)
-def test_finished_epochs(state, done):
-    assert runs.epochs_done(state) == done
-
-
 class Hub:
     """A stand-in for the hub, in a folder."""
 

@@ -1,4 +1,4 @@
-"""Measures of features: their values on features whose values are known, and the images that they are of."""
+"""Measures of features: their values on features whose values are known, and features of images."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from common import datasets
 from saim.models_vit import MODELS
 from scripts.tools import measures
 from scripts.tools.encoders import load as encoders
-from scripts.tools.images import Part, evenly, read_pictures
+from scripts.tools.images import Part, read_pictures
 from tests.support.runs import CPU
 
 
@@ -40,28 +40,6 @@ def test_agreement__by_image():
 def test_knn_accuracy__with_fewer_images_than_neighbours():
     labels = np.array([0, 1, 1, 2])
     assert measures.knn_accuracy(np.eye(3), np.arange(3), np.eye(3)[labels], np.array([0, 1, 2, 2])) == 75
-
-
-def test_spread__every_class_and_in_order():
-    assert evenly([0] * 10 + [1] * 5, 6) == [0, 4, 9, 10, 12, 14]
-    assert evenly([0, 1, 1], 100) == [0, 1, 2]
-
-
-def test_pictures__seeds_share_no_validation_image(digits, tmp_path):
-    for data, held in ((digits, 20), (f"{digits}/train", 48)):
-        pictures = read_pictures(data)
-        parts = [pictures.split(seed, 5) for seed in range(5)]
-        assert sorted(np.concatenate([val for _, val in parts]).tolist()) == list(range(68))[-held:] or held == 48
-        assert len(np.unique(np.concatenate([val for _, val in parts]))) == held
-        for train, val in parts:
-            assert not np.intersect1d(train, val).size
-    few, more = (pictures.labelled(parts[0][0], n, seed=3) for n in ("1", "2"))
-    assert set(few.tolist()) < set(more.tolist())
-    assert np.bincount(pictures.labels[more]).tolist() == [2] * 10
-    assert pictures.labelled(parts[0][0], "all", 0) is parts[0][0]
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(measures.UserError, match="has 1 image, expected at least 2"):
-        read_pictures(str(tmp_path))
 
 
 def test_features__of_images_and_of_their_middle(digits):

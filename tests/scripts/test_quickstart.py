@@ -14,7 +14,6 @@ from PIL import Image
 from common.distributed import UserError
 from scripts.tools import extract_features, neighbours, probe, quickstart
 from scripts.tools.encoders.load import METHODS
-from scripts.tools.images import classes_of
 from tests.support.helpers import ROOT
 from tests.support.runs import arguments, mistake, run_main
 
@@ -44,22 +43,6 @@ def photos(root: Path, *names: str, side: int = 40) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (side, side + 8, 3), np.uint8)).save(root / name)
     return root
-
-
-@pytest.mark.parametrize(
-    ("names", "split", "classes"),
-    [
-        (["a.jpg", "b.jpg"], False, []),
-        (["trip/a.jpg", "trip/b.jpg"], False, []),  # one folder is no classes
-        (["ant/a.jpg", "bee/b.jpg", "bee/c.jpg"], False, []),  # one image cannot be in train/ and val/
-        (["ant/a.jpg", "ant/b.jpg", "bee/c.jpg", "bee/d.jpg"], False, ["ant", "bee"]),
-        (["ant/a.jpg", "ant/b.jpg", "bee/c.jpg", "bee/d.jpg", "e.jpg"], False, []),  # e.jpg would be lost
-        ([f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in ("ant", "bee") for i in "01"], True, ["ant", "bee"]),
-        ([*(f"train/{c}/{i}.jpg" for c in ("ant", "bee") for i in "01"), "val/ant/0.jpg"], True, []),
-    ],
-)
-def test_classes_of(names, split, classes, tmp_path):
-    assert classes_of(photos(tmp_path, *names), split) == classes
 
 
 # ---- commands
