@@ -265,6 +265,7 @@ def test_other_channels_than_said_and_mixed_folders(folders, tmp_path, capsys):
     four = ["--in_chans", "4", "--mean", *["0.5"] * 4, "--std", *["0.5"] * 4]
     error = mistake(saim.main_pretrain, *saim_flags(of(13), tmp_path, *four), capsys=capsys)
     assert ".npy: unreadable image (13 channels, expected --in_chans 4); --bad_images skip goes on" in error
+    assert list(tmp_path.glob("*.pth")) == []  # of a network of 4 channels, which the corrected command would continue
     for i in range(3):
         write(tmp_path / "mixed" / f"{i}.png", np.zeros((20, 20, 4), np.uint16))
     write(tmp_path / "mixed" / "odd.tif", np.zeros((20, 20), np.uint16))

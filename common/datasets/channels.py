@@ -52,15 +52,18 @@ def statistics(args: argparse.Namespace, mean: tuple = IMAGENET_MEAN, std: tuple
         UserError: they are missing, or not one per channel.
     """
     chans, stored = args.in_chans or 3, Path(args.data_path, STATS)
+    place = ""
     if args.mean is args.std is None and args.in_chans and stored.is_file():
         args.mean, args.std = map(json.loads(stored.read_text()).get, ("mean", "std"))
+        place = f", in {stored}"
     if args.mean is args.std is None and chans == 3:
         return mean, std, args.in_chans
     for flag, values in (("--mean", args.mean), ("--std", args.std)):
         if len(values or ()) != chans or (flag == "--std" and min(values) <= 0):
             given = " ".join(map(str, [flag, *(values or ["is missing"])]))
             way = f"`python scripts/tools/prepare_data.py stats {args.data_path}` stores them"
-            raise UserError(f"{given}: expected {chans} numbers{' above 0' * (flag == '--std')}, one a channel; {way}")
+            expected = f"{chans} numbers{' above 0' * (flag == '--std')}, one a channel{place}"
+            raise UserError(f"{given}: expected {expected}; {way}")
     return tuple(args.mean), tuple(args.std), args.in_chans
 
 

@@ -174,7 +174,7 @@ def finetune_transform(
     if in_chans and interpolation == "lanczos":
         interpolation = "bicubic"  # the sharpest one of tensors
     if (in_chans or 3) != 3 and (aa or color_jitter):
-        log("--aa and --color_jitter: left out, they are for three channels")
+        log("augmentation policy and colour jitter: left out, they are for three channels")
         aa = color_jitter = None
     transform: Any = create_transform(
         input_size=input_size,

@@ -225,6 +225,8 @@ class Checkpoint:
         except Exit as end:
             bad = isinstance(end, NonFinite)
             step = epoch_log.boundary(end.step if bad else math.inf)
+            if isinstance(end, UserError) and not (epoch_log.epoch or step):
+                raise  # nothing was trained: the corrected command is to begin in this folder
             name = self.files.variant("nonfinite") if bad else ""
             if updater is not None:
                 updater.restore()
