@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import saim.main_pretrain
 from common.datasets import memory
 from scripts.tools import shapes
+from tests.support.cae import tokenizer_file
 from tests.support.dense import masked_images
 from tests.support.runs import mistake, run_main
 
@@ -51,6 +53,55 @@ def test_saved_bytes__nothing_else_changes():
     numpy = np.random.get_state()  # noqa: NPY002
     assert numpy[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+class Odd(nn.Module):
+    """Has what real networks have: shapes by masks and drawn numbers, decisions by values, weights set in the pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.token, self.average = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.average.lerp_(self.token + 1, 0.5)
+        self.token.data = x.detach().mean(dim=0)
+        kept = x[torch.randn(len(x)).argsort()[: int(mask.sum())]] + self.token
+        kept = kept.relu() if bool((kept.double().sqrt().float().isnan() | True).all()) else kept
+        return self.norm(self.linear(kept)).tanh()[mask[: len(kept)].nonzero()[:, 0]].sum()
+
+
+def odd_loss(net: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    return net(*batch)
+
+
+def test_shapes_alone__give_the_same_bytes_and_touch_nothing(monkeypatch):
+    model, batch = Odd().train(), [torch.randn(6, 8), torch.tensor([True, True, False, False, True, False])]
+    real = memory.saved_bytes(Odd(), odd_loss, batch)
+    before = [(p, p.clone()) for p in [*model.parameters(), *model.buffers()]]
+    monkeypatch.setattr(memory, "SMALL", 0)
+    seen: list[type] = []
+
+    def loss(net: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        seen.append(type(batch[0]))
+        return odd_loss(net, batch)
+
+    state = torch.get_rng_state()
+    assert memory.saved_bytes(model, loss, batch) == real > 0
+    assert seen == [FakeTensor] and model.training and torch.equal(torch.get_rng_state(), state)
+    now = [*model.parameters(), *model.buffers()]
+    assert all(p is q and torch.equal(p, was) for p, (q, was) in zip(now, before, strict=True))
+
+
+def test_shapes_that_depend_on_values__are_computed(monkeypatch):
+    model, batch = nn.Linear(8, 4).train(), torch.cat([torch.ones(3, 8), torch.zeros(2, 8)])
+
+    def loss(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return net(batch[batch[:, 0] > 0.5]).tanh().sum()
+
+    monkeypatch.setattr(memory, "SMALL", 0)
+    assert memory.saved_bytes(model, loss, batch) == 4 * 3 * (8 + 4) and model.training
 
 
 def test_a_run_says_what_it_needs_and_refuses_what_does_not_fit(digits, tmp_path, monkeypatch, capsys):
@@ -115,3 +166,40 @@ def test_every_training_refuses_what_does_not_fit(name, digits, dense, tmp_path,
     error = mistake(importlib.import_module(name), *flags, "--device", "cpu", capsys=capsys)
     assert re.search(r"--batch_size \d+: a step of \d+ images takes about \S+ GB", error)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+PRETRAINING = {
+    "saim.main_pretrain": f"--model saim_nano {VIT}",
+    "semaim.main_pretrain": f"--model aim_nano --permutation_type attention_center {VIT}",
+    "cae.main_pretrain": "--model cae_nano --input_size 32 --patch_size 8 --second_input_size 16 --num_mask_patches 8 "
+    "--min_mask_patches_per_block 2 --discrete_vae_type customized --decoder_num_classes 12 --batch_size 16",
+    "a2mim.main_pretrain": "--backbone resnet_nano --input_size 32 --mask_patch_size 32 --fft_weight 1 --batch_size 9",
+    "udi.main_pretrain": "--arch vit_nano --patch_size 8 --global_size 32 --local_size 16 --out_dim 64 --batch_size 16",
+}
+OF_SHAPES = {name: flags for name, flags in (PRETRAINING | PROGRAMS).items() if "detection" not in name}
+QUICK = ("semaim.main_pretrain", "udi.main_pretrain")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in OF_SHAPES])
+def test_every_network_is_estimated_by_shapes_alone(name, digits, dense, tmp_path, monkeypatch):
+    """The bytes are those of a pass that computes all."""
+
+    class Stop(Exception):
+        pass
+
+    def compare(model: nn.Module, loss_of: Any, batch: Any, *others: nn.Module) -> int:
+        real = memory.kept_bytes((model, *others), loss_of, batch)
+        passes: list[Any] = []
+        monkeypatch.setattr(memory, "SMALL", 0)
+        found = saved_bytes(model, lambda net, batch: passes.append(batch) or loss_of(net, batch), batch, *others)
+        assert found == real > 0 and len(passes) == 1
+        raise Stop
+
+    saved_bytes = memory.saved_bytes
+    monkeypatch.setattr(memory, "saved_bytes", compare)
+    data = dense.get(name.split(".")[1], digits)
+    with pytest.raises(Stop):
+        main = importlib.import_module(name)
+        flags = [*OF_SHAPES[name].split(), "--data_path", data, "--output_dir", str(tmp_path), "--num_workers", "0"]
+        flags += ["--discrete_vae_weight_path", tokenizer_file(tmp_path)] * (name == "cae.main_pretrain")
+        main.main(main.get_args_parser().parse_args([*flags, "--device", "cpu"]))
