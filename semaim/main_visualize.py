@@ -267,6 +267,8 @@ def overlay(values: Tensor, image: np.ndarray, weight: float = 0.3) -> np.ndarra
 def draw(blocks: dict[str, dict[str, np.ndarray]], note: str = "") -> Figure:
     """One row per image, dashed lines between blocks of columns, the note above.
 
+    The letters of the authors' figure are there if there is more than one order; a single one's colours are explained.
+
     Args:
         blocks: images (N, H, W, 3) uint8, by title of the column, by group; the first is the input.
     """
@@ -280,6 +282,8 @@ def draw(blocks: dict[str, dict[str, np.ndarray]], note: str = "") -> Figure:
         if group != "input":
             fig.add_artist(Line2D([x / width - split / 2 / width] * 2, [0, 1], color="grey", ls="--", lw=1))
         label = GROUPS[group].label if group in GROUPS else {"input": "(a) input"}.get(group, group)
+        if len(blocks) == 2:
+            label = label.partition(") ")[2] + ("" if group == "input" else "\nred: high, first")
         middle = x + (len(block) * (side + gap) - gap) / 2
         label, size = (label, 10) if len(block) > 1 else (label.replace("-", "-\n").replace(" order", "\norder"), 7)
         fig.text(middle / width, foot / 2 / height, label, ha="center", va="center", fontsize=size)

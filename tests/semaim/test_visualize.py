@@ -180,6 +180,8 @@ def test_draw__labels_lines_and_panels():
     assert_close(corners[..., 2] * width, corners[..., 3] * height, rtol=1e-9, atol=0)
     assert corners.min() > 0
     assert (corners[..., :2] + corners[..., 2:]).max() < 1
+    alone = main_visualize.draw({name: blocks[name] for name in ("input", "semantic")}).texts
+    assert [text.get_text() for text in alone][::2] == ["input", "semantic-aware order\nred: high, first", "similarity"]
 
 
 # ---- encoders
