@@ -30,10 +30,11 @@ STUB = '#!/bin/sh\n{ printf python; for word; do printf " %s" "$word"; done; ech
 
 @pytest.fixture
 def parse(monkeypatch, tmp_path) -> Callable[[Command], None]:
-    """Parse a command as its program would; fails where that complains, or there is no such program."""
+    """Parse a command as its program would; fails where that complains, or there is no such program or network."""
     monkeypatch.setattr("sys.argv", ["pytest"])
+    parsed: list[Any] = []
     for module in ("common.distributed", "common.distributed.command"):
-        monkeypatch.setattr(f"{module}.run", lambda main, args: args() if callable(args) else args)
+        monkeypatch.setattr(f"{module}.run", lambda main, args: parsed.append(args() if callable(args) else args))
     monkeypatch.setattr("common.distributed.command._content", lambda path: {})  # of --config, a user's file
 
     def python(words: list[str], cwd: Path) -> None:
@@ -55,6 +56,8 @@ def parse(monkeypatch, tmp_path) -> Callable[[Command], None]:
         except SystemExit as end:
             assert not end.code, shlex.join(sys.argv)
             return
+        if "--model" in words and "MODELS" in names:
+            assert parsed[-1].model in names["MODELS"], shlex.join(sys.argv)
         known: Any = names.get("known")
         if known is not None and known.method in METHODS:  # the flags of a main, behind those of a tool for all methods
             main = importlib.import_module(f"{known.method}.main_{getattr(known, 'stage', 'pretrain')}")
