@@ -4,5 +4,6 @@
 FROM python:3.12
 WORKDIR /pretraining
 COPY . .
-RUN pip install --no-cache-dir --editable .
+# dev: what the tests need, too
+RUN pip install --no-cache-dir --editable ".[dev]"
 CMD ["bash", "scripts/quickstart.sh"]
