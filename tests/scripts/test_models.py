@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from scripts.tools import export, models, runs
+from saim import visualize_attention
+from scripts.tools import export, knn, models, runs
 from scripts.tools.encoders import load as encoders
 from tests.support.helpers import ROOT
 from tests.support.runs import mistake, run_main
@@ -31,6 +32,20 @@ def test_file(method):
     with torch.no_grad():
         rows = backbone(torch.randn(2, 3, *[backbone.input_size] * 2))
     assert rows.isfinite().all() and not torch.allclose(*rows)
+
+
+@pytest.mark.skipif("saim" not in MODELS, reason="no such file")
+def test_tools_take_a_file(digits, tmp_path, capsys):
+    """k-NN, attention and the folder for timm, as the page has them; the card says what is known and nothing twice."""
+    path = str(models.FOLDER / "saim.safetensors")
+    run_main(knn, "saim", path, "--data_path", digits, "--num_workers", "0", "--device", "cpu")
+    assert "20-NN classifier result" in capsys.readouterr().out
+    flags = ["--data_path", digits, "--output_dir", str(tmp_path / "attention"), "--num_images", "2"]
+    run_main(visualize_attention, "--checkpoint", path, *flags)
+    assert list((tmp_path / "attention").glob("*.png"))
+    run_main(export, "saim", path, str(tmp_path / "timm"))
+    card = (tmp_path / "timm" / "README.md").read_text()
+    assert not any(f"`{flag}`" in card or f"- {flag}:" in card for flag in export.MACHINE)
 
 
 def test_how_they_are_made(tmp_path, monkeypatch, capsys):
