@@ -277,6 +277,10 @@ def details(
     """The model card's facts, by their titles."""
     authors = read_record(method)["repositories"][0]
     flags = plain_flags(backbone.args)
+    if flags.pop(
+        WRITTEN, None
+    ):  # the checkpoint is a file of this script, which has the encoder's sizes among the flags
+        flags = {k: v for k, v in flags.items() if k not in ("method", "model", *STORED)}
     count = sum(value.numel() for value in form.weights.values())
     data, planned = backbone.args.get("data_path"), flags.pop("epochs", None)
     if "iters" in flags:  # such a run counts updates, and its flags say how many
@@ -374,6 +378,8 @@ def write_safetensors(path: Path, method: str, backbone: Backbone, source: dict[
     """Write the method's own weights, with what `load_backbone` needs to know as JSON in the file's metadata."""
     known = {"method": method, "model": backbone.model_name} | {name: getattr(backbone, name) for name in STORED}
     flags = {k: v for k, v in backbone.args.items() if k == "class_names" or not of_machine(k, v)}
+    if isinstance(images := backbone.args.get("data_path"), str):
+        flags["data_path"] = Path(images).name  # which the model card tells
     weights = {k: v.detach().clone().contiguous() for k, v in backbone.weights().items()}
     if half:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}

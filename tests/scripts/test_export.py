@@ -213,7 +213,13 @@ def test_safetensors_file__tells_nothing_of_the_machine(tmp_path):
     out = tmp_path / "out.safetensors"
     run_main(export, method, path, str(out), "--format", "safetensors")
     flags = load(method, str(out)).args
-    assert not {"data_path", "output_dir", "initial_checkpoint"} & flags.keys() and "/home/me" not in str(flags)
+    assert not {"output_dir", "initial_checkpoint"} & flags.keys() and "/home/me" not in str(flags)
+    run_main(export, method, str(out), str(tmp_path / "timm"))
+    card = (tmp_path / "timm" / "README.md").read_text()
+    assert "- **Trained on:** photos\n- **Epochs:** 3\n" in card
+    assert not any(
+        f"\n  - {flag}: " in card for flag in ("data_path", "exported_from", "input_size", "model", "method")
+    )
 
 
 OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("cae tuned", "a2mim tuned convnext")]
