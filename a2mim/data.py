@@ -1,6 +1,7 @@
 """A2MIM's images: list files or folders, samplers, augmentations, and pixels that become floats on the device."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,32 @@ class PretrainTransform:
         input_size: int,
         crop_scale: tuple[float, float],
         *statistics: Any,
+        augment: str = "pillow",
     ):
         crop = transforms.RandomResizedCrop(input_size, crop_scale, interpolation=InterpolationMode.BILINEAR)
-        self.augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_pixels(*statistics)])
+        if augment == "pillow":
+            self.augment: Any = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_pixels(*statistics)])
+        else:
+            finish = datasets.Normalize(*statistics[:2]) if statistics else datasets.unchanged
+            self.augment = datasets.crop_and_flip(crop, augment, finish)
+        self._first_half, self._second_half = datasets.halves(self.augment)
         self.generator = generator
 
     def __call__(self, image: Any) -> list[Tensor]:
-        return [self.augment(image), torch.from_numpy(self.generator.mask()).to(torch.uint8)]
+        return [self.augment(image), self._mask()]
+
+    def halves(self) -> tuple[Callable, Callable]:
+        """What loader processes do, and what happens to batches on the device."""
+        return self._draw, self._finish
+
+    def _draw(self, image: Any) -> list[Any]:
+        return [self._first_half(image), self._mask()]
+
+    def _finish(self, batch: list[Any]) -> list[Tensor]:
+        return [self._second_half(batch[0]), batch[1]]
+
+    def _mask(self) -> Tensor:
+        return torch.from_numpy(self.generator.mask()).to(torch.uint8)
 
 
 def normalize(pixels: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         sync_bn=True,
     )
     # ---- data, files, process
+    datasets.add_augment_flag(p, "pillow", "tensor", "device")
     datasets.add_flags(p)
     p.set_defaults(data_path="data/ImageNet")
     g.output.add_argument(
@@ -216,7 +217,8 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         raise distributed.UserError(f"--crop_scale {args.crop_scale}: expected two shares, 0 to 1, increasing")
     statistics = data.own_statistics(args)
-    transform = data.PretrainTransform(build_masking(args), args.input_size, tuple(args.crop_scale), *statistics)
+    masking, scale = build_masking(args), tuple(args.crop_scale)
+    transform = data.PretrainTransform(masking, args.input_size, scale, *statistics, augment=args.augment)
     loader = data.train_loader(args, data.images(args, train=True, labelled=False), transform, device)
     return loader, view_of(args)
 

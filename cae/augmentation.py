@@ -73,6 +73,7 @@ class PretrainAugmentation:
         scale: smallest and largest share of the image's area that the crop covers.
         color_jitter: strength of changes in brightness, contrast and saturation; 0 leaves colours alone.
         mean, std: statistics by which the encoder's image is normalised.
+        on_device: loader processes only change colours, flip and cut the crop out; batches are resized on the device.
     """
 
     def __init__(
@@ -87,9 +88,13 @@ class PretrainAugmentation:
         color_jitter: float = 0.0,
         mean=datasets.IMAGENET_MEAN,
         std=datasets.IMAGENET_STD,
+        on_device: bool = False,
     ):
         for name in (interpolation, second_interpolation):
             interpolation_of(name)  # complain now
+            if on_device and name == "random":
+                raise ValueError("interpolation random: expected another one with --augment device")
+        self.on_device = on_device
         self.sizes = ((input_size, interpolation), (second_size, second_interpolation))
         self.scale = scale
         jitter = [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter > 0 else []
@@ -99,27 +104,39 @@ class PretrainAugmentation:
         self.masking = masking
 
     def __call__(self, img: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if self.on_device:
+            view, token_view, mask = self._finish(datasets.collate_decoded([self._pixels(img)]))
+            return view[0], token_view[0], mask[0]
         return self._finish(self._pixels(img))
 
     def halves(self) -> tuple[Callable, Callable]:
         """What loader processes do, and what happens to batches on the device."""
         return self._pixels, self._finish
 
-    def _pixels(self, img: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The views before they are normalised, (C, s, s) in uint8, or of tensors in floats from 0 to 1; the mask."""
+    def _pixels(self, img: Any) -> tuple[Any, ...]:
+        """The views before they are normalised, (C, s, s) in uint8, or of tensors in floats from 0 to 1, and the mask;
+        `on_device` the crop and the mask."""
         for step in self.before.transforms:
             colours = isinstance(step, transforms.ColorJitter)
             img = datasets.change_colours(step, img) if colours else step(img)
         width, height = TF.get_image_size(img)
         top, left, height, width = crop_box(width, height, self.scale)
+        if self.on_device:
+            return datasets.decoded(img, (top, left, height, width)), self._mask()
         views = []
         for size, name in self.sizes:
             mode = of_tensors(interpolation_of(name)) if isinstance(img, Tensor) else interpolation_of(name)
             view = TF.resized_crop(img, top, left, height, width, [size, size], mode)
             views.append(view if isinstance(view, Tensor) else TF.pil_to_tensor(view))
-        return views[0], views[1], torch.from_numpy(self.masking()).flatten().bool()
+        return *views, self._mask()
 
-    def _finish(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _mask(self) -> Tensor:
+        return torch.from_numpy(self.masking()).flatten().bool()
+
+    def _finish(self, made: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The views and the mask, of an image or of a batch, as network and tokenizer take them."""
-        view, token_view, mask = views
+        *views, mask = made
+        if self.on_device:
+            views = [datasets.resize_batch(views[0], size, name) for size, name in self.sizes]
+        view, token_view = views
         return self.normalize(view), self.tokenizer_view(datasets.floats(token_view)), mask

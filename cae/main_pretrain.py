@@ -99,6 +99,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     g.augmentation.add_argument(
         "--second_interpolation", default="lanczos", help=f"how the tokenizer's images are resized: {filters}"
     )
+    datasets.add_augment_flag(p, "pillow", "device")
     datasets.add_flags(p)
     g.augmentation.add_argument(
         "--imagenet_default_mean_and_std",
@@ -229,6 +230,7 @@ def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets
             (args.crop_min_size, args.crop_max_size),
             args.color_jitter,
             *mean_and_std(args),
+            on_device=args.augment == "device",
         )
     context = {"tokenizer": tokenizer.to(device), "align_weight": args.align_loss_weight}
     return datasets.pretrain_loader(args, augment, device), context | {"num_masked": masking.num_masked}

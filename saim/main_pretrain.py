@@ -47,6 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     g.optimizer.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end of training")
     g.optimizer.add_argument("--warmup_epochs", default=30, type=int, help="epochs in which the learning rate rises")
+    datasets.add_augment_flag(p, "pillow", "tensor", "device")
     datasets.add_flags(p, pin_mem=False)
     g.output.add_argument(
         "--output_dir", default="./pretrain/saim_base", help="folder of checkpoints, log.txt and TensorBoard events"
@@ -58,16 +59,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return p
 
 
-def pretrain_transform(input_size: int, *statistics: Any) -> transforms.Compose:
+def pretrain_transform(input_size: int, *statistics: Any, augment: str = "pillow") -> Any:
     """Random crop of 20-100 % of the image, bicubic, and a flip (upstream main_pretrain.py@08d36c3)."""
     bicubic = transforms.InterpolationMode.BICUBIC
     crop = transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=bicubic)
+    if augment != "pillow":
+        return datasets.crop_and_flip(crop, augment, datasets.Normalize(*statistics[:2]))
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *datasets.tensor_and_normalize(*statistics)])
 
 
 def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict]:
     """Training batches of the flags, and what else `batch_loss` takes: nothing."""
-    transform = pretrain_transform(args.input_size, *datasets.statistics(args))
+    transform = pretrain_transform(args.input_size, *datasets.statistics(args), augment=args.augment)
     return datasets.pretrain_loader(args, transform, device), {}
 
 

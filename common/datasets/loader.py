@@ -19,6 +19,7 @@ from torchvision.transforms.functional import get_image_size
 
 from common import distributed
 from common.datasets.channels import to_channels
+from common.datasets.device import loader_options
 from common.datasets.files import to_rgb
 from common.datasets.images import follow_classes, image_dataset
 from common.datasets.seeds import seed_all, seeded
@@ -319,6 +320,7 @@ def build_loader(args: argparse.Namespace, dataset: Any, transform: Callable, de
         dataset.in_chans = args.in_chans
     options = {"num_workers": args.num_workers, "pin_mem": args.pin_mem, "bad_images": args.bad_images}
     options["exif_transpose"] = getattr(args, "exif_transpose", False)  # not where a mask belongs to the image
+    options |= loader_options(args)
     return Loader(dataset, transform, device=device, **{"batch_size": args.batch_size, **options, **kwargs})
 
 
