@@ -15,6 +15,7 @@ from a2mim.det_detectron2 import convert_backbone
 from a2mim.detection_heads import MaskRCNN
 from a2mim.models_detection import mask_rcnn_resnet_nano
 from common import distributed
+from common.datasets import IMAGENET_MEAN, IMAGENET_STD
 from scripts.tools import shapes
 from tests.support.runs import assert_same, command, finish, kept_signals, mistake, run_main, spoil
 
@@ -88,7 +89,8 @@ def test_what_a_recipe_trains_with(data, monkeypatch):
     args, model, loader, val_loader, _, updater, rate, *_ = caught.values()
     view = vars(loader.loader.dataset.transform)
     assert (view["short_sides"], view["long_side"], view["crop_short_sides"]) == ([*range(640, 801, 32)], 1333, [])
-    assert vars(val_loader.loader.dataset.transform) == {"short_side": 800, "long_side": 1333}
+    whole = {"short_side": 800, "long_side": 1333, "statistics": (IMAGENET_MEAN, IMAGENET_STD)}
+    assert vars(val_loader.loader.dataset.transform) == whole
     (group,) = updater.optimizer.param_groups
     assert type(updater.optimizer) is torch.optim.SGD
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)

@@ -15,6 +15,7 @@ from cae.dense_backbone import DenseBackbone
 from cae.main_segmentation import ROWS, build_model, get_args_parser, param_groups
 from cae.models_segmentation import SegmentationNetwork
 from common import distributed
+from common.datasets import IMAGENET_MEAN, IMAGENET_STD
 from tests.support.dense import masked_images
 from tests.support.processes import launch
 from tests.support.runs import FAULTS, assert_same, command, finish, mistake, run_main, spoil, start
@@ -96,11 +97,12 @@ def test_defaults(data, monkeypatch):
     assert (loader.total, len(loader), loader.batch_size, updater.clip_grad) == (160000, 16000, 2, None)
     view = vars(loader.loader.loader.dataset.transform)
     expected = {"size": (512, 512), "scale": (2048, 512), "ratio": (0.5, 2), "cat_max_ratio": 0.75}
-    assert view == expected
+    statistics = {"statistics": (IMAGENET_MEAN, IMAGENET_STD)}
+    assert view == expected | statistics
     kwargs = evaluation.keywords
     assert (kwargs["window"], kwargs["stride"], kwargs["flip"]) == (512, 341, False)
     view = vars(kwargs["loader"].loader.dataset.transform)
-    assert view == {"scale": (2048, 512), "ratios": (1.0,)}
+    assert view == {"scale": (2048, 512), "ratios": (1.0,)} | statistics
     assert type(updater.optimizer) is torch.optim.AdamW
     assert (updater.optimizer.defaults["betas"], updater.optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
     rates: dict[int, list[float]] = {}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common import distributed
+from common.datasets import IMAGENET_MEAN, IMAGENET_STD
 from scripts.tools import shapes
 from tests.support.runs import arguments, assert_same, command, finish, mistake, run_main, spoil
 from udi import authors_commands, main_detection
@@ -67,8 +68,9 @@ def test_defaults(data, monkeypatch):
     assert (model.roi_head.matching.number, updater.clip_grad) == (512, None)
     view = vars(loader.loader.dataset.transform)
     crops = {"crop_short_sides": [400, 500, 600], "crop_range": [384, 600]}
-    assert view == {"short_sides": [*range(480, 801, 32)], "long_side": 1333, **crops}
-    assert vars(val_loader.loader.dataset.transform) == {"short_side": 800, "long_side": 1333}
+    statistics = {"statistics": (IMAGENET_MEAN, IMAGENET_STD)}
+    assert view == {"short_sides": [*range(480, 801, 32)], "long_side": 1333, **crops, **statistics}
+    assert vars(val_loader.loader.dataset.transform) == {"short_side": 800, "long_side": 1333, **statistics}
     assert type(updater.optimizer) is torch.optim.AdamW
     assert (updater.optimizer.defaults["betas"], updater.optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
     # Four images are four updates an epoch: the warm-up of 1000 ends in epoch 250.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common import distributed
+from common.datasets import IMAGENET_MEAN, IMAGENET_STD
 from tests.support.dense import masked_images
 from tests.support.helpers import ROOT
 from tests.support.processes import launch
@@ -70,10 +71,11 @@ def test_defaults(data, monkeypatch):
     assert (args.iters, args.eval_interval, args.save_interval, args.lr) == (40000, 4000, 4000, 6e-5)
     assert (loader.total, len(loader), loader.batch_size, updater.clip_grad) == (40000, 4000, 4, None)
     view = vars(loader.loader.loader.dataset.transform)
-    assert view == {"size": (512, 512), "scale": (2048, 512), "ratio": (0.5, 2), "cat_max_ratio": 0.75}
+    statistics = {"statistics": (IMAGENET_MEAN, IMAGENET_STD)}
+    assert view == {"size": (512, 512), "scale": (2048, 512), "ratio": (0.5, 2), "cat_max_ratio": 0.75} | statistics
     kwargs = evaluation.keywords
     assert (kwargs.get("window", 0), kwargs["flip"]) == (0, False), "images are seen whole"
-    assert vars(kwargs["loader"].loader.dataset.transform) == {"scale": (2048, 512), "ratios": (1.0,)}
+    assert vars(kwargs["loader"].loader.dataset.transform) == {"scale": (2048, 512), "ratios": (1.0,)} | statistics
     assert type(updater.optimizer) is torch.optim.AdamW
     assert (updater.optimizer.defaults["betas"], updater.optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
     middle = 6e-5 * (1 - 750 / 40000) * (1 - 0.5 * (1 - 1e-6))
