@@ -27,9 +27,11 @@ def available_bytes(device: torch.device) -> float:
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    with contextlib.suppress(OSError, ValueError):
-        most, now = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(most - now)
+    # Of the two versions of control groups.
+    for names in ("memory.max memory.current", "memory/memory.limit_in_bytes memory/memory.usage_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            most, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in names.split())
+            found.append(most - now)
     return min(found)
 
 

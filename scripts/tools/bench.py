@@ -38,10 +38,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import datasets, distributed
+from common.datasets.memory import available_bytes
 from common.distributed.metrics import peak_memory, resident_bytes
 from scripts.tools import bench_data, bench_dense, bench_start
 from scripts.tools.flags import METHODS, NETWORK, Parser, network_of
-from scripts.tools.machine import memory_available
 from scripts.tools.texts import amount
 
 # The authors' formulation as keyword arguments of build_model(args, ...): what a method's speed-up is measured against.
@@ -213,8 +213,7 @@ class Training:
             distributed.recompute_blocks(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         least = 16 * self.parameters  # weights, gradients and two moments in float32
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_available()[0]
-        if least - 4 * self.parameters > 0.9 * free:
+        if least - 4 * self.parameters > 0.9 * available_bytes(device):
             raise distributed.UserError(f"needs more than {amount(least)} of memory")
         self.net = distributed.wrap(self.model, device, flags.compile)
         optimizer = main.build_optimizer(flags, self.model, 1e-4)

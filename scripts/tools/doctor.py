@@ -41,11 +41,12 @@ from packaging.requirements import Requirement
 from torchvision.transforms.functional import get_image_size
 
 from common import datasets, distributed
+from common.datasets.memory import available_bytes
 from common.dense_datasets.detection import DetectionImages, detection_images
 from common.dense_datasets.segmentation import SegmentationImages, class_names, segmentation_images
 from common.distributed.process import LAUNCHERS
 from scripts.tools import flags
-from scripts.tools.machine import cores, memory_available
+from scripts.tools.machine import cores
 from scripts.tools.measured_run import Launch, Measurement, Plan, accumulated, batch_size, measure, speed_of
 from scripts.tools.texts import amount, duration
 
@@ -217,8 +218,7 @@ def check_devices(report: Report, args: argparse.Namespace) -> str:
         problem = f"cuda:{index}: another program holds {amount(total - free)}"
         report.warn_if(on_gpu and free < 0.9 * total, problem, "end it, or hide this GPU by CUDA_VISIBLE_DEVICES")
     report.warn_if(count > 0 and not on_gpu, "the run takes the CPU, and there is a GPU", "leave --device out")
-    free, total = memory_available()
-    report.line("memory", f"{amount(total)}, {amount(free)} available")
+    report.line("memory", f"{amount(available_bytes(torch.device('cpu')))} available")
     report.line("cores", f"{cores()}; the run takes the {'GPU' if on_gpu else 'CPU'}")
     if not on_gpu and (advice := distributed.bf16_advice(getattr(args, "amp_dtype", "fp32"))):
         report.line("precision", advice)
@@ -518,7 +518,7 @@ def check_memory(report: Report, plan: Plan, run: Measurement) -> None:
     """Peaks per process, and whether they fit."""
     workers = f"{amount(run.workers)} more in its loader processes"
     report.line("memory", f"{amount(run.host)} per process at the peak, {workers}")
-    launch, free = plan.launch, memory_available()[0]
+    launch, free = plan.launch, available_bytes(torch.device("cpu"))
     need = (run.host + run.workers) * launch.here
     problem = f"{amount(need)} of {amount(free)} available memory would be used"
     report.warn_if(need > 0.9 * free, problem, f"{SMALLER}, or lower --num_workers")

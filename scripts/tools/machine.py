@@ -1,24 +1,8 @@
-"""What this machine has, and what processes use of it."""
+"""The cores of this machine, and what processes use of it."""
 
 import contextlib
 import os
 from pathlib import Path
-
-
-def memory_available() -> tuple[float, float]:
-    """Bytes of this machine's memory that are free, and all of them; a container's limit counts."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        return total, total
-    values = dict(line.split(":", 1) for line in info.read_text().splitlines())
-    total, free = (int(values[name].split()[0]) * 1024.0 for name in ("MemTotal", "MemAvailable"))
-    # Of the two versions of control groups.
-    for names in ("memory.max memory.current", "memory/memory.limit_in_bytes memory/memory.usage_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in names.split())
-            total, free = min(total, most), min(free, most - used)
-    return free, total
 
 
 def cores() -> int:

@@ -26,8 +26,7 @@ from common import distributed
 from common.distributed import UserError
 from common.distributed.metrics import hardware
 from scripts.tools import recipe
-from scripts.tools.encoders.load import METHODS
-from scripts.tools.flags import Parser
+from scripts.tools.flags import METHODS, Parser
 from scripts.tools.runs import sha256
 from scripts.tools.texts import table
 
@@ -81,7 +80,7 @@ def make(method: str, args: argparse.Namespace) -> dict[str, Any]:
         "network": record["starts"][method]["network"].split(" of ")[0],
         "epochs": epochs,
         "bytes": file.stat().st_size,
-        "sha256": sha256(str(file)),
+        "sha256": sha256(file),
         "machine": f"{hardware()}, torch {torch.__version__}, float32",
         "date": time.strftime("%Y-%m-%d"),
         "accuracy": {

@@ -135,7 +135,7 @@ def test_table__raises_on_a_name_without_networks():
 
 
 def test_measure__raises_without_memory(monkeypatch):
-    monkeypatch.setattr(bench, "memory_available", lambda: (1e6, 1e6))
+    monkeypatch.setattr(bench, "available_bytes", lambda device: 1e6)
     words = [
         "--model",
         "saim_nano",

@@ -367,7 +367,7 @@ def test_check_speed__cores_that_others_hold_and_an_evaluation_that_fails(capsys
 
 
 def test_check_memory__what_does_not_fit(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "memory_available", lambda: (9e9, 10e9))
+    monkeypatch.setattr(doctor, "available_bytes", lambda device: 9e9)
     run = recorded([1.0], host=8 * 10**9, workers=10**9, device=(79 * 10**9, 80 * 10**9))
     run.lines[-1]["memory"] = 70 * 10**9
     made = plan("saim")
