@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -101,11 +102,12 @@ class Lane(threading.Thread):
 
 
 def together(*lanes: Lane) -> None:
-    """Run lanes side by side; the first that fails, or Ctrl-C, ends the others and this program.
+    """Run lanes side by side; the first that fails, Ctrl-C or SIGTERM ends the others and this program.
 
     Raises:
         UserError: a command failed.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the commands would go on alone
     try:
         for lane in lanes:
             lane.start()
@@ -120,6 +122,7 @@ def together(*lanes: Lane) -> None:
             if lane.process is not None and lane.process.poll() is None:
                 lane.process.terminate()
                 lane.process.wait()
+        signal.signal(signal.SIGTERM, before)
     for lane in lanes:
         if lane.error:
             raise UserError(lane.error)

@@ -3,8 +3,11 @@
 import argparse
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,22 @@ def test_a_missing_folder_is_one_line():
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr == "quickstart.py: --data_path /nowhere: no such folder\n"
+
+
+def test_a_stopped_quickstart_stops_its_commands():
+    before = signal.getsignal(signal.SIGTERM)
+    lane = quickstart.Lane([quickstart.Step([sys.executable, "-c", "import time; time.sleep(60)"])])
+
+    def stop() -> None:
+        while lane.process is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(UserError, match="stopped; the same command goes on from here"):
+        quickstart.together(lane)
+    assert lane.process is not None and lane.process.returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- folders
