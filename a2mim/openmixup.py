@@ -167,11 +167,16 @@ def load_encoder_weights(
     own = {k: v for k, v in own.items() if not k.startswith("fc_norm.")}
     ours = {encoder_name(net, name): name for name in own} | {name: name for name in own}
     found = distributed.fitted(found, ours)
+    tables = [k for k in own if k.endswith("relative_position_bias_table")]
     shared = found.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None:  # of all blocks, in SimMIM's and BEiT's pre-training, which have no absolute positions
-        found |= {k: shared for k in own if k.endswith("relative_position_bias_table")}
+        found |= dict.fromkeys(tables, shared)
         found.setdefault("pos_embed", torch.zeros_like(own["pos_embed"]))
-    left = ("head.", "fc.", "neck.", "norm.", "ln1.", "fc_norm.", "mask_token", "mask_gamma", "ema_", "decoder")
+    of_cae = any(k.endswith("gamma_1") for k in found) and not any("relative_position" in k for k in found)
+    if tables and of_cae:
+        distributed.log(f"{path}: has no relative positions, as CAE; they start at zero, which has no effect")
+        found |= {k: torch.zeros_like(own[k]) for k in tables}
+    left = ("head.", "lm_head.", "fc.", "neck.", "norm.", "ln1.", "fc_norm.", "mask_", "ema_", "decoder")
     if is_deit(net):  # as upstream, whose ViTs are pre-trained with them
         left += tuple(k for k in found if k.endswith((".q_bias", ".v_bias")))
     loaded = {ours[k]: v for k, v in found.items() if k in ours}

@@ -16,6 +16,7 @@ import udi.models_finetune
 from a2mim.backbones import plain_vit, vit
 from a2mim.models_a2mim import Classifier
 from a2mim.openmixup import load_encoder as load_a2mim
+from a2mim.openmixup import to_openmixup_state_dict
 from cae import models_vit as cae_vit
 from common.distributed import UserError, load, user_errors, weights
 from saim import models_vit as saim_vit
@@ -223,3 +224,98 @@ def test_files_of_a2mims_baselines_load(author, tmp_path):
         assert torch.equal(state[f"blocks.{i}.attn.relative_position_bias_table"], table)
     assert torch.equal(state["blocks.1.attn.qkv.weight"], own["blocks.1.attn.qkv.weight"])
     assert not state["pos_embed"].any()
+
+
+# ---- ViTs with layer scale or relative positions
+
+SCALED: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def scaled_network(author: str) -> Classifier:
+    """A2MIM's ViT with what the others' have of it: CAE no relative positions, SimMIM and BEiT no absolute ones."""
+    torch.manual_seed(0)
+    model = Classifier(vit(**SCALED, num_classes=3)).eval()
+    net: Any = model.net
+    own = {k: 0.3 * torch.randn_like(v) for k, v in net.state_dict().items() if not k.startswith("fc_norm.")}
+    tables = [k for k in own if k.endswith("relative_position_bias_table")]
+    if author in ("SimMIM", "BEiT"):
+        own |= {"pos_embed": torch.zeros_like(own["pos_embed"]), tables[1]: own[tables[0]]}
+    if author == "CAE":
+        own |= {k: torch.zeros_like(own[k]) for k in tables}
+    net.load_state_dict(own, strict=False)
+    return model
+
+
+def scaled_file(author: str) -> dict[str, Any]:
+    """The network in the layout of its author, with further parts of the pre-training network."""
+    model = scaled_network(author)
+    if author == "A2MIM":
+        return {"state_dict": to_openmixup_state_dict(model) | {"neck.decoder_pred.0.bias": torch.ones(1)}}
+    state = model.net.state_dict()
+    norm = {"norm.weight": torch.ones(24), "norm.bias": torch.zeros(24), "mask_token": torch.ones(1, 1, 24)}
+    plain = {
+        k: v for k, v in state.items() if "relative_position" not in k and not k.startswith(("fc_norm.", "head."))
+    } | norm
+    if author == "CAE":
+        teacher = {f"alignment_encoder.{k}": torch.zeros_like(v) for k, v in plain.items()}
+        further = {"regresser.norm.weight": torch.ones(24), "rd_pos_embed": torch.ones(1, 17, 24)}
+        return {"model": {f"encoder.{k}": v for k, v in plain.items()} | teacher | further}
+    del plain["pos_embed"]
+    table = state["blocks.0.attn.relative_position_bias_table"]
+    plain |= {"rel_pos_bias.relative_position_bias_table": table, "rel_pos_bias.relative_position_index": table}
+    if author == "BEiT":
+        return {"model": plain | {"lm_head.weight": torch.ones(5, 24), "lm_head.bias": torch.ones(5)}}
+    return {"model": {f"encoder.{k}": v for k, v in plain.items()} | {"decoder.0.weight": torch.ones(1)}}
+
+
+def scaled_cae(path: str, author: str, **kwargs) -> Any:
+    absolute: dict[str, Any] = {"sin_pos_emb": False, "abs_pos_emb": author in ("CAE", "A2MIM")}
+    relative: dict[str, Any] = {"use_rel_pos_bias": author != "CAE", "init_values": 0.1}
+    model = cae_vit.VisionTransformer(**SCALED, **absolute, **relative, num_classes=3, **kwargs).eval()
+    cae_vit.load_encoder(model, path)
+    return model
+
+
+def scaled_udi(path: str, author: str) -> Any:
+    positions: dict[str, Any] = {"use_abs_pos_emb": author in ("CAE", "A2MIM"), "use_rel_pos_bias": author != "CAE"}
+    model = udi.models_finetune.VisionTransformer(**SCALED, **positions, init_values=0.1).eval()
+    udi.models_finetune.load_pretrained(model, udi.models_finetune.read_weights(path))
+    return model
+
+
+def scaled_a2mim(path: str, author: str) -> Any:
+    model = Classifier(vit(**SCALED, num_classes=3)).eval()
+    load_a2mim(model, path)
+    return model
+
+
+READERS: dict[str, Callable[[str, str], Any]] = {
+    "cae fine-tuning": scaled_cae,
+    "cae linear probe": partial(scaled_cae, lin_probe=True, use_mean_pooling=False),
+    "udi fine-tuning": scaled_udi,
+    "a2mim": scaled_a2mim,
+}
+
+
+@pytest.mark.parametrize("author", ["BEiT", "SimMIM", "A2MIM", "CAE"])
+@pytest.mark.parametrize("reader", READERS)
+def test_vits_with_layer_scale_load(reader, author, tmp_path):
+    """Images give the tokens that the file's network gives."""
+    images = torch.randn(2, 3, 32, 32)
+    tokens = scaled_network(author).net.forward_features(images)
+    model = READERS[reader](written(scaled_file(author), tmp_path), author)
+    if reader == "a2mim":
+        torch.testing.assert_close(model.net.forward_features(images), tokens)
+        return
+    token = tokens[:, 0] if "probe" in reader else tokens[:, 1:].mean(dim=1)
+    torch.testing.assert_close(model.forward_features(images), nn.functional.layer_norm(token, [24], eps=1e-6))
+
+
+@pytest.mark.parametrize("author", ["BEiT", "SimMIM", "A2MIM", "CAE"])
+@pytest.mark.parametrize("method", ["saim", "semaim", "udi"])
+def test_vits_with_layer_scale_are_refused_by_networks_without(method, author, tmp_path):
+    """By the encoders of SAIM and SemAIM, and by UDI's evaluations of frozen features."""
+    path = written(scaled_file(author), tmp_path)
+    with pytest.raises(UserError, match="weights of a network with (relative positions|LayerScale)") as error:
+        METHODS[method](path, torch.zeros(1, 3, 16, 16))
+    assert str(error.value).startswith(path)

@@ -66,10 +66,11 @@ def vit_weights(
     found = next((state[key] for key in keys if isinstance(state.get(key), dict) and state[key]), state)
     named = distributed.weights_of({"model": found}, path)
     prefix, weights, left = distributed.prefix_of(named, FIRST), {}, []
+    kept = (*PARTS, "reg_token", "rel_pos_bias.")
     for key, value in named.items():
         name = plain_name(key.removeprefix(prefix))
         # The sampling module's own norm1 and attn begin no name of a ViT.
-        if isinstance(value, Tensor) and key.startswith(prefix) and name.startswith((*PARTS, "reg_token")):
+        if isinstance(value, Tensor) and key.startswith(prefix) and name.startswith(kept):
             weights[name] = value
         else:
             left.append(key)

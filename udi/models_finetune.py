@@ -20,7 +20,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from common import distributed, lr_decay
-from udi.backbone import load_backbone, own_layout
+from udi.backbone import own_layout, vit_weights
 from udi.models_udi import DropPath, LayerNorm, init_weights
 
 # ---- positions
@@ -425,7 +425,7 @@ def read_weights(
         return own_layout(weights)
     if model_prefix:
         raise distributed.UserError(f"{path}: holds no ViT under names that start with {model_prefix}")
-    return load_backbone(state, checkpoint_key, path=path)
+    return vit_weights(state, checkpoint_key, path, parts=("cls_token", "patch_embed.", "blocks."))
 
 
 def first_class_token(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,18 @@ WEIGHT_KEYS = ("state_dict", "model", "module")
 FOREIGN_KEYS = ("teacher", "target_encoder", "model_state_dict", "model_ema", "ema_state_dict", "student", "encoder")
 WRAPPERS = ("_orig_mod.", "model.", "net.")  # of torch.compile and Lightning, before every name
 
+# Parts of a ViT's names in OpenMixup, MMPretrain and MMSegmentation, and timm's, in the order of replacement.
+MM_NAMES = {
+    r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
+    r"\.ffn\.layers\.1\.": ".mlp.fc2.",
+    r"\.attn\.attn\.in_proj_": ".attn.qkv.",
+    r"\.attn\.attn\.out_proj\.": ".attn.proj.",
+    r"(^|\.)layers\.(\d+)\.ln([12])\.": r"\1blocks.\2.norm\3.",
+    r"(^|\.)layers\.(\d+)\.": r"\1blocks.\2.",
+    r"(^|\.)ln1\.": r"\1norm.",
+    r"(^|\.)patch_embed\.projection\.": r"\1patch_embed.proj.",
+}
+
 
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
@@ -178,13 +190,23 @@ def prefix_of(weights: Collection[str], own: Collection[str]) -> str:
     return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
 
 
+def timm_name(name: str) -> str:
+    """timm's name of a weight of a ViT, from that among `MM_NAMES`."""
+    for pattern, replacement in MM_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def fitted(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """The weights of a network among those of a file, under the network's own names.
 
     Args:
-        weights: may stand below a prefix, and have queries, keys and values in another layout.
+        weights: may stand below a prefix, have queries, keys and values in another layout, and `MM_NAMES`.
         own: the network's names; those in front of its blocks and of one block suffice.
     """
+    odd = re.compile(r"(^|\.)layers\.\d+\.ln1\.")
+    if any(map(odd.search, weights)) and not any(map(odd.search, own)):
+        weights = {timm_name(name): value for name, value in weights.items()}
     weights = part_of(weights, prefix_of(weights, own))
     names = {name.split(".attn.")[1] for name in own if ".attn." in name}
     for stem in {name.split(".attn.")[0] + ".attn." for name in weights if ".attn." in name}:
