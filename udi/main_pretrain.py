@@ -24,6 +24,7 @@ from udi.initial import start_from
 from udi.loss import UDILoss
 from udi.models_udi import MODELS, DINOHead, MaskedAttention, MultiCropWrapper, UDIWrapper
 from udi.udi_augmentation import DataAugmentation, collate
+from udi.views_on_device import AugmentationOnDevice, collate_on_device
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -124,6 +125,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="overlap columns of crops by columns; the authors' program takes a row for one",
     )
+    datasets.add_augment_flag(p, "pillow", "device")
     # ---- data, files, process
     datasets.add_flags(p)
     g.output.add_argument("--output_dir", default=".", help="checkpoints, log.txt, TensorBoard; '' writes nothing")
@@ -183,10 +185,11 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> datasets.Loa
         if len(getattr(args, name)) != 2 or not 0 < low <= high <= 1:
             raise distributed.UserError(f"--{name} {getattr(args, name)}: expected two shares, 0 to 1, increasing")
     statistics = datasets.statistics(args) if args.in_chans or args.mean or args.std else ()
+    on_device = args.augment == "device"
     if args.in_chans not in (None, 3):
         distributed.log("colour jitter and greyscale: left out for images of other than three channels")
     with distributed.user_errors("--global_size, --local_size, --patch_size and the sampling windows"):
-        augment = DataAugmentation(
+        augment = (AugmentationOnDevice if on_device else DataAugmentation)(
             tuple(args.global_crops_scale),
             tuple(args.local_crops_scale),
             args.local_crops_number,
@@ -198,7 +201,7 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> datasets.Loa
             fix_crop_reference=args.fix_crop_reference,
             statistics=statistics,
         )
-    return datasets.pretrain_loader(args, augment, device, collate=collate)
+    return datasets.pretrain_loader(args, augment, device, collate=collate_on_device if on_device else collate)
 
 
 def build_data(args: argparse.Namespace, device: torch.device) -> tuple[datasets.Loader, dict[str, Any]]:

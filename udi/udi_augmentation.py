@@ -78,20 +78,24 @@ class RandomCropCoord:
         j = _towards(j, last_j, w, rj, r_j, joint_w)
         return max(min(i, height - h), 0), max(min(j, width - w), 0), h, w, height, width
 
-    def __call__(self, img: Any, ref_crop: Array | None = None) -> tuple[Any, Array]:
-        """A view of size x size pixels, and its coordinates (4,)."""
+    def draw(self, img: Any, ref_crop: Array | None = None) -> tuple[tuple[int, int, int, int], list[bool], Array]:
+        """A box i, j, h, w, whether it is flipped horizontally and vertically, and the view's coordinates (4,)."""
         if ref_crop is None:
             i, j, h, w, height, width = self.get_params(img, self.scale, self.RATIO)
         else:
             i, j, h, w, height, width = self.get_params_ref(img, self.scale, self.RATIO, ref_crop)
         rows, columns = max(height - 1, 1), max(width - 1, 1)
         crop = np.array([i / rows, j / columns, (i + h - 1) / rows, (j + w - 1) / columns], np.float32)
-        view = tf.crop(img, i, j, h, w)
-        horizontal, vertical = self.flip
-        if horizontal and random.random() < horizontal:
-            view, crop = tf.hflip(view), crop[[0, 3, 2, 1]]
-        if vertical and random.random() < vertical:
-            view, crop = tf.vflip(view), crop[[2, 1, 0, 3]]
+        flips = [bool(p and random.random() < p) for p in self.flip]
+        crop = crop[[0, 3, 2, 1]] if flips[0] else crop
+        return (i, j, h, w), flips, crop[[2, 1, 0, 3]] if flips[1] else crop
+
+    def __call__(self, img: Any, ref_crop: Array | None = None) -> tuple[Any, Array]:
+        """A view of size x size pixels, and its coordinates (4,)."""
+        box, (horizontal, vertical), crop = self.draw(img, ref_crop)
+        view = tf.crop(img, *box)
+        view = tf.hflip(view) if horizontal else view
+        view = tf.vflip(view) if vertical else view
         return tf.resize(view, [self.size, self.size], transforms.InterpolationMode.BICUBIC), crop
 
 
@@ -131,11 +135,15 @@ class Photometric:
         return ImageChops.darker(img, ImageChops.invert(img))
 
     @staticmethod
-    def blur(img: Any, probability: float) -> Any:
-        """Gaussian blur of a radius of 0.1 to 2 pixels."""
-        if random.random() > probability:
+    def radius(probability: float) -> float:
+        """Of a blur, 0.1 to 2 pixels; 0: none."""
+        return 0.0 if random.random() > probability else random.uniform(0.1, 2.0)
+
+    def blur(self, img: Any, probability: float) -> Any:
+        """Gaussian blur of a random radius."""
+        radius = self.radius(probability)
+        if not radius:
             return img
-        radius = random.uniform(0.1, 2.0)
         if isinstance(img, Tensor):
             reach = min(math.ceil(3 * radius), min(img.shape[1:]) - 1)
             return tf.gaussian_blur(img, [2 * reach + 1] * 2, [radius] * 2)
@@ -164,6 +172,8 @@ class DataAugmentation:
         ValueError: sizes that do not divide, or a window larger than a view.
     """
 
+    CROP, PHOTOMETRIC = RandomCropCoord, Photometric
+
     def __init__(
         self,
         global_crops_scale: tuple[float, float],
@@ -190,10 +200,11 @@ class DataAugmentation:
                 f"and {self.features_l} per side"
             )
         self.local_crops_number, self.random_sampling = local_crops_number, random_sampling
+        self.statistics = statistics
         flip = horizontal_flip, vertical_flip
-        self.crop_g = RandomCropCoord(global_size, global_crops_scale, flip, fix_crop_reference)
-        self.crop_l = RandomCropCoord(local_size, local_crops_scale, flip, fix_crop_reference)
-        self.photometric = Photometric()
+        self.crop_g = self.CROP(global_size, global_crops_scale, flip, fix_crop_reference)
+        self.crop_l = self.CROP(local_size, local_crops_scale, flip, fix_crop_reference)
+        self.photometric = self.PHOTOMETRIC()
         last = datasets.tensor_and_normalize(*statistics) if statistics else [transforms.PILToTensor()]
         self.to_pixels = transforms.Compose(last)
 
@@ -288,13 +299,17 @@ class DataAugmentation:
         matches = [self.correspondence(src[:2], tgt[:2], pairs[0][2])]
         if pairs[2:]:
             matches.append(self.correspondence(src[2:], tgt[2:], pairs[2][2]))
+        return self.sample(img, views, matches)
+
+    def sample(self, img: Any, views: list[Any], matches: list[Matches]) -> "Sample":
+        """What `collate` takes."""
         return Sample([self.to_pixels(view) for view in views], matches)
 
 
 class Sample(NamedTuple):
     """An image's views (C, H, W), and the matches of its global pairs and of its local ones, if any."""
 
-    views: list[Tensor]
+    views: list[Any]
     matches: list[Matches]
 
 
@@ -307,7 +322,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         (2 B, s + nl s_l, 4); the first B rows are patches of the second view. rows_s, rows_t: numbers of the matched
         rows, for `udi_forward_loss`.
     """
-    crops = [torch.stack(views) for views in zip(*(sample.views for sample in samples), strict=True)]
+    crops = [datasets.collate_decoded(list(views)) for views in zip(*(sample.views for sample in samples), strict=True)]
     # Of the global and of the local pairs, (B, P, ...); pairs alternate between the second and the first view.
     found = zip(*(sample.matches for sample in samples), strict=True)
     groups = [Matches(*map(np.stack, zip(*matches, strict=True))) for matches in found]

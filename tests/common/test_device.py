@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import default_collate
 
 from a2mim.data import PretrainTransform
 from a2mim.masking_generator import BlockwiseMaskGenerator
@@ -71,8 +72,8 @@ def transform_of(method: str, augment: str) -> Any:
 
 def loader_of(method: str, folder: str, augment: str = "pillow") -> datasets.Loader:
     images = datasets.image_dataset(folder, True, False)
-    collate = {"collate": datasets.collate_decoded} if augment == "device" else {}
-    return datasets.Loader(images, transform_of(method, augment), 8, CPU, num_workers=0, **collate)
+    collate = datasets.collate_decoded if augment == "device" else default_collate
+    return datasets.Loader(images, transform_of(method, augment), 8, CPU, num_workers=0, collate=collate)
 
 
 METHODS = ("saim", "semaim", "a2mim", "cae")
