@@ -26,6 +26,7 @@ from common.distributed.scalars import Scalars
 Batch = TypeVar("Batch")
 WINDOW = 20  # steps of the running median, as upstream
 FIRST_STEPS = 20  # of a run, which have a line each in progress.jsonl
+TOLD_AFTER = 10  # steps of a start, after which it says how long the run takes
 
 
 @dataclass
@@ -122,6 +123,7 @@ class RunLog:
         self._earlier: list[dict[str, Any]] | None = None  # starts before this one
         self._begun, self._clock = time.time(), time.perf_counter()
         self.lines = 0  # of progress.jsonl, by this start
+        self.told = False  # the time left of the run, after the first steps of this start
         if self.folder or self.events:
             main_does(self._open)
 
@@ -269,7 +271,8 @@ class EpochLog:
             waited += wait
             yield step, batch
             report = (step + 1) % self.print_freq == 0 or step + 1 == self.total
-            if report or self.device.type == "cpu":
+            first = bool(self.later) and not self.run_log.told and step + 1 - self.start == TOLD_AFTER
+            if report or first or self.device.type == "cpu":
                 self._flush()
             last = time.perf_counter()
             # A last batch (images, targets) may be smaller; of other batches, what is usual counts.
@@ -285,6 +288,11 @@ class EpochLog:
                     bar.clear()
                     log(self._describe(rate, seconds, waited / done, step))
                 bar.set_postfix_str(self._short(rate, seconds, step), refresh=False)
+            if first and not terminal:  # whose bar says so all the time
+                self.run_log.told = True
+                seconds, rate = (last - begun) / TOLD_AFTER, images * world_size() / (last - begun)
+                left = duration(seconds * (self.total - step - 1 + self.later))
+                log(f"by the first {TOLD_AFTER} steps, {rate:.1f} images/s: {left} left of the run")
             bar.update()
         bar.close()
         self._flush()

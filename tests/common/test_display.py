@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common.distributed import EpochLog
-from common.distributed.metrics import duration
+from common.distributed.metrics import RunLog, duration
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,20 @@ def test_log__time_left_of_epoch_and_run(capsys, monkeypatch):
     plain = EpochLog("Test:", 20, 8, CPU)
     assert all(step >= 0 for step, _ in plain.steps(range(20)))
     assert "of the run" not in capsys.readouterr().out
+
+
+def test_time_left_of_the_run__once_after_ten_steps(capsys, monkeypatch):
+    run = RunLog("")
+    monkeypatch.setattr("time.perf_counter", iter(range(0, 1000, 5)).__next__)
+    for later in (400, 200):
+        log = EpochLog("Epoch: [1]", 19, 8, CPU, run_log=run, later=later)
+        for step, _ in log.steps(range(19)):
+            log.update(step, loss=1.0)
+    for _ in EpochLog("Test:", 19, 8, CPU).steps(range(19)):
+        pass
+    told = [line for line in capsys.readouterr().out.splitlines() if "first 10 steps" in line]
+    assert len(told) == 1
+    assert re.search(r"by the first 10 steps, 0\.\d images/s: 1:\d\d:\d\d left of the run$", told[0]), told[0]
 
 
 def test_terminal__bar_fits_80_columns_and_an_epoch_leaves_a_line(capsys, monkeypatch):
