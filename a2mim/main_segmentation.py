@@ -140,6 +140,8 @@ def main(args: argparse.Namespace) -> None:
     resume = distributed.find_checkpoint(args.output_dir, args.resume, "latest.pth")
     if args.pretrained and not resume:
         load_backbone(model.backbone, args.pretrained)
+    elif not (resume or args.load_checkpoint):
+        distributed.log("WARNING: no --pretrained: the encoder has random weights")
     if args.load_checkpoint and not resume:
         distributed.load_weights(model, args.load_checkpoint)
     model.to(device)

@@ -136,6 +136,8 @@ def main(args: argparse.Namespace) -> None:
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
     if args.finetune and not resume:
         load_backbone(model.backbone, args.finetune)  # type: ignore[arg-type]
+    elif not resume:
+        distributed.log("WARNING: no --finetune: the encoder has random weights")
     model.to(device)
     evaluation = partial(
         evaluate,

@@ -1,6 +1,8 @@
 """The estimate of a step's memory: what it counts, what it leaves untouched, what it refuses."""
 
+import contextlib
 import importlib
+import io
 import random
 import re
 from pathlib import Path
@@ -159,11 +161,15 @@ FAST = ("semaim.main_linprobe", "cae.main_tokenizer", "udi.main_segmentation", "
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in PROGRAMS])
-def test_every_training_refuses_what_does_not_fit(name, digits, dense, tmp_path, monkeypatch, capsys):
+def test_every_training_warns_of_random_weights_and_refuses_what_does_not_fit(
+    name, digits, dense, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(memory, "available_bytes", lambda _: 1.0)
     data = dense.get(name.split(".")[1], digits)
     flags = [*PROGRAMS[name].split(), "--data_path", data, "--output_dir", str(tmp_path), "--num_workers", "0"]
-    error = mistake(importlib.import_module(name), *flags, "--device", "cpu", capsys=capsys)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        error = mistake(importlib.import_module(name), *flags, "--device", "cpu", capsys=capsys)
+    assert ("WARNING: no --" in said.getvalue()) == ("tokenizer" not in name)
     assert re.search(r"--batch_size \d+: a step of \d+ images takes about \S+ GB", error)
     assert list(Path(tmp_path).iterdir()) == []
 
