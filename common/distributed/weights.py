@@ -1,6 +1,7 @@
 """Files of weights: read without executing anything, whoever wrote them; and what fits a network."""
 
 import argparse
+import glob
 import hashlib
 import json
 import pickle
@@ -106,7 +107,8 @@ def load(path: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a checkpoint file or https address as tensors and plain values.
 
     Args:
-        others: patterns of the names of a run's checkpoints, of which an error names the newest one.
+        others: patterns of the names of a run's checkpoints, of which an error names the newest one; by default that of
+            the file which this one replaced.
     Raises:
         UserError: it is missing, damaged, not a checkpoint, or needs code to be executed.
     """
@@ -139,6 +141,7 @@ def load(path: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _newest(path: str, patterns: tuple[str, ...]) -> str:
     """Names the newest other checkpoint of the same run beside a damaged one."""
+    patterns = patterns or (f"{glob.escape(Path(path).stem)}-previous.pth",)
     found = (other for pattern in patterns for other in Path(path).parent.glob(pattern))
     others = [other for other in found if other != Path(path) and other.stat().st_size]
     newest = max(others, key=lambda other: other.stat().st_mtime, default=None)

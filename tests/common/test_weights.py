@@ -124,6 +124,17 @@ def test_the_newest_other_checkpoint_is_one_of_the_run(tmp_path):
         checkpoint.resume(str(tmp_path / "checkpoint.pth"))
 
 
+def test_a_damaged_file__names_the_one_that_it_replaced(tmp_path):
+    """Where only the file itself is known, as in a program that reads weights."""
+    for name in ("checkpoint.pth", "checkpoint-0.pth", "other-previous.pth"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="checkpoint.pth: truncated or not a checkpoint$|not a checkpoint$"):
+        distributed.load(str(tmp_path / "checkpoint.pth"))
+    (tmp_path / "checkpoint-previous.pth").write_bytes(b"whole")
+    with pytest.raises(UserError, match="the newest other checkpoint is .*/checkpoint-previous.pth$"):
+        distributed.load(str(tmp_path / "checkpoint.pth"))
+
+
 def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
     checkpoint = run_in(tmp_path)
     plain = torch.save
