@@ -167,6 +167,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args)
     resume = distributed.find_checkpoint(args.output_dir, args.resume)
     if args.finetune and not args.eval and not resume:
+        distributed.check_default_file(args, "finetune")
         load_encoder(model, args.finetune, head_std=2e-5)  # upstream main_finetune.py@08d36c3
     elif not args.finetune and not resume:
         distributed.log("WARNING: no --finetune: the encoder has random weights")

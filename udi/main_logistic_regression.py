@@ -182,6 +182,7 @@ def load_features(folder: Path, expected: str, insist: bool) -> list[Tensor] | N
 @torch.no_grad()
 def compute(args: argparse.Namespace, device: torch.device, key: str) -> list[Tensor]:
     """Features and labels of the training and the test images (as in `DUMPS`), on rank 0; [] elsewhere."""
+    distributed.check_default_file(args, "pretrained_weights")
     state = distributed.load(args.pretrained_weights)
     datasets.follow_channels(args, distributed.flags_of(state))
     weights = load_backbone(state, key, args.class_tokens, args.pretrained_weights)

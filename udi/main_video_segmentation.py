@@ -82,6 +82,7 @@ def build_model(args: argparse.Namespace) -> VisionTransformer:
     """
     weights = None
     if args.pretrained_weights:
+        distributed.check_default_file(args, "pretrained_weights")
         weights = load_backbone(args.pretrained_weights, args.checkpoint_key, args.class_tokens)
     else:
         distributed.log("WARNING: no --pretrained_weights, the backbone is random")

@@ -10,6 +10,7 @@ from common.distributed.command import (
     NOT_IN_FILES,
     add_flags,
     add_launch_flags,
+    check_default_file,
     check_ranges,
     flag_groups,
     is_given,

@@ -151,6 +151,13 @@ def is_given(args: argparse.Namespace, name: str) -> bool:
     return name in getattr(args, "given", (name,))
 
 
+def check_default_file(args: argparse.Namespace, name: str) -> None:
+    """Raise UserError if a flag was not given and its default, a path of the authors, is not there."""
+    path = getattr(args, name)
+    if path and not is_given(args, name) and not Path(path).exists():
+        raise UserError(f"--{name}: expected a checkpoint; it is not given, and its default {path} does not exist")
+
+
 # ---- configuration files
 
 

@@ -118,7 +118,7 @@ def load(path: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError as error:
         missing = Path(error.filename or path).name
         what = "no such checkpoint file" if Path(path).name == missing else f"its part {missing} is missing"
-        raise UserError(f"{path}: {what}") from error
+        raise UserError(f"{path or repr(path)}: {what}") from error
     except IsADirectoryError as error:
         names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
         inside = next((f", such as {Path(path, name)}" for name in names if Path(path, name).is_file()), "")

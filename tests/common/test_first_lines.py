@@ -17,7 +17,9 @@ import saim.main_finetune
 import saim.main_pretrain
 import semaim.main_pretrain
 import udi.files
+import udi.main_logistic_regression
 import udi.main_pretrain
+import udi.main_video_segmentation
 from common import datasets, distributed
 from common.distributed import step
 from scripts.tools import doctor
@@ -71,6 +73,27 @@ def test_default_folder(method, name, capsys):
     args = arguments(main, "--output_dir", "")
     distributed.default_folder(args)
     assert args.output_dir == ""
+
+
+@pytest.mark.parametrize(
+    ("main", "flag", "default"),
+    [
+        (saim.main_finetune, "finetune", "./pretrain/saim_base/checkpoint.pth"),
+        (udi.main_logistic_regression, "pretrained_weights", "./vit_small/checkpoint.pth"),
+        (udi.main_video_segmentation, "pretrained_weights", "./vit_small_800_best/checkpoint.pth"),
+    ],
+)
+def test_a_default_checkpoint_that_is_not_there(main, flag, default):
+    with pytest.raises(distributed.UserError) as error:
+        distributed.check_default_file(arguments(main), flag)
+    words = f"expected a checkpoint; it is not given, and its default {default} does not exist"
+    assert str(error.value) == f"--{flag}: {words}"
+    distributed.check_default_file(arguments(main, f"--{flag}", "/nowhere.pth"), flag)  # which reading it names
+
+
+def test_fine_tuning_without_its_checkpoint(digits, capsys, tmp_path):
+    flags = [*TINY, "--data_path", digits, "--output_dir", str(tmp_path)]
+    assert "it is not given, and its default" in mistake(saim.main_finetune, *flags, capsys=capsys)
 
 
 # ---- a run
