@@ -46,7 +46,7 @@ class TensorCrop(transforms.RandomResizedCrop):
     def forward(self, img: Image.Image) -> Tensor:
         top, left, height, width = self.get_params(img, self.scale, self.ratio)  # type: ignore[arg-type]
         pixels = torch.from_numpy(np.array(img.crop((left, top, left + width, top + height)))).permute(2, 0, 1)
-        return resize(pixels, self.size, self.interpolation)  # type: ignore[arg-type]
+        return resize(pixels, self.size, self.interpolation).contiguous()  # type: ignore[arg-type]
 
 
 def _posterize(img: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:

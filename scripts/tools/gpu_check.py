@@ -189,9 +189,13 @@ def speed(args: argparse.Namespace, preset: str, variant: str) -> dict[str, Any]
     return found
 
 
-def files(args: argparse.Namespace, preset: str) -> dict[str, Any]:
-    """Images per second when they come from JPEG files, by all cores, and the share of time that a step waits."""
+def files(args: argparse.Namespace, preset: str, augment: str = "pillow") -> dict[str, Any]:
+    """Images per second when they come from JPEG files, by all cores, and the share of time that a step waits.
+
+    augment: --augment of the method, which says what makes the views.
+    """
     main, flags = flags_of(args, preset)
+    flags.augment = augment
     run, _ = prepare(args, preset)
     steps = 3 if args.tiny else 30
     with tempfile.TemporaryDirectory() as folder:
@@ -328,6 +332,7 @@ def items(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
         *((120, ["speed", name, "--attn_impl flex"]) for name in flex if args.device != "cpu"),
         *((150, ["speed", name, "--compile"]) for name in networks if not args.tiny),
         *((90, ["files", name]) for name in networks),
+        *((90, ["files", name, "device"]) for name in networks if not args.tiny),
         *((120, ["resume", name]) for name in NANO),
         *((3600, ["recipe", name]) for name in METHODS if args.data_path),
     ]

@@ -115,8 +115,9 @@ def gpu_speed() -> str | None:
         about, peaks = done[("machine",)], done[("peaks",)]
         head = ["network", "way", "batch", "images/s", "ms/step", "peak GB", "of peak"]
         keys = ["batch", "images/s", "ms", "peak GB", "of peak"]
+        names = {(): "from JPEG files", ("device",): "from JPEG files, `--augment device`"}
         rows = [
-            [preset, way[0] if way else "from JPEG files", *(f"{found[key]:g}" if key in found else "" for key in keys)]
+            [preset, names.get(tuple(way), "".join(way)), *(f"{found[key]:g}" if key in found else "" for key in keys)]
             for (item, preset, *way), found in ((words, r) for words, r in done.items() if len(words) > 1)
             if item in ("speed", "files")
         ]

@@ -26,6 +26,7 @@ def test_speed__what_it_measures():
 def test_files__counts_real_images():
     found = gpu_check.files(flags(), "a2mim resnet")
     assert found["images/s"] > 0 and 0 < found["waits for images"] < 1
+    assert gpu_check.files(flags(), "a2mim resnet", "device")["images/s"] > 0
 
 
 def test_guard__ends_the_run_and_changes_no_weight():

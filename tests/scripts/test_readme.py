@@ -132,6 +132,7 @@ def test_gpu_speed(here):
         },
         {"item": ["speed", "saim base", "--compile"], "status": "out of time", "seconds": 150},
         {"item": ["files", "saim base"], "status": "ok", "result": {"batch": 64, "images/s": 1800.5}},
+        {"item": ["files", "saim base", "device"], "status": "ok", "result": {"batch": 64, "images/s": 1900}},
         {"item": ["guard", "saim"], "status": "ok", "result": {"guard": "on the device"}},
     ]
     (here / "docs").mkdir()
@@ -140,6 +141,7 @@ def test_gpu_speed(here):
     assert "A GPU, torch 2.11; bf16 TFLOP/s 700.5." in region
     assert "| saim base | default | 64 | 2000 | 32 | | |" in region
     assert "| saim base | from JPEG files | 64 | 1800.5 | | | |" in region
+    assert "| saim base | from JPEG files, `--augment device` | 64 | 1900 | | | |" in region
     assert "compile" not in region and "guard" not in region
     (here / "docs" / "gpu_check.jsonl").write_text("{")
     with pytest.raises(UserError, match="is not what scripts/gpu_check.sh writes"):
