@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from common.distributed import UserError
 
 METHODS = ("saim", "semaim", "cae", "a2mim", "udi")
-NETWORK = ("model", "arch", "backbone")  # flags that name it
+NETWORK = ("model", "arch", "backbone")  # flags that name a network
 
 
 class Parser(argparse.ArgumentParser):
