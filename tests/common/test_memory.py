@@ -19,6 +19,7 @@ from common.datasets import memory
 from scripts.tools import shapes
 from tests.support.cae import tokenizer_file
 from tests.support.dense import masked_images
+from tests.support.helpers import ROOT
 from tests.support.runs import mistake, run_main
 
 TINY = ["--model", "saim_nano", "--input_size", "16", "--patch_size", "8", "--batch_size", "16", "--epochs", "1"]
@@ -209,3 +210,31 @@ def test_every_network_is_estimated_by_shapes_alone(name, digits, dense, tmp_pat
         flags = [*OF_SHAPES[name].split(), "--data_path", data, "--output_dir", str(tmp_path), "--num_workers", "0"]
         flags += ["--discrete_vae_weight_path", tokenizer_file(tmp_path)] * (name == "cae.main_pretrain")
         main.main(main.get_args_parser().parse_args([*flags, "--device", "cpu"]))
+
+
+BY_SHAPES = """
+from common.datasets import memory
+from common import distributed
+from scripts.tools import flags
+from udi import main_pretrain
+
+plain, memory.SMALL = memory.kept_bytes, 0
+
+def kept_bytes(modules, loss_of, batch):
+    assert any(isinstance(x, memory.FakeTensor) for x in memory.tree_leaves(batch))
+    return plain(modules, loss_of, batch)
+
+memory.kept_bytes = kept_bytes
+distributed.run(main_pretrain.main, lambda: flags.arguments(main_pretrain, __import__("sys").argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_meet_in_a_pass_of_shapes(digits, tmp_path, launch):
+    """Whose loss adds up what the processes have, as a real one."""
+    (tmp_path / "by_shapes.py").write_text(BY_SHAPES)
+    flags = [*PRETRAINING["udi.main_pretrain"].split(), "--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0"]
+    flags += ["--device", "cpu", "--data_path", digits, "--output_dir", ""]
+    said = launch(2, str(tmp_path / "by_shapes.py"), *flags, PYTHONPATH=str(ROOT)).stdout
+    assert said.count("memory: a step of 16 images takes about") == 1
+    assert "1 epochs done" in said
