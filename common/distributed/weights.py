@@ -233,16 +233,19 @@ def adapt_channels(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dic
     """The weights of a file, whose convolutions of three-channel images become those of a network of other channels.
 
     Their sum over the channels stays what it was, by timm's `adapt_input_conv`; the other sizes are as in the file.
+    Of a file of other channels, which does not fit, a line says what would.
     Args:
         own: the network's weights by the same names.
     """
     adapted = {}
     for name, value in weights.items():
-        if value.ndim == 4 and value.shape[1] == 3 and name in own and own[name].ndim == 4:
-            chans = own[name].shape[1]
-            if chans != 3 and len(value) == len(own[name]):
+        if value.ndim == 4 and name in own and own[name].ndim == 4:
+            found, chans = value.shape[1], own[name].shape[1]
+            if found == 3 != chans and len(value) == len(own[name]):
                 adapted[name] = adapt_input_conv(chans, value)
                 log(f"{name}: of 3 channels, adapted to {chans}")
+            elif found != chans and "patch_embed" in name:
+                log(f"WARNING: {name}: of {found} channels, the network takes {chans}; --in_chans {found} would fit")
     return {**weights, **adapted}
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from common import datasets
+from common import datasets, distributed
 from common.datasets import channels
 from common.distributed import UserError
 from scripts.tools import prepare_data
@@ -204,6 +204,15 @@ def test_other_numbers_of_channels_are_an_error(found, chans, tmp_path):
     data = npy(np.zeros((20, 21, found), np.uint8), tmp_path)
     with pytest.raises(ValueError, match=f"^{found} channels?, expected --in_chans {chans}$"):
         read("x.npy", data, chans)
+
+
+def test_a_file_of_other_channels_says_which_flag_fits(capsys):
+    own = {"patch_embed.proj.weight": torch.zeros(4, 3, 2, 2), "other": torch.zeros(4, 3, 2, 2)}
+    weights = {name: torch.ones(4, 5, 2, 2) for name in own}
+    assert distributed.adapt_channels(weights, own) == weights
+    out = capsys.readouterr().out
+    assert "WARNING: patch_embed.proj.weight: of 5 channels, the network takes 3; --in_chans 5 would fit" in out
+    assert out.count("\n") == 1
 
 
 # ---- statistics
