@@ -178,6 +178,23 @@ def test_a_vit_without_class_token_is_refused(method, tmp_path):
         METHODS[method](written({"target_encoder": whole, "encoder": whole}, tmp_path), torch.zeros(1, 3, 16, 16))
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("method", ["saim", "semaim", "cae", "a2mim"])
+def test_udis_file_is_read_where_it_has_one_class_token(method, tokens, tmp_path):
+    own = timm_weights()
+    token, patches = own["cls_token"], own["pos_embed"][:, 1:]
+    own |= {"cls_token": token.expand(-1, tokens, -1), "pos_embed": torch.cat([*[token] * tokens, patches], dim=1)}
+    names = {f"backbone.backbone.{name}": value for name, value in own.items()}
+    names |= {"backbone.norm1.weight": torch.ones(24), "head.last_layer.weight_v": torch.ones(5, 24)}
+    path, images = written({"student": names, "teacher": names}, tmp_path), torch.randn(1, 3, 16, 16)
+    if tokens == 1:
+        assert METHODS[method](path, images).shape == (1, 24)
+        return
+    with pytest.raises(UserError, match=r"cls_token is \(1, 2, 24\)") as error:
+        METHODS[method](path, images)
+    assert str(error.value).startswith(path)
+
+
 @pytest.mark.parametrize("method", ["saim", "semaim", "cae", "udi"])
 def test_the_tools_read_them_too(method, tmp_path):
     sizes = {**SIZES, "embed_dim": 96, "depth": 4, "num_heads": 3}
