@@ -5,7 +5,7 @@ of --help of every program of the methods beyond that; and of the pre-training o
 the screen to the end of the first step.
 """
 
-import resource
+import json
 import subprocess
 import sys
 import tempfile
@@ -16,19 +16,31 @@ from common.distributed import UserError
 from scripts.tools.machine import usage
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = "import torch, torchvision, timm"
 MOST_OF_HELP, MOST_TO_STEP = 0.3, 2.0  # seconds
+# Prints what the libraries cost this process, and what --help of each program costs a copy of it.
+STARTS = """
+import json, os, runpy, sys, time
+import torch, torchvision, timm
+found = {"import torch, torchvision, timm": time.process_time()}
+for program in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = [program, "--help"]
+        try:
+            runpy.run_path(program, run_name="__main__")
+        finally:
+            os._exit(0)
+    used = os.wait4(child, 0)[2]
+    found[f"{program} --help"] = used.ru_utime + used.ru_stime
+print(json.dumps(found))
+"""
 
 
-def processor_seconds(*words: str) -> float:
-    """What a Python process with these words computes, the lesser of two."""
-    found = []
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(found)
+def seconds_to_help(*programs: str) -> dict[str, float]:
+    """What importing the libraries costs, and --help of programs, paths from the root, beyond that."""
+    done = subprocess.run([sys.executable, "-c", STARTS, *programs], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
 
 
 def seconds_to_step(method: str, words: list[str], data_path: str) -> float:
@@ -56,15 +68,11 @@ def seconds_to_step(method: str, words: list[str], data_path: str) -> float:
 
 def report(networks: list[tuple[str, str, list[str]]], data_path: str) -> None:
     """Print a line each; of networks: method, name and flags."""
-    libraries = processor_seconds("-c", LIBRARIES)
-    print(f"{'import torch, torchvision, timm':44}{libraries:8.2f} s", flush=True)
-
-    def line(name: str, seconds: float, most: float, sign: str = "") -> None:
-        over = f"  more than {most:g} s" if seconds > most else ""
-        print(f"{name:44}{sign + f'{seconds:.2f}':>8} s{over}", flush=True)
-
-    for main in sorted(ROOT.glob("*/main_*.py")):
-        name = str(main.relative_to(ROOT))
-        line(f"{name} --help", processor_seconds(name, "--help") - libraries, MOST_OF_HELP, "+")
+    mains = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("*/main_*.py"))]
+    for name, seconds in seconds_to_help(*mains).items():
+        print(f"{name:44}{seconds:8.2f} s" + "  too much" * (name.endswith("--help") and seconds > MOST_OF_HELP))
     for method, name, words in networks:
-        line(f"{name}: first line to first step", seconds_to_step(method, words, data_path), MOST_TO_STEP)
+        seconds = seconds_to_step(method, words, data_path)
+        print(
+            f"{name + ', to the first step':44}{seconds:8.2f} s" + "  too much" * (seconds > MOST_TO_STEP), flush=True
+        )
