@@ -17,13 +17,13 @@ def flags(*words: str):
 
 @pytest.mark.parametrize("preset", gpu_check.NANO)
 def test_step__waits_for_nothing(preset):
-    run = gpu_check.prepare(flags(), preset)
+    run, batch = gpu_check.prepare(flags(), preset)
     assert run.updater.guard_on_device
-    run.step(0)
+    run.step(0, batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with run.updater.forward(run.net, 1):
-            loss = run.loss_of(run.net, run.batch)
+            loss = run.loss_of(run.net, batch)
         norm = run.updater.backward(loss, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -43,15 +43,15 @@ def test_bf16__agrees_with_fp32(preset):
 def test_semaim__flex_is_the_mask():
     losses = {}
     for implementation in ("mask", "flex"):
-        run = gpu_check.prepare(flags(), "semaim", "fp32", attn_impl=implementation)
+        run, batch = gpu_check.prepare(flags(), "semaim", "fp32", attn_impl=implementation)
         distributed.seed_step(0, 0)
-        losses[implementation] = run.loss_of(run.net, run.batch).item()
+        losses[implementation] = run.loss_of(run.net, batch).item()
     assert losses["flex"] == pytest.approx(losses["mask"], rel=1e-4)
 
 
 @pytest.mark.parametrize("preset", gpu_check.NANO)
 def test_compile__gives_the_same_loss(preset):
-    plain, compiled = (gpu_check.prepare(flags(), preset, "fp32", c) for c in (False, True))
+    (plain, batch), (compiled, _) = (gpu_check.prepare(flags(), preset, "fp32", c) for c in (False, True))
     compiled.model.load_state_dict(copy.deepcopy(plain.model.state_dict()))
-    losses = [run.step(0).item() for run in (plain, compiled)]
+    losses = [run.step(0, batch).item() for run in (plain, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)

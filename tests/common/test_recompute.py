@@ -12,7 +12,7 @@ TRANSFORMERS = ["saim", "semaim", pytest.param("cae", marks=pytest.mark.slow), "
 
 def step(preset: str, recompute: bool) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients and bytes of the tensors that wait for the backward pass."""
-    run = gpu_check.prepare(gpu_check.get_args_parser().parse_args(["--tiny", "--device", "cpu"]), preset)
+    run, batch = gpu_check.prepare(gpu_check.get_args_parser().parse_args(["--tiny", "--device", "cpu"]), preset)
     if recompute:
         distributed.recompute_blocks(run.model)
     kept: dict[int, int] = {}
@@ -23,7 +23,7 @@ def step(preset: str, recompute: bool) -> tuple[float, dict[str, Tensor], int]:
 
     distributed.seed_step(0, 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = run.loss_of(run.net, run.batch)
+        loss = run.loss_of(run.net, batch)
         waiting = sum(kept.values())
     loss.backward()
     return loss.item(), {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}, waiting
@@ -39,6 +39,6 @@ def test_recompute_blocks__same_gradients_from_less_memory(preset):
 
 
 def test_recompute_blocks__not_of_batch_norms():
-    run = gpu_check.prepare(gpu_check.get_args_parser().parse_args(["--tiny", "--device", "cpu"]), "a2mim resnet")
+    run, _ = gpu_check.prepare(gpu_check.get_args_parser().parse_args(["--tiny", "--device", "cpu"]), "a2mim resnet")
     with pytest.raises(distributed.UserError, match="--use_checkpoint: MaskedImageModel has no transformer blocks"):
         distributed.recompute_blocks(run.model)
