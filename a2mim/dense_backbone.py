@@ -14,7 +14,6 @@ if not __package__:  # imported from inside the folder: take what it needs from 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import make_interp_spline
 from timm.models.beit import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +33,8 @@ TAPS = {4: (0, 1, 2, 3), 8: (1, 3, 5, 7), 12: (3, 5, 7, 11), 24: (7, 11, 15, 23)
 # same as cae/models_vit.py
 def _spline(knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Matrix (targets, knots) of not-a-knot cubic interpolation; targets beyond the knots take the outermost value."""
+    from scipy.interpolate import make_interp_spline  # here, because importing it takes 0.4 s
+
     spline = make_interp_spline(knots, np.eye(len(knots)), k=3)
     return spline(targets.clip(knots[0], knots[-1]))
 

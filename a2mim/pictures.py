@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -51,6 +50,8 @@ def save_reconstructions(
 
     in_chans, statistics: as in `reconstruction_grid`.
     """
+    from matplotlib.figure import Figure  # here, because importing it takes 0.4 s
+
     rows = reconstruction_rows(target, pred, mask).cpu()
     grid = reconstruction_grid(rows, in_chans, *statistics)
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")

@@ -11,7 +11,6 @@ from typing import NamedTuple
 if not __package__:  # imported from inside the folder: take what it needs from this checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
 TOLERANCE = 0.008  # of the contours' places, as a part of the frame's diagonal
 VOID = 255  # pixels of a true mask that belong to no object
@@ -44,6 +43,8 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 def _near(edge: np.ndarray, radius: int) -> np.ndarray:
     """Pixels within `radius` of an edge that is not empty: its dilation by a disk."""
+    from scipy.ndimage import distance_transform_edt  # here, because importing it takes 0.2 s
+
     return distance_transform_edt(~edge) <= radius  # type: ignore[operator]
 
 

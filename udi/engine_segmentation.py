@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from common import distributed
@@ -154,6 +152,9 @@ def save_picture(
     Raises:
         distributed.UserError: the file cannot be written.
     """
+    from matplotlib.figure import Figure  # here, because importing it takes 0.4 s
+    from matplotlib.patches import Patch
+
     pixels = resized(to_picture(image, *statistics)[None], labels.shape)[0].permute(1, 2, 0).cpu().numpy()
     truth, predicted, palette = labels.cpu().numpy(), prediction.cpu().numpy(), colours(len(names))
     figure = Figure(figsize=(12, 1 + 4 * labels.shape[0] / labels.shape[1]), layout="constrained")

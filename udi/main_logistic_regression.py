@@ -5,14 +5,13 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: import from this checkout, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from common import datasets, distributed
@@ -22,6 +21,9 @@ from udi.files import TextLog
 from udi.flags import ARCHS, add_checkpoint_flags, boolean
 from udi.main_knn import DUMPS, dump, extract_features, interleave
 from udi.models_udi import VisionTransformer
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 SCALES = (1.0, 2**-0.5, 0.5)  # of the image's side, with --multi_scale
 
@@ -125,12 +127,15 @@ class Features(nn.Module):
         return torch.stack([self.single(x) for x in resized]).mean(dim=0)
 
 
-def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> LogisticRegression:
+def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> "LogisticRegression":
     """The weights W, without intercept, that minimise mean cross entropy + penalty / 2 |W|^2; the minimum is unique.
 
     Args:
         features: (n, D) float64. labels: (n,), of at least 2 classes.
     """
+    from sklearn.exceptions import ConvergenceWarning  # here, because importing it takes 1.2 s
+    from sklearn.linear_model import LogisticRegression
+
     # scikit-learn's C weighs the sum of the losses; of two classes it only knows the difference of their weights,
     # whose square counts half.
     pairs = 2.0 if len(np.unique(labels)) == 2 else 1.0
