@@ -83,8 +83,11 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def epochs_done(state: dict[str, Any]) -> int | None:

@@ -226,9 +226,11 @@ def capture(
             else:
                 new[target] = watched(target.__name__, new.get(target, target))
         stack.enter_context(_everywhere(method, new))
-        stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(pytest.MonkeyPatch.context()).chdir(folder)
         stack.enter_context(mock.patch.dict(os.environ))
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # this machine's cores are none of the recipe's
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # this machine's cores are none of the recipe's
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - what mains might seed
         stack.enter_context(mock.patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor))
