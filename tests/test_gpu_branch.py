@@ -67,7 +67,7 @@ def test_update__reads_no_value(key):
     updater.guard_on_device = True
     epoch_log = distributed.EpochLog("", 8, 4, torch.device("cuda"))
     if key == "udi":
-        updater.on_gradients = partial(optim.clip_gradients, model, 0.1)
+        updater.on_gradients = partial(optim.clip_gradients, model, 0.1)  # type: ignore[assignment]
     before = [p.detach().clone() for p in model.parameters()]
     loss = run.loss_of(model, batch)
     with NoWaiting("cpu"):

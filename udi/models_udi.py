@@ -274,7 +274,8 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(out_dim, in_dim)."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # one pass, its gradient, too
+        # One pass, its gradient, too.
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # type: ignore[reportPrivateImportUsage]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
