@@ -8,7 +8,8 @@ from common import distributed
 from scripts.tools.flags import Parser
 from tests.support.helpers import ROOT
 
-TOOLS = [path.stem for path in sorted((ROOT / "scripts" / "tools").glob("*.py")) if "__main__" in path.read_text()]
+FILES = sorted((ROOT / "scripts" / "tools").glob("*.py"))
+TOOLS = [path.stem for path in FILES if "if __name__ ==" in path.read_text()]
 
 
 @pytest.mark.parametrize("name", [name for name in TOOLS if name not in ("recipe", "quickstart")])

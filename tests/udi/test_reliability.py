@@ -184,10 +184,10 @@ def truncated(digits, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.mark.parametrize(
     ("case", "seed"),
-    [("accum", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("plain", 0), ("bn", 5)))],
+    [("accum", 8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("plain", 0), ("bn", 8)))],
 )
 def test_a_truncated_image_stops_or_is_skipped(truncated, tmp_path, case, seed, capsys):
-    """Whatever batches were seen before it since the last update leave no trace."""
+    """Whatever batches were seen before it since the last update leave no trace; the seeds put it behind the first."""
     images, victim = truncated
     flags = flags_of(case, images, tmp_path / "run", "--seed", str(seed))
     error = mistake(main_pretrain, *flags, capsys=capsys)
