@@ -121,7 +121,8 @@ class _CrossEntropies(torch.autograd.Function):
         grad_w = torch.zeros(weight.shape, dtype=pairs[0].centre.dtype, device=weight.device)
         with torch.autocast(device, enabled=False):  # the casts are meant
             found, grads = zip(*[_entropies(one, w, tw, temps, grad_w) for one in pairs], strict=True)
-        ctx.save_for_backward(grad_w, *grads)
+        ctx.save_for_backward(*grads)
+        ctx.grad_w = grad_w  # of the size of the prototypes for any batch: not among the activations
         ctx.dtypes = [weight.dtype, *[z.dtype for z in zs]]
         parts = [x for entropies in found for x in entropies]
         ctx.mark_non_differentiable(*parts)
@@ -131,7 +132,7 @@ class _CrossEntropies(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any):  # type: ignore[override]
         # In place, once: on a CPU new memory of the prototypes' size takes longer than their products.
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = zip([ctx.grad_w, *ctx.saved_tensors], ctx.dtypes, strict=True)
         grad_w, *grad_z = (x.mul_(grad).to(dtype) for x, dtype in grads)
         return grad_w, *[None] * 3, *grad_z
 
