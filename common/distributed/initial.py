@@ -24,23 +24,13 @@ from common.distributed.weights import (
     load,
     local_file,
     prefix_of,
+    timm_name,
     weights_of,
 )
 
 Weights = dict[str, Tensor]
 
-# Names of a ViT's parts elsewhere, and timm's, to be replaced in turn.
-VIT_NAMES = (
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),  # OpenMixup, as A2MIM's, and mmsegmentation
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-    (r"(^|\.)layers\.(\d+)\.", r"\1blocks.\2."),
-    (r"(\.\d+)\.ln([12])\.", r"\1.norm\2."),
-    (r"(^|\.)ln1\.", r"\1norm."),
-    (r"\.attn\.attn\.in_proj_", ".attn.qkv."),
-    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
-    (r"(^|\.)patch_embed\.projection\.", r"\1patch_embed.proj."),
-    (r"\.ls([12])\.gamma$", r".gamma_\1"),  # timm's ViTs; BEiT and CAE have gamma_1 and gamma_2
-)
+LAYER_SCALE = r"\.ls([12])\.gamma$"  # of timm's ViTs; BEiT and CAE have gamma_1 and gamma_2
 SCALED = {"gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}  # layer scale, and the layer whose output it multiplies
 
 
@@ -110,12 +100,11 @@ def fitted_vit(weights: Weights, own: Collection[str], class_tokens: int = 1) ->
     """The ViT among a file's weights under a network's names, and the file's other weights.
 
     The names, prefixes, layouts of queries, keys and values, and layer scales of all programs that `fitted` and
-    `VIT_NAMES` know; shapes stay as they are.
+    `MM_NAMES` know; shapes stay as they are.
     Args:
         own: names of the network's ViT. class_tokens: how many of them it has.
     """
-    for pattern, name in VIT_NAMES:
-        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    weights = {re.sub(LAYER_SCALE, r".gamma_\1", timm_name(key)): value for key, value in weights.items()}
     prefix = prefix_of(weights, own)
     below = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     vit = _class_tokens(_layer_scale(fitted(below, own), own), class_tokens)

@@ -53,11 +53,11 @@ WRAPPERS = ("_orig_mod.", "model.", "net.")  # of torch.compile and Lightning, b
 MM_NAMES = {
     r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
     r"\.ffn\.layers\.1\.": ".mlp.fc2.",
+    r"(^|\.)layers\.(\d+)\.": r"\1blocks.\2.",
+    r"(\.\d+)\.ln([12])\.": r"\1.norm\2.",
+    r"(^|\.)ln1\.": r"\1norm.",
     r"\.attn\.attn\.in_proj_": ".attn.qkv.",
     r"\.attn\.attn\.out_proj\.": ".attn.proj.",
-    r"(^|\.)layers\.(\d+)\.ln([12])\.": r"\1blocks.\2.norm\3.",
-    r"(^|\.)layers\.(\d+)\.": r"\1blocks.\2.",
-    r"(^|\.)ln1\.": r"\1norm.",
     r"(^|\.)patch_embed\.projection\.": r"\1patch_embed.proj.",
 }
 
