@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import functional as tf
 
 from common import datasets, distributed
-from tests.common.test_device import photograph, pixels
+from tests.common.test_device import photograph, photographs_in, pixels
 from tests.support.device_waits import NoWaiting, on_fake_gpu
 from udi import main_pretrain
 from udi.udi_augmentation import Photometric
@@ -22,10 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("photographs")
-    for i in range(6):
-        photograph(70 + 9 * i, 130 - 7 * i, i).save(folder / f"{i}.png")
-    return str(folder)
+    return photographs_in(tmp_path_factory.mktemp("photographs"), 6, 70, 130)
 
 
 def loader_of(folder: str, *flags: str) -> datasets.Loader:
