@@ -277,9 +277,7 @@ def details(
     """The model card's facts, by their titles."""
     authors = read_record(method)["repositories"][0]
     flags = plain_flags(backbone.args)
-    if flags.pop(
-        WRITTEN, None
-    ):  # the checkpoint is a file of this script, which has the encoder's sizes among the flags
+    if flags.pop(WRITTEN, None):  # a file of this script, which has the encoder's sizes among the flags
         flags = {k: v for k, v in flags.items() if k not in ("method", "model", *STORED)}
     count = sum(value.numel() for value in form.weights.values())
     data, planned = backbone.args.get("data_path"), flags.pop("epochs", None)
